@@ -1,0 +1,3259 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.8"
+# dependencies = []
+# ///
+"""Prometheus alert rules as a Kubernetes readiness probe.
+
+An LLM server answers 200 on its own health route while its queue is an hour long or
+its engine is stuck.  Its metrics tell the truth.  This program runs beside it, reads
+those metrics on each ``GET /health`` and answers ``200 Healthy`` or ``503 Unhealthy``:
+
+    environ -> Config -> scrape -> samples -> rules (PromQL) -> Verdict -> /health
+                                                                      \\-> /metrics, /
+
+A rule is a PromQL alert expression and means what it means to Prometheus: the server
+is unhealthy while the expression returns at least one series.  One rule a line, or
+separated by ``;``; an open bracket or an operator continues a line; ``#`` comments:
+
+    [Name: ] EXPRESSION [for DURATION] [keep_firing_for DURATION]
+
+    UNHEALTHY_WHEN='
+      QueueFull: vllm:num_requests_waiting > 10 for 30s
+      CacheFull: vllm:kv_cache_usage_perc > 0.95
+    '
+
+Healthy means: a scrape has succeeded once, every rule could be evaluated, and none is
+firing.  ``/health`` fails closed, for readiness.  ``/health/Name`` asks for one rule
+and fails open, for liveness: a fault of this program must not restart an engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import difflib
+import errno
+import http.client
+import http.server
+import io
+import itertools
+import json
+import logging
+import math
+import operator
+import os
+import queue
+import re
+import selectors
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from array import array
+from bisect import bisect_right
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
+from types import MappingProxyType
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+    cast,
+)
+
+__version__ = "1.0.0"
+
+T = TypeVar("T")
+
+# --- 1. Vocabulary: the nouns, and how numbers and series are written ----------------
+
+Labels = Tuple[Tuple[str, str], ...]
+"""Label pairs sorted by name, the metric's name among them as ``__name__``."""
+
+
+class Sample(NamedTuple):
+    """One line of an exposition: a series and its value."""
+
+    labels: Labels
+    value: float
+
+
+class Points(NamedTuple):
+    """The remembered samples of one series, oldest first; times are monotonic."""
+
+    times: array[float]
+    values: array[float]
+
+
+History = Dict[str, Dict[Labels, Points]]
+Vector = Dict[Labels, float]
+
+
+class Number(NamedTuple):
+    """A scalar literal."""
+
+    value: float
+
+
+class Matcher(NamedTuple):
+    """One condition of a selector: ``label op value`` with op ``= != =~ !~``."""
+
+    label: str
+    op: str
+    value: str
+
+
+class Selector(NamedTuple):
+    """The series of one metric; over the last ``window`` seconds if that is not 0."""
+
+    name: str
+    matchers: tuple[Matcher, ...] = ()
+    window: float = 0.0
+
+
+class Grouping(NamedTuple):
+    """``by`` or ``on`` these labels, or ``without`` or ``ignoring`` them."""
+
+    keep: bool
+    labels: tuple[str, ...]
+
+
+class Operation(NamedTuple):
+    """An operator, a function or an aggregation, and what it is applied to."""
+
+    name: str
+    operands: tuple[Expr, ...]
+    grouping: Grouping | None = None
+    returns_bool: bool = False
+
+
+Expr = Union[Number, Selector, Operation]
+
+
+class Rule(NamedTuple):
+    """An alert rule: fires for each series that ``expr`` gives for ``hold`` seconds."""
+
+    name: str
+    expr: Expr
+    hold: float = 0.0
+    keep_firing_for: float = 0.0
+    builtin: bool = False
+
+
+class Alert(NamedTuple):
+    """One series of a rule's result: pending or firing, and since when."""
+
+    labels: Labels
+    value: float
+    state: str
+    since: float
+    fired: float | None = None
+    absent_since: float | None = None
+
+
+class RuleStatus(NamedTuple):
+    """What a check found for one rule; ``error`` if it could not be evaluated.
+
+    ``value`` is the worst of the series where the rule is ``EXPR OP NUMBER``, and
+    ``limit`` the number; ``matched`` counts the series that its selectors found.
+    """
+
+    rule: Rule
+    alerts: tuple[Alert, ...] = ()
+    error: str = ""
+    matched: int = 0
+    value: float | None = None
+    limit: float | None = None
+
+    @property
+    def state(self) -> str:
+        """``error``, ``firing``, ``pending`` or ``inactive``: the worst there is.
+
+        >>> RuleStatus(Rule("Down", Number(1))).state
+        'inactive'
+        """
+        states = ["error"] if self.error else [alert.state for alert in self.alerts]
+        return min(states, key=("error", "firing", "pending").index, default="inactive")
+
+
+class TargetStatus(NamedTuple):
+    """How the last scrape of one target went; ``reason`` is empty if it succeeded."""
+
+    instance: str
+    reason: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    size: int = 0
+    series: int = 0
+    since: float = 0.0
+
+
+class Verdict(NamedTuple):
+    """The outcome of one check, and all that is known about why.
+
+    ``time`` is monotonic and ``wall`` the Unix time of the same moment: a jump of the
+    system clock moves what is shown and nothing that is decided.
+    """
+
+    sequence: int
+    healthy: bool
+    reason: str
+    time: float
+    wall: float
+    rules: tuple[RuleStatus, ...] = ()
+    targets: tuple[TargetStatus, ...] = ()
+
+
+_FLOAT = re.compile(
+    r"(?:[+-]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?|inf(?:inity)?)|nan)\Z",
+    re.ASCII | re.IGNORECASE,
+)
+_DURATION = re.compile(
+    "".join(rf"(?:(\d{{1,12}}){unit})?" for unit in "y w d h m s ms".split()) + r"\Z",
+    re.ASCII,
+)
+_UNIT_SECONDS = (31536000, 604800, 86400, 3600, 60, 1, 0.001)
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def parse_float(text: str) -> float:
+    """Return the number that Prometheus reads in ``text``; ValueError if it is none.
+
+    Stricter than ``float``: no underscores, no foreign digits, no signed NaN, nothing
+    that overflows (Go's strconv.ParseFloat without the hexadecimal form).
+
+    >>> parse_float("1.5e3"), parse_float("+Inf")
+    (1500.0, inf)
+    """
+    value = float(text) if _FLOAT.match(text) else None
+    if value is None or (math.isinf(value) and "n" not in text.lower()):
+        raise ValueError(f"{text!r} is not a number")
+    return value
+
+
+def float_or_nan(text: str) -> float:
+    """Return the number in ``text``, NaN if it is none."""
+    try:
+        return parse_float(text)
+    except ValueError:
+        return math.nan
+
+
+def format_float(value: float) -> str:
+    """Return ``value`` as Prometheus prints it, without an exponent.
+
+    >>> format_float(10.0), format_float(1.5e-07), format_float(math.inf)
+    ('10', '0.00000015', '+Inf')
+    """
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+    mantissa, _, exponent = repr(value).partition("e")
+    digits = len(mantissa.partition(".")[2].rstrip("0"))
+    return f"{value:.{max(0, digits - int(exponent or 0))}f}"
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds: a bare number of them, or Prometheus' ``1m30s`` or ``500ms``.
+
+    >>> parse_duration("1m30s"), parse_duration("0.8")
+    (90.0, 0.8)
+    """
+    match = _DURATION.match(text)
+    if match and text:
+        units = zip(_UNIT_SECONDS, match.groups("0"))
+        return float(sum(seconds * int(count) for seconds, count in units))
+    seconds = parse_float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text!r} is not a duration")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds in Prometheus' form, to the millisecond.
+
+    >>> format_duration(90), format_duration(0.25), format_duration(0)
+    ('1m30s', '250ms', '0s')
+    """
+    rest, text = round(seconds * 1000), ""
+    for unit, size in (("d", 86400000), ("h", 3600000), ("m", 60000), ("s", 1000)):
+        count, rest = divmod(rest, size)
+        text += f"{count}{unit}" if count else ""
+    return text + (f"{rest}ms" if rest else "") or "0s"
+
+
+def quote(text: str) -> str:
+    r"""Return ``text`` as a PromQL string, control characters escaped.
+
+    >>> print(quote('a"b'))
+    "a\"b"
+    """
+    body = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escape_controls(body)}"'
+
+
+def escape_controls(text: str) -> str:
+    """Return ``text`` with all that could move a cursor or end a line made visible."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def format_series(labels: Labels) -> str:
+    """Return a series as Prometheus writes it.
+
+    >>> format_series((("__name__", "up"), ("job", "vllm")))
+    'up{job="vllm"}'
+    """
+    name = dict(labels).get("__name__", "")
+    pairs = [f"{format_name(k)}={quote(v)}" for k, v in labels if k != "__name__"]
+    if name != format_name(name, ":"):
+        name, pairs = "", [quote(name), *pairs] if name else pairs
+    return f"{name}{{{', '.join(pairs)}}}" if pairs or not name else name
+
+
+def format_name(name: str, colon: str = "") -> str:
+    """Return a label's name, with ``colon`` a metric's, in quotes if it needs them."""
+    plain = re.match(rf"[a-zA-Z_{colon}][\w{colon}]*\Z", name, re.ASCII)
+    return name if plain else quote(name)
+
+
+# --- 2. PromQL: text -> Expr ---------------------------------------------------------
+# The language is that of Prometheus 3 (promql/parser/lex.go, generated_parser.y), less
+# what REFUSED and SIGNATURES leave out.  A parse function takes the tokens and a
+# position, and returns the position behind what it read and what that means.
+
+SCALAR, VECTOR, RANGE = "scalar", "instant vector", "range vector"
+OPERATORS_BY_PRECEDENCE = ("or", "and unless", "== != <= < >= >", "+ -", "* / %", "^")
+PRECEDENCE = {
+    name: level
+    for level, names in enumerate(OPERATORS_BY_PRECEDENCE)
+    for name in names.split()
+}
+POWER = PRECEDENCE["^"]
+SET_OPERATORS = ("and", "or", "unless")
+COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
+AGGREGATORS = ("sum", "min", "max", "avg", "count", "group")
+SIGNATURES: dict[str, tuple[tuple[str, ...], str]] = {
+    **dict.fromkeys("rate increase irate delta idelta".split(), ((RANGE,), VECTOR)),
+    **dict.fromkeys("changes resets absent_over_time".split(), ((RANGE,), VECTOR)),
+    **{
+        f"{name}_over_time": ((RANGE,), VECTOR)
+        for name in ("avg", "min", "max", "sum", "count", "last", "present")
+    },
+    **dict.fromkeys("abs absent ceil floor timestamp".split(), ((VECTOR,), VECTOR)),
+    **dict.fromkeys("clamp_min clamp_max round".split(), ((VECTOR, SCALAR), VECTOR)),
+    **dict.fromkeys(AGGREGATORS, ((VECTOR,), VECTOR)),
+    "histogram_quantile": ((SCALAR, VECTOR), VECTOR),
+    "scalar": ((VECTOR,), SCALAR),
+    "vector": ((SCALAR,), VECTOR),
+    "time": ((), SCALAR),
+}
+DEFAULT_OPERANDS = {"round": Number(1.0)}
+REFUSED = {
+    **dict.fromkeys(("@", "offset"), "every expression is about now"),
+    **dict.fromkeys(("group_left", "group_right"), "aggregate one side to match 1:1"),
+    **dict.fromkeys(("topk", "bottomk", "count_values"), "compare with a number"),
+    **dict.fromkeys(("label_join", "label_replace"), "match with on or ignoring"),
+    **dict.fromkeys(("stddev", "stdvar", "quantile"), "compare max with avg"),
+    "atan2": "no rule of health needs it",
+    "clamp": "write clamp_max(clamp_min(v, low), high)",
+    "deriv": "write delta(v[5m]) / 300",
+    "predict_linear": "write v + delta(v[5m]) / 300 * seconds",
+    "quantile_over_time": "use max_over_time or avg_over_time",
+    ":": "give the inner expression a rule of its own, instead of a subquery",
+}
+RULE_WORDS = ("for", "keep_firing_for")
+MODIFIERS = ("bool", "on", "ignoring", "group_left", "group_right", "atan2", "offset")
+JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS}
+MAX_OPERATORS = 150
+MIN_RANGE = 0.001
+
+_TOKEN = re.compile(
+    r"""(?P<blank>(?:[ \t\r]|\#[^\n]*)+)
+    |(?P<newline>\n(?:[ \t\r\n]|\#[^\n]*)*)
+    |(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`[^`]*`)
+    |(?P<number>(?:0x[0-9a-f]+|(?:\d+(?-i:ms|[smhdwy]))+
+        |(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)(?![\w.]))
+    |(?P<word>[a-z_:][\w:]*)
+    |(?P<op>=~|!~|==|!=|<=|>=|[-+*/%^<>=(){}\[\],;@:])""",
+    re.VERBOSE | re.ASCII | re.IGNORECASE,
+)
+_ESCAPES = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\"))
+_ESCAPE = re.compile(
+    r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3][0-7]{2}|.)", re.DOTALL
+)
+
+
+class PromQLError(ValueError):
+    """A text that is no rule: says what is wrong, and shows where with a caret."""
+
+    def __init__(self, message: str, text: str, position: int) -> None:
+        line = text.count("\n", 0, position) + 1
+        start = text.rfind("\n", 0, position) + 1
+        left = max(start, position - 60)
+        shown = re.sub("[^ -~]", " ", text[left : position + 30].partition("\n")[0])
+        where = f"(at line {line}, column {position - start + 1})"
+        caret = "^".rjust(position - left + 1)
+        super().__init__(f"{message} {where}\n    {shown}\n    {caret}")
+
+
+class Token(NamedTuple):
+    """A piece of ``source``; ``key`` is its text where its case does not matter."""
+
+    kind: str
+    text: str
+    key: str
+    position: int
+    source: str
+
+    def error(self, message: str) -> PromQLError:
+        """Return an error that points at this token."""
+        return PromQLError(message, self.source, self.position)
+
+    def unexpected(self, expected: str) -> PromQLError:
+        """Return the error for this token in the place of ``expected``."""
+        # A word may begin with a colon, and then it is mostly a subquery.
+        key = ":" if self.text.startswith(":") else self.key
+        if key in REFUSED:
+            return self.error(f"{key!r} is not supported: {REFUSED[key]}")
+        shown = {"end": "the end", "newline": "the end of the line"}.get(self.kind)
+        return self.error(f"expected {expected}, found {shown or repr(self.text[:40])}")
+
+
+Tokens = Sequence[Token]
+
+
+def parse_expression(text: str) -> Expr:
+    """Return the syntax tree of one PromQL expression.
+
+    Raises PromQLError for what PromQL refuses and for what the subset leaves out.
+
+    >>> parse_expression("up == 0").operands
+    (Selector(name='up', matchers=(), window=0.0), Number(value=0.0))
+    """
+    tokens = [token for token in tokenize(text) if token.kind != "newline"]
+    at, expr = parse_at(tokens, 0)
+    if tokens[at].kind != "end":
+        raise tokens[at].unexpected("an operator or the end")
+    return expr
+
+
+def parse_at(tokens: Tokens, at: int) -> tuple[int, Expr]:
+    """Return the expression that starts at a position; it ends where no operator is."""
+    operators = 0
+    for index in range(at, len(tokens)):
+        token = tokens[index]
+        operators += token.key in PRECEDENCE or token.key == "("
+        if operators > MAX_OPERATORS:
+            raise token.error(f"more than {MAX_OPERATORS} operators and brackets")
+        if token.kind == "newline" or token.key == ";":
+            break
+    return _binary(tokens, at)
+
+
+def tokenize(text: str) -> list[Token]:
+    """Return the tokens of one or more rules, the last of kind ``end``.
+
+    A newline inside brackets or before an operator only continues a rule and is left
+    out; where an expression cannot end yet, the parser skips it.  Raises PromQLError.
+    """
+    tokens: list[Token] = []
+    position = depth = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if not match:
+            wrong = {'"': "unterminated string", "'": "unterminated string"}
+            message = wrong.get(text[position], "bad number, duration or character")
+            raise PromQLError(message, text, position)
+        kind, found = str(match.lastgroup), match[0]
+        depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
+        if kind != "blank" and not (kind == "newline" and depth > 0):
+            key = found.lower() if kind in ("word", "op") else ""
+            tokens.append(Token(kind, found, key, position, text))
+        position = match.end()
+    tokens.append(Token("end", "", "", position, text))
+    return [
+        token
+        for token, after in zip(tokens, tokens[1:] + tokens[-1:])
+        if token.kind != "newline" or after.key not in JOINERS
+    ]
+
+
+def _binary(tokens: Tokens, at: int, floor: int = 0) -> tuple[int, Expr]:
+    at, left = _unary(tokens, at)
+    while PRECEDENCE.get(tokens[at].key, -1) >= floor:
+        token, grouping = tokens[at], None
+        returns_bool = tokens[at + 1].key == "bool"
+        at += 1 + returns_bool
+        if tokens[at].key in ("on", "ignoring"):
+            at, grouping = _grouping(tokens, at)
+        # Only the power is right-associative.
+        at, right = _binary(tokens, at, PRECEDENCE[token.key] + (token.key != "^"))
+        left = Operation(token.key, (left, right), grouping, returns_bool)
+        _check(left, token)
+    return at, left
+
+
+def _check(expr: Operation, token: Token) -> None:
+    types, comparison = set(map(type_of, expr.operands)), expr.name in COMPARISONS
+    problem = ""
+    if RANGE in types:
+        problem = f"{expr.name!r} takes no range vector"
+    elif SCALAR in types and expr.name in SET_OPERATORS:
+        problem = f"{expr.name!r} takes no scalar"
+    elif SCALAR in types and expr.grouping and expr.grouping.labels:
+        problem = "on and ignoring stand between two instant vectors"
+    elif expr.returns_bool and not comparison:
+        problem = "bool stands after a comparison"
+    elif comparison and types == {SCALAR} and not expr.returns_bool:
+        problem = "comparisons between scalars must use bool"
+    if problem:
+        raise token.error(problem)
+
+
+def _unary(tokens: Tokens, at: int) -> tuple[int, Expr]:
+    at += tokens[at].kind == "newline"
+    sign = tokens[at]
+    if sign.key not in ("+", "-"):
+        return _operand(tokens, at)
+    at, operand = _binary(tokens, at + 1, POWER)
+    if type_of(operand) == RANGE:
+        raise sign.error(f"{sign.key!r} takes no range vector")
+    if sign.key == "+":
+        return at, operand
+    if isinstance(operand, Number):
+        return at, Number(-operand.value)
+    return at, Operation("-", (operand,))
+
+
+def _operand(tokens: Tokens, at: int) -> tuple[int, Expr]:
+    token, following = tokens[at], tokens[min(at + 1, len(tokens) - 1)].key
+    expr: Expr
+    if token.key == "(":
+        at, expr = _binary(tokens, at + 1)
+        at = _expect(tokens, at, ")")
+    elif token.kind == "number" or token.key in ("inf", "nan"):
+        at, expr = at + 1, Number(_number(token))
+    elif token.key in AGGREGATORS and following in ("(", "by", "without"):
+        at, expr = _aggregation(tokens, at)
+    elif token.kind == "word" and following == "(":
+        if token.text not in SIGNATURES:
+            raise token.unexpected(f"a function ({', '.join(SIGNATURES)})")
+        at, operands = _operands(tokens, at + 1, token)
+        expr = Operation(token.text, operands)
+    elif token.key == "{" or (token.kind == "word" and token.key not in MODIFIERS):
+        at, expr = _selector(tokens, at)
+    else:
+        raise token.unexpected("an expression")
+    return _window(tokens, at, expr) if tokens[at].key == "[" else (at, expr)
+
+
+def _number(token: Token) -> float:
+    text = token.text.lower()
+    try:
+        if re.match(r"0(?:x|[0-7]+\Z)", text):
+            number = int(text, 16 if "x" in text else 8)
+            # What does not fit an integer of 64 bits is read as a decimal.
+            return float(number) if number < 1 << 63 else parse_float(text)
+        return parse_duration(text) if text[-1] in "smhdwy" else parse_float(text)
+    except (ValueError, OverflowError):
+        raise token.error("bad number or duration") from None
+
+
+def _expect(tokens: Tokens, at: int, key: str) -> int:
+    at += tokens[at].kind == "newline"
+    if tokens[at].key != key:
+        raise tokens[at].unexpected(repr(key))
+    return at + 1
+
+
+def _list(
+    tokens: Tokens, at: int, brackets: str, item: Callable[[Tokens, int], tuple[int, T]]
+) -> tuple[int, list[T]]:
+    at, items = _expect(tokens, at, brackets[0]), []
+    while tokens[at].key != brackets[1]:
+        at, value = item(tokens, at)
+        items.append(value)
+        if tokens[at].key != brackets[1]:
+            at = _expect(tokens, at, ",")
+    return at + 1, items
+
+
+def _grouping(tokens: Tokens, at: int) -> tuple[int, Grouping]:
+    end, labels = _list(tokens, at + 1, "()", _grouping_label)
+    return end, Grouping(tokens[at].key in ("by", "on"), tuple(labels))
+
+
+def _grouping_label(tokens: Tokens, at: int) -> tuple[int, str]:
+    if tokens[at].key in ("inf", "nan", "without"):
+        raise tokens[at].unexpected("a label name")
+    return _label(tokens, at)
+
+
+def _label(tokens: Tokens, at: int) -> tuple[int, str]:
+    token = tokens[at]
+    if token.kind != "string" and (token.kind != "word" or ":" in token.text):
+        raise token.unexpected("a label name")
+    return at + 1, _unquote(token) if token.kind == "string" else token.text
+
+
+def _aggregation(tokens: Tokens, at: int) -> tuple[int, Expr]:
+    token, at, grouping = tokens[at], at + 1, Grouping(True, ())
+    before = tokens[at].key in ("by", "without")
+    if before:
+        at, grouping = _grouping(tokens, at)
+    at, operands = _operands(tokens, at, token)
+    if not before and tokens[at].key in ("by", "without"):
+        at, grouping = _grouping(tokens, at)
+    return at, Operation(token.key, operands, grouping)
+
+
+def _operands(tokens: Tokens, at: int, function: Token) -> tuple[int, tuple[Expr, ...]]:
+    at, operands = _list(tokens, at, "()", _binary)
+    if tokens[at - 2].key == ",":
+        raise tokens[at - 1].unexpected("an argument")
+    types, _ = SIGNATURES[function.key]
+    if len(operands) == len(types) - 1 and function.key in DEFAULT_OPERANDS:
+        operands.append(DEFAULT_OPERANDS[function.key])
+    found = tuple(map(type_of, operands))
+    if found != types:
+        wanted, given = (" and ".join(kinds) or "nothing" for kinds in (types, found))
+        raise function.error(f"{function.key} takes {wanted}, not {given}")
+    return at, tuple(operands)
+
+
+def _selector(tokens: Tokens, at: int) -> tuple[int, Expr]:
+    start, at = tokens[at], at + (tokens[at].kind == "word")
+    matchers: list[Matcher] = []
+    if tokens[at].key == "{":
+        at, matchers = _list(tokens, at, "{}", _matcher)
+    if start.kind == "word":
+        matchers.append(Matcher("__name__", "=", start.text))
+    names = [matcher for matcher in matchers if matcher.label == "__name__"]
+    if [matcher.op for matcher in names] != ["="] or not names[0].value:
+        raise start.error("a selector must name its metric, once and exactly")
+    others = tuple(matcher for matcher in matchers if matcher.label != "__name__")
+    return at, Selector(names[0].value, others)
+
+
+def _matcher(tokens: Tokens, at: int) -> tuple[int, Matcher]:
+    end, label = _label(tokens, at)
+    op = tokens[end]
+    if tokens[at].kind == "string" and op.key in (",", "}"):
+        return end, Matcher("__name__", "=", label)
+    if op.key not in ("=", "!=", "=~", "!~"):
+        raise op.unexpected("=, !=, =~ or !~")
+    value = tokens[end + 1]
+    if value.kind != "string":
+        raise value.unexpected("a string in quotes")
+    matcher = Matcher(label, op.key, _unquote(value))
+    try:
+        compile_regex(matcher.value if "~" in op.key else "")
+    except ValueError as error:
+        raise value.error(str(error)) from None
+    return end + 2, matcher
+
+
+def _window(tokens: Tokens, at: int, expr: Expr) -> tuple[int, Expr]:
+    length = tokens[at + 1]
+    if length.kind != "number":
+        raise length.unexpected("a duration")
+    if not MIN_RANGE <= _number(length) < math.inf:
+        raise length.error("a range must be longer than 0")
+    end = _expect(tokens, at + 2, "]")
+    if not isinstance(expr, Selector) or tokens[at - 1].key == ")":
+        raise tokens[at].error("only a selector can have a range")
+    return end, expr._replace(window=_number(length))
+
+
+def _unquote(token: Token) -> str:
+    mark, body = token.text[0], token.text[1:-1]
+    parts = [body] if mark == "`" else _ESCAPE.split(body)
+    for index in range(1, len(parts), 2):
+        code = parts[index]
+        base, digits = (8 if code[0].isdigit() else 16), code.lstrip("xuU")
+        number = int(digits, base) if code[1:] else 0
+        if code[1:] and number <= sys.maxunicode and not 0xD800 <= number <= 0xDFFF:
+            parts[index] = chr(number)
+        elif code == mark or code in _ESCAPES:
+            parts[index] = _ESCAPES.get(code, mark)
+        else:
+            raise token.error(f"unknown escape \\{code}")
+    return "".join(parts)
+
+
+def type_of(expr: Expr) -> str:
+    """Return the type of what an expression gives, in Prometheus' words.
+
+    >>> type_of(parse_expression("rate(x[5m])"))
+    'instant vector'
+    """
+    if isinstance(expr, Number):
+        return SCALAR
+    if isinstance(expr, Selector):
+        return RANGE if expr.window else VECTOR
+    if expr.name in SIGNATURES:
+        return SIGNATURES[expr.name][1]
+    return VECTOR if VECTOR in map(type_of, expr.operands) else SCALAR
+
+
+def find_selectors(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Selector]:
+    """Yield the selectors of an expression, besides those inside some functions."""
+    if isinstance(expr, Selector):
+        yield expr
+    elif isinstance(expr, Operation) and expr.name not in besides:
+        for operand in expr.operands:
+            yield from find_selectors(operand, besides)
+
+
+def format_expression(expr: Expr, floor: int = 0) -> str:
+    """Return the canonical text of an expression; it parses to the same tree.
+
+    >>> format_expression(parse_expression("a>1  OR (b)"))
+    'a > 1 or b'
+    """
+    if isinstance(expr, Selector):
+        return _format_selector(expr)
+    if isinstance(expr, Number):
+        text = format_float(expr.value)
+        level = POWER + (-1 if text.startswith("-") else 1)
+    elif expr.name in SIGNATURES:
+        operands = ", ".join(map(format_expression, expr.operands))
+        return f"{expr.name}{_format_grouping(expr, ' ')}({operands})"
+    elif len(expr.operands) == 1:
+        (operand,), level = expr.operands, POWER - 1
+        again = isinstance(operand, Operation) and len(operand.operands) == 1
+        text = "-" + format_expression(operand, POWER - again)
+    else:
+        level, power = PRECEDENCE[expr.name], expr.name == "^"
+        left = format_expression(expr.operands[0], level + power)
+        right = format_expression(expr.operands[1], level + (not power))
+        modifier = " bool" * expr.returns_bool + _format_grouping(expr, "")
+        text = f"{left} {expr.name}{modifier} {right}"
+    return f"({text})" if level < floor else text
+
+
+def _format_grouping(expr: Operation, after: str) -> str:
+    aggregates = expr.name in AGGREGATORS
+    if not expr.grouping or (aggregates and expr.grouping == (True, ())):
+        return ""
+    words = ("without", "by") if aggregates else ("ignoring", "on")
+    labels = ", ".join(map(format_name, expr.grouping.labels))
+    return f" {words[expr.grouping.keep]} ({labels}){after}"
+
+
+def _format_selector(expr: Selector) -> str:
+    name = format_name(expr.name, ":")
+    pairs = [f"{format_name(m.label)}{m.op}{quote(m.value)}" for m in expr.matchers]
+    if name != expr.name:
+        name, pairs = "", [name, *pairs]
+    window = f"[{format_duration(expr.window)}]" if expr.window else ""
+    return name + ("{" + ", ".join(pairs) + "}" if pairs else "") + window
+
+
+# A regular expression becomes instructions that all states walk at once (Thompson's
+# construction), so that no pattern and no label value makes a match take longer than
+# their lengths multiplied.  An instruction tests a character, or an anchor, or jumps.
+
+Instruction = Tuple[Optional[Callable[[str], object]], str, Tuple[int, ...]]
+Program = Tuple[Instruction, ...]
+
+END: Instruction = (None, "end", ())
+MAX_INSTRUCTIONS = 1000
+MAX_REPEAT = 1000
+MAX_DEPTH = 50
+_ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
+_REPEAT = re.compile(r"(?:([*+?])|\{(\d{1,4})(,?)(\d{0,4})\})\??")
+_UNCOMMON = re.compile(
+    r"\\[^dDwWsSnrtfv\W_]|\[.*(?:(?<!\\)\[|--|&&|~~|\|\||\\S)", re.DOTALL
+)
+
+
+@lru_cache(maxsize=256)
+def compile_regex(pattern: str) -> Program:
+    r"""Return the program of an RE2 pattern; ValueError says what it may not contain.
+
+    Left out are flags, named groups, ``\b``, ``\p`` and POSIX classes.
+    """
+    at, program = _alternatives(pattern, 0, 0)
+    if at < len(pattern):
+        raise ValueError("unexpected ) in this regular expression")
+    return (*program, END)
+
+
+def regex_matches(pattern: str, text: str) -> bool:
+    """Tell whether the whole text matches, in time linear in its length.
+
+    >>> regex_matches("5..|4.*", "503"), regex_matches("5..", "5031")
+    (True, False)
+    """
+    program = compile_regex(pattern)
+    states = _closure(program, [0], "^" if text else "^$")
+    for character in text:
+        states = _step(pattern, states, character)
+    return len(program) - 1 in _closure(program, states, "$" if text else "^$")
+
+
+@lru_cache(maxsize=1024)
+def _step(pattern: str, states: frozenset[int], character: str) -> frozenset[int]:
+    program = compile_regex(pattern)
+    tests = ((state, program[state][0]) for state in states)
+    moved = [state + 1 for state, test in tests if test and test(character)]
+    return _closure(program, moved, "")
+
+
+def _closure(program: Program, starts: Iterable[int], anchors: str) -> frozenset[int]:
+    states, todo = set(), list(starts)
+    while todo:
+        state = todo.pop()
+        if state not in states:
+            states.add(state)
+            _, anchor, jumps = program[state]
+            if anchor in anchors:
+                todo.extend(state + jump for jump in jumps)
+    return frozenset(states)
+
+
+def _alternatives(pattern: str, at: int, depth: int) -> tuple[int, Program]:
+    at, program = _sequence(pattern, at, depth)
+    while pattern[at : at + 1] == "|":
+        at, other = _sequence(pattern, at + 1, depth)
+        program = (_jump(1, len(program) + 2), *program, _jump(len(other) + 1), *other)
+        if len(program) > MAX_INSTRUCTIONS:
+            raise ValueError("this regular expression is too large")
+    return at, program
+
+
+def _sequence(pattern: str, at: int, depth: int) -> tuple[int, Program]:
+    program: Program = ()
+    while pattern[at : at + 1] not in ("", "|", ")"):
+        at, atom = _atom(pattern, at, depth)
+        repeat = _REPEAT.match(pattern, at)
+        if repeat:
+            at, atom = repeat.end(), _repeated(atom, *repeat.groups(""))
+        program += atom
+        if len(program) > MAX_INSTRUCTIONS:
+            raise ValueError("this regular expression is too large")
+    return at, program
+
+
+def _repeated(atom: Program, sign: str, low: str, comma: str, high: str) -> Program:
+    least = int(low or sign == "+")
+    unlimited = sign in ("*", "+") or bool(comma and not high)
+    most = least if unlimited else int(high or low or 1)
+    if most > MAX_REPEAT or most * len(atom) > MAX_INSTRUCTIONS or most < least:
+        raise ValueError("bad repeat count in this regular expression")
+    star = (_jump(1, len(atom) + 2), *atom, _jump(-len(atom) - 1)) * unlimited
+    return atom * least + (_jump(1, len(atom) + 1), *atom) * (most - least) + star
+
+
+def _jump(*offsets: int) -> Instruction:
+    return None, "", offsets
+
+
+def _atom(pattern: str, at: int, depth: int) -> tuple[int, Program]:
+    if pattern[at] == "(" and depth < MAX_DEPTH:
+        start = at + (3 if pattern.startswith("(?:", at) else 1)
+        at, program = _alternatives(pattern, start, depth + 1)
+        if pattern[at : at + 1] != ")":
+            raise ValueError("missing ) in this regular expression")
+        return at + 1, program
+    match = _ATOM.match(pattern, at)
+    if not match or _REPEAT.match(pattern, at) or _UNCOMMON.search(match[0]):
+        raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
+    if match[0] in ("^", "$"):
+        return match.end(), ((None, match[0], (1,)),)
+    # Python's blanks have a vertical tab that RE2's have not.
+    text = match[0].replace(r"\S", r"[^\t\n\f\r ]")
+    text = text.replace(r"\s", r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]")
+    try:
+        return match.end(), ((re.compile(text, re.ASCII | re.DOTALL).match, "", ()),)
+    except re.error as error:
+        raise ValueError(f"bad {text!r} in this regular expression: {error}") from None
+
+
+# --- 3. Evaluate: Expr x History -> Vector -------------------------------------------
+# What an operator or a function gives is what engine.go, functions.go and quantile.go
+# of Prometheus 3 (promql/) give.  The tables stand at the end of the section.
+
+
+class EvaluationError(ValueError):
+    """An expression has no answer on the series that are there."""
+
+
+class Instant(NamedTuple):
+    """The moment an expression is about, in monotonic and in Unix seconds.
+
+    ``found`` and ``ranges`` keep what selectors and range functions gave at it.
+    """
+
+    now: float
+    wall: float
+    history: History
+    found: dict[Selector, dict[Labels, Points]]
+    ranges: dict[Operation, Vector]
+
+
+Value = Union[float, Vector]
+Function = Callable[[Operation, Instant], Value]
+
+
+def evaluate(expr: Expr, instant: Instant) -> Value:
+    """Return what an expression gives now: a number, or series and their values.
+
+    Raises EvaluationError where Prometheus does: two series with the same labels in a
+    result, or several partners for one series.
+    """
+    if isinstance(expr, Number):
+        return expr.value
+    if isinstance(expr, Selector):
+        found = select(expr, instant)
+        return {k: p.values[-1] for k, p in found.items() if p.times[-1] == instant.now}
+    if expr.name in FUNCTIONS:
+        return FUNCTIONS[expr.name](expr, instant)
+    values = [evaluate(operand, instant) for operand in expr.operands]
+    if len(values) == 1:
+        # Unary minus is a multiplication, also in what becomes of the name.
+        expr, values = Operation("*", expr.operands), [*values, -1.0]
+    left, right = values
+    if isinstance(left, float) and isinstance(right, float):
+        return float(OPERATORS[expr.name](left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return (_combine if expr.name in SET_OPERATORS else _match)(expr, left, right)
+    return compare(expr, left, right)
+
+
+def evaluate_vector(expr: Expr, instant: Instant) -> Vector:
+    """Return the series of an expression that is an instant vector."""
+    return cast(Vector, evaluate(expr, instant))
+
+
+def select(selector: Selector, instant: Instant) -> dict[Labels, Points]:
+    """Return the remembered series, fresh or not, that a selector matches."""
+    key = selector._replace(window=0.0)
+    if key not in instant.found:
+        series = instant.history.get(selector.name, {})
+        instant.found[key] = {
+            labels: points
+            for labels, points in series.items()
+            if all(_fits(matcher, dict(labels)) for matcher in selector.matchers)
+        }
+    return instant.found[key]
+
+
+def select_range(selector: Selector, instant: Instant) -> dict[Labels, Points]:
+    """Return the series of a range selector and their samples within its window."""
+    start, found = instant.now - selector.window, {}
+    for labels, (times, values) in select(selector, instant).items():
+        # The window is left-open since Prometheus 3.
+        first = bisect_right(times, start)
+        if first < len(times):
+            found[labels] = Points(times[first:], values[first:])
+    return found
+
+
+def compare(expr: Operation, left: Value, right: Value) -> Vector:
+    """Return what an operator gives between a vector and a number, in either order.
+
+    A comparison that is not ``bool`` keeps the series, its name and its value.
+    """
+    apply, keeps = OPERATORS[expr.name], _filters(expr)
+    if isinstance(left, dict):
+        results = [(k, v, apply(v, cast(float, right))) for k, v in left.items()]
+    else:
+        results = [(k, v, apply(left, v)) for k, v in cast(Vector, right).items()]
+    if keeps:
+        return {labels: value for labels, value, result in results if result}
+    return _unique((_unnamed(labels), float(result)) for labels, _, result in results)
+
+
+def _filters(expr: Operation) -> bool:
+    return expr.name in COMPARISONS and not expr.returns_bool
+
+
+def _fits(matcher: Matcher, labels: Mapping[str, str]) -> bool:
+    value = labels.get(matcher.label, "")
+    if "~" in matcher.op:
+        return regex_matches(matcher.value, value) == (matcher.op == "=~")
+    equal = value == matcher.value
+    if matcher.label == "le" and not equal:
+        # One exporter writes le="1" and another le="1.0".
+        equal = float_or_nan(value) == float_or_nan(matcher.value)
+    return equal == (matcher.op == "=")
+
+
+def _unnamed(labels: Labels) -> Labels:
+    return tuple(pair for pair in labels if pair[0] != "__name__")
+
+
+def _key(labels: Labels, grouping: Grouping | None) -> Labels:
+    keep, names = grouping or (False, ())
+    if keep:
+        return tuple(pair for pair in labels if pair[0] in names)
+    return tuple(p for p in labels if p[0] != "__name__" and p[0] not in names)
+
+
+def _unique(items: Iterable[tuple[Labels, float]]) -> Vector:
+    vector: Vector = {}
+    for labels, value in items:
+        if labels in vector:
+            problem = "vector cannot contain metrics with the same labelset"
+            raise EvaluationError(f"{problem}: {format_series(labels)}")
+        vector[labels] = value
+    return vector
+
+
+def _match(expr: Operation, left: Vector, right: Vector) -> Vector:
+    partners: Vector = {}
+    for labels, value in right.items() if left else ():
+        key = _key(labels, expr.grouping)
+        if key in partners:
+            raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
+        partners[key] = value
+    matched, vector = set(), []
+    for labels, value in left.items():
+        key = _key(labels, expr.grouping)
+        result = OPERATORS[expr.name](value, partners[key]) if key in partners else None
+        if result is None or (_filters(expr) and not result):
+            continue
+        if key in matched:
+            raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
+        matched.add(key)
+        if not _filters(expr):
+            vector.append((_unnamed(key), float(result)))
+        else:
+            keep, names = expr.grouping or (False, ())
+            vector.append((tuple(p for p in labels if (p[0] in names) == keep), value))
+    return _unique(vector)
+
+
+def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
+    wanted, other = (right, left) if expr.name == "or" else (left, right)
+    there = {_key(labels, expr.grouping) for labels in other}
+    kept = [
+        (labels, value)
+        for labels, value in wanted.items()
+        if (_key(labels, expr.grouping) in there) == (expr.name == "and")
+    ]
+    return _unique([*left.items(), *kept] if expr.name == "or" else kept)
+
+
+def _aggregate(expr: Operation, instant: Instant) -> Vector:
+    groups: dict[Labels, list[float]] = {}
+    for labels, value in evaluate_vector(expr.operands[0], instant).items():
+        groups.setdefault(_key(labels, expr.grouping), []).append(value)
+    return {key: REDUCERS[expr.name](values) for key, values in groups.items()}
+
+
+def _sum(values: Iterable[float]) -> float:
+    numbers = list(values)
+    try:
+        return math.fsum(numbers)
+    except (OverflowError, ValueError):
+        # It overflows on the way, or there are infinities of both signs.
+        return float(sum(numbers))
+
+
+def _average(values: Sequence[float]) -> float:
+    # Where the sum overflows, the mean need not.
+    mean = _sum(values) / len(values)
+    return _sum(v / len(values) for v in values) if math.isinf(mean) else mean
+
+
+def _extreme(choose: Callable[..., float], values: Sequence[float]) -> float:
+    return choose((v for v in values if not math.isnan(v)), default=math.nan)
+
+
+def _divide(left: float, right: float) -> float:
+    if right:
+        return left / right
+    if left == 0 or math.isnan(left):
+        return math.nan
+    return math.copysign(math.inf, left) * math.copysign(1.0, right)
+
+
+def _modulo(left: float, right: float) -> float:
+    return math.nan if math.isinf(left) or right == 0 else math.fmod(left, right)
+
+
+def _power(left: float, right: float) -> float:
+    odd = math.isfinite(right) and abs(math.fmod(right, 2)) == 1
+    try:
+        return math.pow(left, right)
+    except OverflowError:
+        return -math.inf if left < 0 and odd else math.inf
+    except ValueError:
+        # Python refuses what C and Go answer: 0 ^ -1 and (-8) ^ 0.5.
+        return math.copysign(math.inf, left if odd else 1) if left == 0 else math.nan
+
+
+def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
+    return lambda value: float(function(value)) if math.isfinite(value) else value
+
+
+def _extrapolated(
+    points: Points, start: float, end: float, *, counter: bool, per_second: bool
+) -> float | None:
+    times, values = points
+    if len(values) < 2:
+        return None
+    result = values[-1] - values[0]
+    if counter:
+        for before, value in zip(values, values[1:]):
+            result += before if value < before else 0.0
+    covered = times[-1] - times[0]
+    interval = covered / (len(times) - 1)
+    # A series that begins or ends inside the window is extended by half an interval.
+    lead, tail = (
+        gap if gap < interval * 1.1 else interval / 2
+        for gap in (times[0] - start, end - times[-1])
+    )
+    if counter and result > 0 and values[0] >= 0:
+        lead = min(lead, covered * (values[0] / result))
+    result *= (covered + lead + tail) / covered
+    return result / (end - start) if per_second else result
+
+
+def _last_two(points: Points, *_: float, counter: bool) -> float | None:
+    times, values = points
+    if len(values) < 2:
+        return None
+    if not counter:
+        return values[-1] - values[-2]
+    reset = values[-1] < values[-2]
+    return (values[-1] - (0.0 if reset else values[-2])) / (times[-1] - times[-2])
+
+
+def _changes(points: Points, *_: float) -> float:
+    # NaN differs from itself, but two of them in a row are no change.
+    texts = [str(value) if math.isnan(value) else value for value in points.values]
+    return float(sum(map(operator.ne, texts, texts[1:])))
+
+
+def _resets(points: Points, *_: float) -> float:
+    return float(sum(b < a for a, b in zip(points.values, points.values[1:])))
+
+
+def _over_range(function: Callable[..., float | None], named: bool = False) -> Function:
+    def call(expr: Operation, instant: Instant) -> Vector:
+        if expr not in instant.ranges:
+            selector = cast(Selector, expr.operands[0])
+            start, results = instant.now - selector.window, []
+            for labels, points in select_range(selector, instant).items():
+                value = function(points, start, instant.now)
+                if value is not None:
+                    results.append((labels if named else _unnamed(labels), value))
+            instant.ranges[expr] = _unique(results)
+        return instant.ranges[expr]
+
+    return call
+
+
+def _elementwise(function: Callable[..., float]) -> Function:
+    def call(expr: Operation, instant: Instant) -> Vector:
+        vector = evaluate_vector(expr.operands[0], instant)
+        extra = [evaluate(operand, instant) for operand in expr.operands[1:]]
+        return _unique((_unnamed(k), function(v, *extra)) for k, v in vector.items())
+
+    return call
+
+
+def _timestamp(expr: Operation, instant: Instant) -> Vector:
+    vector = evaluate_vector(expr.operands[0], instant)
+    return _unique((_unnamed(labels), instant.wall) for labels in vector)
+
+
+def _round(value: float, nearest: float) -> float:
+    inverse = _divide(1.0, nearest)
+    return _divide(_whole(math.floor)(value * inverse + 0.5), inverse)
+
+
+def _greater(left: float, right: float) -> float:
+    # Go's math.Max: an infinity goes before NaN, and NaN before a number.
+    if math.inf in (left, right):
+        return math.inf
+    return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
+
+
+def _scalar(expr: Operation, instant: Instant) -> float:
+    values = list(evaluate_vector(expr.operands[0], instant).values())
+    return values[0] if len(values) == 1 else math.nan
+
+
+def _vector(expr: Operation, instant: Instant) -> Vector:
+    return {(): cast(float, evaluate(expr.operands[0], instant))}
+
+
+def _absent(expr: Operation, instant: Instant) -> Vector:
+    operand = expr.operands[0]
+    selector = operand if isinstance(operand, Selector) else Selector("")
+    found = select_range if selector.window else evaluate
+    if cast(Any, found)(operand, instant):
+        return {}
+    labels: dict[str, str] = {}
+    for label, op, value in selector.matchers:
+        # What is said of a label after its first "=" takes that back for good.
+        if op == "=" or label in labels:
+            labels[label] = "" if label in labels else value
+    return {tuple(sorted(pair for pair in labels.items() if pair[1])): 1.0}
+
+
+def _histogram_quantile(expr: Operation, instant: Instant) -> Vector:
+    quantile = cast(float, evaluate(expr.operands[0], instant))
+    groups: dict[Labels, dict[float, float]] = {}
+    for labels, value in evaluate_vector(expr.operands[1], instant).items():
+        bound = float_or_nan(dict(labels).get("le", ""))
+        if not math.isnan(bound):
+            buckets = groups.setdefault(_key(labels, Grouping(False, ("le",))), {})
+            buckets[bound] = buckets.get(bound, 0.0) + value
+    return {key: _quantile(quantile, buckets) for key, buckets in groups.items()}
+
+
+def _quantile(quantile: float, buckets: dict[float, float]) -> float:
+    if not 0 <= quantile <= 1:
+        return math.inf * quantile
+    bounds = sorted(buckets)
+    counts, last = [buckets[bounds[0]]], len(bounds) - 1
+    for before, count in zip(counts, [buckets[bound] for bound in bounds[1:]]):
+        # A count may not fall, and what differs by rounding alone does not differ.
+        near = abs(count - before) < 1e-12 * (abs(count) + abs(before))
+        counts.append(before if near or count < before else count)
+    if last < 1 or bounds[last] != math.inf or counts[last] == 0:
+        return math.nan
+    # Go's binary search, which says where a rank falls when a count is NaN.
+    rank, low, high = quantile * counts[last], 0, last
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if counts[middle] >= rank else (middle + 1, high)
+    if low == last or (low == 0 and bounds[0] <= 0):
+        return bounds[max(low - 1, 0)]
+    start, before = (bounds[low - 1], counts[low - 1]) if low else (0.0, 0.0)
+    return start + (bounds[low] - start) * _divide(rank - before, counts[low] - before)
+
+
+OPERATORS: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": _divide,
+    "%": _modulo,
+    "^": _power,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
+    "avg": _average,
+    "count": lambda values: float(len(values)),
+    "group": lambda values: 1.0,
+    "last": operator.itemgetter(-1),
+    "max": partial(_extreme, max),
+    "min": partial(_extreme, min),
+    "present": lambda values: 1.0,
+    "sum": _sum,
+}
+FUNCTIONS: dict[str, Function] = {
+    **dict.fromkeys(AGGREGATORS, _aggregate),
+    **{
+        f"{name}_over_time": _over_range(
+            lambda points, *_, to=reduce: to(points.values), named=name == "last"
+        )
+        for name, reduce in REDUCERS.items()
+        if name != "group"
+    },
+    "rate": _over_range(partial(_extrapolated, counter=True, per_second=True)),
+    "increase": _over_range(partial(_extrapolated, counter=True, per_second=False)),
+    "delta": _over_range(partial(_extrapolated, counter=False, per_second=False)),
+    "irate": _over_range(partial(_last_two, counter=True)),
+    "idelta": _over_range(partial(_last_two, counter=False)),
+    "changes": _over_range(_changes),
+    "resets": _over_range(_resets),
+    **dict.fromkeys(("absent", "absent_over_time"), _absent),
+    "abs": _elementwise(abs),
+    "ceil": _elementwise(_whole(math.ceil)),
+    "floor": _elementwise(_whole(math.floor)),
+    "round": _elementwise(_round),
+    "clamp_min": _elementwise(_greater),
+    "clamp_max": _elementwise(lambda value, end: -_greater(-value, -end)),
+    "histogram_quantile": _histogram_quantile,
+    "scalar": _scalar,
+    "time": lambda expr, instant: instant.wall,
+    "timestamp": _timestamp,
+    "vector": _vector,
+}
+
+
+# --- 4. Rules: text -> Rules; Vector -> inactive, pending, firing --------------------
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
+
+
+def parse_rules(text: str, builtin: bool = False) -> tuple[Rule, ...]:
+    """Return the rules of a text, in order; nameless ones are Rule1, Rule2, ...
+
+    Raises PromQLError, also for a name that is given twice.
+
+    >>> [rule.name for rule in parse_rules("Down: up == 0; up > 1 for 5m")]
+    ['Down', 'Rule2']
+    """
+    tokens, at = tokenize(text), 0
+    rules: dict[str, Rule] = {}
+    while tokens[at].kind != "end":
+        if tokens[at].kind == "newline" or tokens[at].key == ";":
+            at += 1
+            continue
+        start = tokens[at]
+        at, rule = _rule(tokens, at, f"Rule{len(rules) + 1}")
+        if rule.name in rules:
+            raise start.error(f"there is a rule named {rule.name} already")
+        rules[rule.name] = rule._replace(builtin=builtin)
+    return tuple(rules.values())
+
+
+def format_rule(rule: Rule) -> str:
+    """Return a rule as text that gives the same rule again."""
+    clauses = zip(RULE_WORDS, (rule.hold, rule.keep_firing_for))
+    ends = "".join(f" {word} {format_duration(s)}" for word, s in clauses if s)
+    return f"{rule.name}: {format_expression(rule.expr)}{ends}"
+
+
+def judge(rule: Rule, before: RuleStatus, instant: Instant) -> RuleStatus:
+    """Return the status of a rule now, from its status before.
+
+    Where it cannot be evaluated, the alerts stay as they were and ``error`` says why.
+    """
+    try:
+        value, limit, vector = _measure(rule.expr, instant)
+        # An alert is known by the labels of its series without the name, and these
+        # must differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
+        _unique((_unnamed(labels), 0.0) for labels in vector)
+    except EvaluationError as error:
+        return before._replace(error=str(error), value=None)
+    samples = {_unnamed(labels): Sample(labels, v) for labels, v in vector.items()}
+    alerts = {_unnamed(alert.labels): alert for alert in before.alerts}
+    advanced = (
+        _advance(rule, alerts.get(key), samples.get(key), instant.now)
+        for key in {**alerts, **samples}
+    )
+    matched = sum(len(select(s, instant)) for s in find_selectors(rule.expr))
+    return RuleStatus(rule, tuple(filter(None, advanced)), "", matched, value, limit)
+
+
+def restart_clocks(status: RuleStatus) -> RuleStatus:
+    """Return a status without what is pending, as after a gap between checks."""
+    firing = tuple(alert for alert in status.alerts if alert.state == "firing")
+    return status._replace(alerts=firing)
+
+
+def _measure(expr: Expr, instant: Instant) -> tuple[float | None, float | None, Vector]:
+    if not isinstance(expr, Operation) or not _filters(expr):
+        return None, None, evaluate_vector(expr, instant)
+    left, right = expr.operands
+    if not isinstance(right, Number):
+        return None, None, evaluate_vector(expr, instant)
+    measured = evaluate_vector(left, instant)
+    worst = REDUCERS["min" if expr.name in ("<", "<=") else "max"]
+    value = worst(list(measured.values())) if measured else None
+    return value, right.value, compare(expr, measured, right.value)
+
+
+def _advance(
+    rule: Rule, alert: Alert | None, sample: Sample | None, now: float
+) -> Alert | None:
+    if not sample:
+        if not alert or alert.state == "pending":
+            return None
+        since = now if alert.absent_since is None else alert.absent_since
+        keeps = now - since < rule.keep_firing_for
+        return alert._replace(absent_since=since) if keeps else None
+    alert = alert or Alert(*sample, state="pending", since=now)
+    alert = alert._replace(labels=sample.labels, value=sample.value, absent_since=None)
+    if alert.state == "pending" and now - alert.since >= rule.hold:
+        return alert._replace(state="firing", fired=now)
+    return alert
+
+
+def _rule(tokens: Tokens, at: int, name: str) -> tuple[int, Rule]:
+    start, end = tokens[at], tokens[at].position + len(tokens[at].text)
+    if _NAME.match(start.text) and not start.source[end : end + 1].strip():
+        name, at = start.text[:-1], at + 1
+    first = tokens[at]
+    at, expr = parse_at(tokens, at)
+    if type_of(expr) != VECTOR:
+        raise first.error(f"a rule is an {VECTOR}, this is a {type_of(expr)}")
+    seconds = dict.fromkeys(RULE_WORDS, 0.0)
+    for word in RULE_WORDS:
+        if tokens[at].key == word:
+            at, seconds[word] = _seconds(tokens, at + 1)
+    if tokens[at].kind not in ("newline", "end") and tokens[at].key != ";":
+        raise tokens[at].unexpected("an operator, 'for', ';' or the end of the line")
+    return at, Rule(name, expr, seconds["for"], seconds["keep_firing_for"])
+
+
+def _seconds(tokens: Tokens, at: int) -> tuple[int, float]:
+    try:
+        return at + 1, parse_duration(tokens[at].text)
+    except ValueError:
+        raise tokens[at].unexpected("a duration such as 30s") from None
+
+
+# --- 5. Config: environ -> Config ----------------------------------------------------
+
+DEFAULT_RULES = """
+  QueueFull: (vllm:num_requests_waiting or sglang:num_queue_reqs or tgi_queue_size
+    or llamacpp:requests_deferred or num_requests_waiting
+    or nv_trt_llm_request_metrics{{request_type="waiting"}}
+    or trtllm_num_requests_waiting or lmdeploy:num_requests_waiting
+    or dynamo_frontend_queued_requests) > {threshold}
+
+  # Requests run or wait, and nothing has moved.  delta() has no answer from a single
+  # sample, where changes() would say 0; absent series never fire.
+  Stalled: (vllm:num_requests_running > 0 or vllm:num_requests_waiting > 0)
+      and delta(vllm:generation_tokens_total[2m]) == 0
+      unless (changes(vllm:prompt_tokens_total[2m]) > 0
+        or changes(vllm:kv_cache_usage_perc[2m]) > 0)
+    or (sglang:num_running_reqs > 0 or sglang:num_queue_reqs > 0)
+      and ignoring (mode, priority) delta(sglang:realtime_tokens_total[2m]) == 0
+      unless ignoring (mode, priority) changes(sglang:realtime_tokens_total[2m]) > 0
+    or (tgi_batch_current_size > 0 or tgi_queue_size > 0)
+      and ignoring (method) delta(tgi_batch_inference_success[2m]) == 0
+      unless ignoring (method) changes(tgi_batch_inference_success[2m]) > 0
+    or (llamacpp:requests_processing > 0 or llamacpp:requests_deferred > 0)
+      and delta(llamacpp:n_decode_total[2m]) == 0
+    or (num_requests_running > 0 or num_requests_waiting > 0)
+      and delta(generation_tokens_total[2m]) == 0
+      unless (changes(prompt_tokens_total[2m]) > 0
+        or changes(gpu_cache_usage_perc[2m]) > 0)
+    or nv_trt_llm_request_metrics{{request_type=~"waiting|scheduled|active"}} > 0
+      and ignoring (request_type, general_type)
+        delta(nv_trt_llm_general_metrics{{general_type="iteration_counter"}}[2m]) == 0
+    or (trtllm_num_requests_running > 0 or trtllm_num_requests_waiting > 0)
+      and delta(trtllm_kv_cache_gen_alloc_blocks_total[2m]) == 0
+      unless (changes(trtllm_num_requests_completed_total[2m]) > 0
+        or changes(trtllm_kv_cache_utilization[2m]) > 0)
+    or (lmdeploy:num_requests_running > 0 or lmdeploy:num_requests_waiting > 0)
+      and delta(lmdeploy:generation_tokens_total[2m]) == 0
+      unless (changes(lmdeploy:prompt_tokens_total[2m]) > 0
+        or changes(lmdeploy:gpu_cache_usage_perc[2m]) > 0)
+    or (dynamo_frontend_inflight_requests > 0 or dynamo_frontend_queued_requests > 0)
+      and delta(dynamo_frontend_output_tokens_total[2m]) == 0
+    for 3m
+"""
+DOWN_RULE = "Down: up == 0"
+DEFAULT_THRESHOLD = 10.0
+MAX_SHOWN = 60
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class ConfigError(ValueError):
+    """One or more settings are wrong; the text has a line for each."""
+
+
+class Target(NamedTuple):
+    """Where to scrape; ``query`` and ``authorization`` are for the target's eyes."""
+
+    instance: str
+    url: str
+    query: str = ""
+    authorization: str = ""
+
+
+class Access(NamedTuple):
+    """What opens a door that is not open to all; each is a path or empty."""
+
+    token_file: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    skip_verify: bool = False
+
+
+OPEN = Access()
+
+
+class Config(NamedTuple):
+    """The settings, each by its name in lower case, and the rules they make."""
+
+    metrics_endpoint: tuple[Target, ...]
+    metrics_bearer_token_file: str
+    metrics_ca_file: str
+    metrics_cert_file: str
+    metrics_key_file: str
+    metrics_tls_skip_verify: bool
+    target_labels: Labels
+    metric_to_check: Expr | None
+    metric_threshold: float | None
+    metrics_threshold: float | None
+    unhealthy_when: tuple[Rule, ...]
+    app_port: int
+    app_host: str
+    metrics_timeout: float
+    scrape_interval: float
+    log_level: str
+    log_format: str
+    rules: tuple[Rule, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Setting(NamedTuple):
+    """An environment variable; its parser raises ValueError with what it expects."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str
+    help: str
+
+
+def load_config(environ: Mapping[str, str]) -> Config:
+    """Return the configuration that an environment asks for; an empty value is unset.
+
+    Raises ConfigError with all that is wrong.
+    """
+    given = {name: text.strip() for name, text in environ.items() if text.strip()}
+    warnings = list(_misspelt(given))
+    if given.get("APP_PORT", "").startswith("tcp://"):
+        warnings.append("APP_PORT is Kubernetes' link to a Service named app: ignored")
+        del given["APP_PORT"]
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, parse, default, _ in SETTINGS:
+        text = given.get(name, default)
+        try:
+            values[name.lower()] = parse(text)
+        except ValueError as error:
+            problems.append(f"{name}={_shown(name, text)}: {error}")
+    problems += _contradictions(given, values)
+    if problems:
+        raise ConfigError("\n".join(problems + warnings))
+    if values["metrics_tls_skip_verify"]:
+        warnings.append("METRICS_TLS_SKIP_VERIFY: ANYBODY can pose as the target")
+    config = Config(**values, warnings=tuple(warnings))
+    return config._replace(rules=_rules(config))
+
+
+def _contradictions(
+    given: Mapping[str, str], values: Mapping[str, Any]
+) -> Iterator[str]:
+    thresholds = [n for n in ("METRIC_THRESHOLD", "METRICS_THRESHOLD") if n in given]
+    named = "AboveThreshold" in {rule.name for rule in values.get("unhealthy_when", ())}
+    alone = "METRIC_TO_CHECK" not in given
+    if len({values.get(name.lower()) for name in thresholds}) > 1:
+        yield "METRIC_THRESHOLD and METRICS_THRESHOLD differ: set one of them"
+    if not alone and not thresholds:
+        yield "METRIC_TO_CHECK needs METRIC_THRESHOLD, the number it may reach"
+    if alone and thresholds and "UNHEALTHY_WHEN" in given:
+        yield f"{thresholds[0]} needs METRIC_TO_CHECK beside UNHEALTHY_WHEN"
+    if "UNHEALTHY_WHEN" in given and values.get("unhealthy_when") == ():
+        yield "UNHEALTHY_WHEN has no rule: unset it for the default rules"
+    if not alone and named:
+        yield "UNHEALTHY_WHEN: AboveThreshold is the name of METRIC_TO_CHECK's rule"
+    if "METRICS_KEY_FILE" in given and "METRICS_CERT_FILE" not in given:
+        yield "METRICS_KEY_FILE needs METRICS_CERT_FILE"
+    targets = values.get("metrics_endpoint", ())
+    if "METRICS_BEARER_TOKEN_FILE" in given and any(t.authorization for t in targets):
+        yield "METRICS_BEARER_TOKEN_FILE excludes user:password in METRICS_ENDPOINT"
+    if 0 < values.get("scrape_interval", 0) < values.get("metrics_timeout", 0):
+        yield "METRICS_TIMEOUT may not exceed SCRAPE_INTERVAL"
+
+
+def _rules(config: Config) -> tuple[Rule, ...]:
+    thresholds = (config.metric_threshold, config.metrics_threshold, DEFAULT_THRESHOLD)
+    threshold = next(number for number in thresholds if number is not None)
+    rules = config.unhealthy_when
+    if config.metric_to_check is not None:
+        expr = Operation(">", (config.metric_to_check, Number(threshold)))
+        rules = (Rule("AboveThreshold", expr), *rules)
+    if not rules:
+        text = DEFAULT_RULES.format(threshold=format_float(threshold))
+        rules = parse_rules(text, builtin=True)
+    if "Down" not in {rule.name for rule in rules}:
+        rules += parse_rules(DOWN_RULE, builtin=True)
+    return rules
+
+
+def _misspelt(given: Iterable[str]) -> Iterator[str]:
+    known = [setting.name for setting in SETTINGS]
+    for name in sorted(set(given) - set(known)):
+        # Kubernetes sets variables of its own for each Service it knows.
+        if not re.search(r"_PORT\Z|_PORT_|_SERVICE_|_TCP|_UDP", name):
+            for near in difflib.get_close_matches(name, known, 1, 0.85):
+                yield f"{name} is no setting: did you mean {near}?"
+
+
+def _shown(name: str, text: str) -> str:
+    if name.endswith(("_ENDPOINT", "_URL")):
+        # A password ends at the last @, and a query may hold a token.
+        text = re.sub(r"(?s).*@", "***@", text)
+        text = re.sub(r"(?s)\?.*", "?***", text)
+    return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
+
+
+def _endpoints(text: str) -> tuple[Target, ...]:
+    targets = tuple(_target(url.strip()) for url in text.split(",") if url.strip())
+    instances = [target.instance for target in targets]
+    twice = {instance for instance in instances if instances.count(instance) > 1}
+    if twice or not targets:
+        raise ValueError(f"expected one URL or several, each once {''.join(twice)}")
+    return targets
+
+
+def _target(url: str) -> Target:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        if not parts.hostname or parts.fragment or re.search("[^!-~]", url):
+            raise ValueError(url)
+    except (ValueError, KeyError):
+        raise ValueError("expected a URL as in http://localhost:8000/metrics") from None
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path or '/'}"
+    authorization = ""
+    if parts.username is not None:
+        user = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+        authorization = "Basic " + base64.b64encode(user.encode()).decode()
+    return Target(f"{host}:{port}", address, parts.query, authorization)
+
+
+def _label_pairs(text: str) -> Labels:
+    pairs: dict[str, str] = {}
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, equals, value = item.partition("=")
+        if not equals or not re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
+            raise ValueError("expected labels as in job=vllm,namespace=prod")
+        if name in pairs or name in ("__name__", "instance"):
+            raise ValueError(f"the label {name} is set already")
+        pairs[name] = value.strip().strip('"')
+    return tuple(sorted(pair for pair in pairs.items() if pair[1]))
+
+
+def _metric(text: str) -> Expr | None:
+    expr = parse_expression(text) if text else None
+    if expr is not None and type_of(expr) != VECTOR:
+        raise ValueError(f"expected an {VECTOR}, this is a {type_of(expr)}")
+    return expr
+
+
+def _threshold(text: str) -> float | None:
+    if text and not math.isfinite(float_or_nan(text)):
+        raise ValueError("expected a finite number as in 10 or 0.95")
+    return parse_float(text) if text else None
+
+
+def _port(text: str) -> int:
+    if not re.match(r"\d{1,5}\Z", text, re.ASCII) or int(text) > 65535:
+        raise ValueError("expected a port number from 0 (any free one) to 65535")
+    return int(text)
+
+
+def _duration(least: float, most: float, text: str) -> float:
+    try:
+        seconds = parse_duration(text)
+    except ValueError:
+        seconds = math.nan
+    if not least <= seconds <= most:
+        low, high = format_duration(least), format_duration(most)
+        raise ValueError(f"expected {low} to {high}, as in 0.8 or 500ms")
+    return seconds
+
+
+def _one_of(choices: Sequence[str], text: str) -> str:
+    if text.lower() not in choices:
+        raise ValueError(f"expected one of {', '.join(choices)}")
+    return text.lower()
+
+
+def _flag(text: str) -> bool:
+    return _one_of(("true", "false"), text) == "true"
+
+
+LEVELS, FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
+SETTINGS = tuple(
+    Setting(*row)
+    for row in (
+        ("METRICS_ENDPOINT", _endpoints, "http://localhost:8080/metrics",
+         "URL of the metrics, or several, separated by commas"),
+        ("METRICS_BEARER_TOKEN_FILE", str, "", "file of a token, read at each scrape"),
+        ("METRICS_CA_FILE", str, "", "certificates to trust instead of the system's"),
+        ("METRICS_CERT_FILE", str, "", "certificate to show to the metrics server"),
+        ("METRICS_KEY_FILE", str, "", "its key, if that is in a file of its own"),
+        ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
+        ("TARGET_LABELS", _label_pairs, "",
+         "labels for every series, as in job=vllm,namespace=prod"),
+        ("METRIC_TO_CHECK", _metric, "",
+         "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
+        ("METRIC_THRESHOLD", _threshold, "",
+         "highest healthy value; without METRIC_TO_CHECK that of the default rules"),
+        ("METRICS_THRESHOLD", _threshold, "", "another spelling of METRIC_THRESHOLD"),
+        ("UNHEALTHY_WHEN", parse_rules, "",
+         "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
+        ("APP_PORT", _port, "8081", "port to answer on"),
+        ("APP_HOST", str, "", "address to answer on; all addresses if unset"),
+        ("METRICS_TIMEOUT", partial(_duration, 0.01, 60.0), "0.8",
+         "seconds for a whole scrape; keep it below the timeout of the probe"),
+        ("SCRAPE_INTERVAL", partial(_duration, 0.0, 3600.0), "0",
+         "seconds between checks, to answer from memory; 0 checks on each request"),
+        ("LOG_LEVEL", partial(_one_of, LEVELS), "info", ", ".join(LEVELS)),
+        ("LOG_FORMAT", partial(_one_of, FORMATS), "text", ", ".join(FORMATS)),
+    )
+)  # fmt: skip
+
+
+# --- 6. Scrape: URL -> bytes -----------------------------------------------------
+
+MAX_HEAD = 64 * 1024
+MAX_REDIRECTS = 3
+ACCEPT = (
+    "text/plain;version=0.0.4;q=1,application/openmetrics-text;version=1.0.0;q=0.7,"
+    "*/*;q=0.1"
+)
+
+
+class ScrapeError(Exception):
+    """A scrape failed: ``reason`` is one word for rules, the text is for people."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Stream(NamedTuple):
+    """A body that is being received.
+
+    ``readinto`` fills a buffer and returns how much; 0 is the end.  ``framed`` says
+    whether the protocol shows if the end is the real one.
+    """
+
+    content_type: str
+    framed: bool
+    readinto: Callable[[memoryview], int]
+
+
+@contextmanager
+def open_stream(
+    target: Target, deadline: float, access: Access = OPEN
+) -> Iterator[Stream]:
+    """Give the metrics of a target; all of it happens before a monotonic deadline.
+
+    Name lookup is the one part that cannot be interrupted.  Raises ScrapeError.
+    """
+    with _translated():
+        response = _get(target, deadline, access)
+    with response:
+        length = response.headers.get_all("Content-Length", [])
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if response.status != 200:
+            phrase = http.client.responses.get(response.status, "")
+            raise ScrapeError("http_status", f"HTTP {response.status} {phrase}".strip())
+        if encoding.lower() != "identity":
+            raise ScrapeError("bad_http", f"unasked Content-Encoding {encoding[:40]!r}")
+        if len(set(length)) > 1 or not all(re.match(r"\d+\Z", n) for n in length):
+            raise ScrapeError(
+                "bad_http", f"bad Content-Length {', '.join(length)[:40]!r}"
+            )
+        framed = bool(length) or bool(response.chunked)
+        content_type = response.headers.get("Content-Type", "")
+        yield Stream(content_type, framed, partial(_readinto, response))
+
+
+def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
+    with _translated():
+        count = response.readinto(view)
+    if not count and response.length:
+        raise ScrapeError("truncated", f"{response.length} bytes less than announced")
+    return count
+
+
+def _get(
+    target: Target, deadline: float, access: Access
+) -> http.client.HTTPResponse:
+    url = target.url + (f"?{target.query}" if target.query else "")
+    for _ in range(MAX_REDIRECTS + 1):
+        request = urllib.request.Request(url, headers={"Accept": ACCEPT})
+        if target.authorization:
+            request.add_header("Authorization", target.authorization)
+        response = send(request, deadline, access)
+        location = response.headers.get("Location")
+        if response.status not in (301, 302, 303, 307, 308) or not location:
+            return response
+        response.close()
+        url = urllib.parse.urljoin(url, location)
+        if re.search("[^!-~]", url) or _origin(url) != _origin(target.url):
+            raise ScrapeError("redirect", "redirected to another origin: not followed")
+    raise ScrapeError("redirect", f"more than {MAX_REDIRECTS} redirects")
+
+
+def send(
+    request: urllib.request.Request, deadline: float, access: Access
+) -> http.client.HTTPResponse:
+    """Send a request with what ``access`` grants, and return whatever answer comes.
+
+    Raises ScrapeError for credentials that cannot be read, else what urllib raises.
+    """
+    request.add_header("User-Agent", AGENT)
+    try:
+        if access.token_file:
+            with open(access.token_file, encoding="ascii") as file:
+                token = file.read(MAX_HEAD).strip()
+            request.add_header("Authorization", f"Bearer {token}")
+        context = _tls_context(access) if request.type == "https" else None
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or type(error).__name__
+        name = getattr(error, "filename", None) or "a token, CA or certificate file"
+        raise ScrapeError("credentials", f"{name}: {problem}") from None
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(_Handler(context))
+    response = opener.open(request, timeout=_left(deadline))
+    return cast(http.client.HTTPResponse, response)
+
+
+def _tls_context(access: Access) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=access.ca_file or None)
+    context.sslsocket_class = _TLSSocket
+    if access.cert_file:
+        context.load_cert_chain(access.cert_file, access.key_file or None)
+    if access.skip_verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        cause = getattr(error, "reason", error)
+        cause = cause if isinstance(cause, Exception) else error
+        reason = next(name for kind, name in REASONS if isinstance(cause, kind))
+        message = str(cause) or type(cause).__name__
+        message = "timed out" if reason == "timeout" else message
+        raise ScrapeError(reason, message[:200]) from error
+
+
+REASONS = (
+    (socket.timeout, "timeout"),
+    (socket.gaierror, "dns"),
+    (ssl.SSLError, "tls"),
+    (ConnectionRefusedError, "refused"),
+    (ConnectionError, "reset"),
+    (http.client.IncompleteRead, "truncated"),
+    (http.client.HTTPException, "bad_http"),
+    (OSError, "network"),
+    (ValueError, "bad_http"),
+)
+AGENT = f"health_check.py/{__version__}"
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    """The only handler of the opener: no proxy, no other scheme, no error pages."""
+
+    def __init__(self, context: ssl.SSLContext | None) -> None:
+        super().__init__()
+        self._connection = cast(Any, partial(_Connection, context=context))
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        """Send a request and return its answer, whatever the status."""
+        return self.do_open(self._connection, request)
+
+    https_open = http_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+def _left(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise socket.timeout("timed out")
+    return seconds
+
+
+class _Socket(socket.socket):
+    """Gives each read of a socket what is left until one deadline, and bounds the head.
+
+    ``http.client`` would wait ``timeout`` seconds for each byte of a header.
+    """
+
+    deadline = math.inf
+    allowance: float = MAX_HEAD
+
+    def recv_into(self, *arguments: Any, **options: Any) -> int:
+        """Read as socket.recv_into does."""
+        self.settimeout(_left(self.deadline))
+        count = super().recv_into(*arguments, **options)
+        self.allowance -= count
+        if self.allowance < 0:
+            raise ScrapeError("too_large", f"a head of more than {MAX_HEAD} bytes")
+        return count
+
+
+class _TLSSocket(_Socket, ssl.SSLSocket):
+    """The same over TLS."""
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: _Socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self._socket = sock
+
+    def begin(self) -> None:
+        super().begin()
+        self._socket.allowance = math.inf
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
+    def __init__(
+        self, host: str, timeout: float, context: ssl.SSLContext | None = None
+    ) -> None:
+        self.default_port = 443 if context else 80
+        super().__init__(host, timeout=timeout)
+        self._context = context
+
+    def connect(self) -> None:
+        deadline = time.monotonic() + float(self.timeout or 0)
+        sock = self._connected(deadline)
+        self.sock: socket.socket = sock
+        if self._context:
+            self.sock = self._context.wrap_socket(sock, server_hostname=self.host)
+            cast(_TLSSocket, self.sock).deadline = deadline
+
+    def _connected(self, deadline: float) -> _Socket:
+        problem: OSError = socket.gaierror("no address")
+        found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
+            sock = _Socket(family, kind, protocol)
+            try:
+                sock.deadline = deadline
+                sock.settimeout(_left(deadline))
+                sock.connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                problem = error
+        raise problem
+
+
+# --- 7. Exposition: bytes x wanted names -> samples -----------------------------------
+# The text format 0.0.4 and OpenMetrics 1.0 as Prometheus' scraper reads them
+# (model/textparse/promlex.l): only the lines of wanted names are looked at.
+
+CHUNK = 256 * 1024
+NEWLINE = ord("\n")
+MAX_SERIES = 5000
+MAX_SERIES_TEXT = 2 * 1024 * 1024
+MAX_NAMES = 10000
+MAX_NULL = 64
+SYNTHETIC = ("up", "scrape_error", "scrape_duration_seconds", "scrape_body_size_bytes")
+
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_BRACES = re.compile(rb'[ \t]*\{[^"}\n]*(?:' + _STRING + rb'[^"}\n]*)*\}', re.DOTALL)
+_PAIR = re.compile(
+    rb"[ \t]*(?:([a-zA-Z_]\w*)|(" + _STRING + rb"))[ \t]*"
+    rb"(?:=[ \t]*(" + _STRING + rb"))?[ \t]*(,?)",
+    re.DOTALL,
+)
+_VALUE = re.compile(rb"[ \t]*([^ \t\n]+)[ \t]*([^\n]*)\n")
+_NAME_TEXT = re.compile(rb"[a-zA-Z_:][\w:]*")
+_LISTED_NAME = re.compile(rb"\n([a-zA-Z_:][\w:]*)")
+_NOT_BLANK = re.compile(rb"[^\s]")
+_TIMESTAMP = re.compile(rb"(?:\d+)?[ \t]*\Z")
+_TIMESTAMP_OPENMETRICS = re.compile(
+    rb"(?:-?[\d.]+(?:[eE][-+]?\d+)?)?[ \t]*(?:# ?\{.*)?\Z"
+)
+_OPEN_STRING = re.compile(
+    rb'[^"\n]*(?:' + _STRING + rb'[^"\n]*)*"[^"\\]*(?:\\.[^"\\]*)*\Z', re.DOTALL
+)
+_LABEL_ESCAPE = re.compile(rb'\\([\\"n])')
+
+
+class Format(NamedTuple):
+    """How to read a body: what to find, and the labels that each sample gets."""
+
+    names: frozenset[str]
+    lines: re.Pattern[bytes]
+    labels: Labels
+
+
+def format_for(names: Iterable[str], labels: Labels) -> Format:
+    """Return the format that finds the series of some metrics and labels them."""
+    wanted = frozenset(names) - frozenset(SYNTHETIC)
+    tree = _prefix_tree(sorted(wanted.union(SYNTHETIC))).encode()
+    lines = re.compile(rb"\n[ \t]*(?:" + tree + rb"(?![\w:])|\{)")
+    return Format(wanted, lines, labels)
+
+
+def _prefix_tree(names: Sequence[str]) -> str:
+    # As an alternation, 36 names are matched at half the speed of a tree.
+    branches = []
+    for _, group in itertools.groupby(names, key=lambda name: name[:1]):
+        rest = list(group)
+        pairs = enumerate(zip(rest[0], rest[-1]))
+        shortest = min(len(rest[0]), len(rest[-1]))
+        stem = rest[0][: next((i for i, (a, b) in pairs if a != b), shortest)]
+        tails = [name[len(stem) :] for name in rest if name]
+        branches.append(re.escape(stem) + (_prefix_tree(tails) if tails[1:] else ""))
+    return "(?:" + "|".join(branches) + ")"
+
+
+def read_samples(
+    stream: Stream, format: Format, known: dict[bytes, Labels], list_names: bool = False
+) -> Reading:
+    """Read the wanted samples of a body, in memory that does not grow with the body.
+
+    An empty body and ``null`` have no samples.  ``known`` has the labels of series by
+    their text, from the scrape before.  Raises ScrapeError where Prometheus' scraper
+    would, as far as the first line and the wanted ones show it.
+    """
+    reading = Reading(format, known, "openmetrics" in stream.content_type)
+    # A newline stands before the text, so that each line starts with one.
+    buffer = bytearray(b"\n" * (CHUNK + 2))
+    filled, count, started = 1, 1, False
+    while count:
+        with memoryview(buffer) as view:
+            count = stream.readinto(view[filled:-1])
+        filled, reading.size = filled + count, reading.size + count
+        if not count and buffer[filled - 1] != NEWLINE:
+            if not stream.framed and (started or not _null(buffer, filled)):
+                raise ScrapeError("truncated", "the last line has no end")
+            buffer[filled] = NEWLINE
+            filled += 1
+        end = buffer.rfind(b"\n", 0, filled) + 1
+        started = started or _starts(buffer, end, stream.content_type, not count)
+        if started:
+            kept = reading.scan(buffer, end, not count)
+        else:
+            kept = 0 if _NOT_BLANK.search(buffer, 0, end) else end - 1
+        if list_names and len(reading.names) < MAX_NAMES:
+            reading.names.update(_LISTED_NAME.findall(buffer, 0, end))
+        buffer[: filled - kept] = buffer[kept:filled]
+        filled -= kept
+        if filled > CHUNK:
+            raise ScrapeError("too_large", f"a line of more than {CHUNK - 1} bytes")
+    if started and reading.openmetrics and not reading.ended:
+        raise ScrapeError("truncated", "no # EOF at the end of OpenMetrics text")
+    return reading
+
+
+def _null(buffer: bytearray, end: int) -> bool:
+    return end <= MAX_NULL and buffer[:end].strip() == b"null"
+
+
+def _starts(buffer: bytearray, end: int, content_type: str, final: bool) -> bool:
+    first = _NOT_BLANK.search(buffer, 0, end)
+    if not first or _null(buffer, end):
+        return False
+    media = content_type.partition(";")[0].strip().lower()
+    if media.endswith(("html", "json", "+xml")):
+        raise ScrapeError("not_metrics", f"Content-Type {media[:60]!r}")
+    if buffer[first.start()] != ord("#"):
+        try:
+            _line(buffer, first.start(), end, _TIMESTAMP_OPENMETRICS)
+        except ScrapeError:
+            if not final and _OPEN_STRING.match(buffer, first.start(), end):
+                return False
+            shown = bytes(buffer[first.start() : end]).partition(b"\n")[0][:40]
+            raise ScrapeError("not_metrics", f"it starts with {shown!r}") from None
+    return True
+
+
+class Reading:
+    """What has been read of a body: samples of wanted names, and what was noticed."""
+
+    def __init__(
+        self, format: Format, known: dict[bytes, Labels], openmetrics: bool
+    ) -> None:
+        self.samples: dict[Labels, float] = {}
+        self.series: dict[bytes, Labels] = {}
+        self.reserved: set[str] = set()
+        self.names: set[bytes] = set()
+        self.size = 0
+        self.openmetrics = openmetrics
+        self.ended = False
+        self._text = 0
+        self._format = format
+        self._known = known
+
+    def scan(self, buffer: bytearray, end: int, final: bool) -> int:
+        """Take the samples of whole lines; return where the rest to keep begins.
+
+        A quoted label value may hold a newline, so a line may go on behind the end.
+        """
+        at, after = 0, _TIMESTAMP_OPENMETRICS if self.openmetrics else _TIMESTAMP
+        if end > 1:
+            self.ended = buffer[max(0, end - 7) : end] == b"\n# EOF\n"
+        while True:
+            match = self._format.lines.search(buffer, at, end)
+            if not match:
+                return end - 1
+            start = match.start() + 1
+            try:
+                text, value, at = _line(buffer, start, end, after)
+            except ScrapeError:
+                if final or not _OPEN_STRING.match(buffer, start, end):
+                    raise
+                return start - 1
+            self._add(text, value)
+
+    def _add(self, text: bytes, value: float) -> None:
+        labels = self._known[text] if text in self._known else self._labels(text)
+        self.series[text] = labels
+        if labels:
+            # Prometheus keeps the first of two samples of one series.
+            self.samples.setdefault(labels, value)
+        self._text += len(text)
+        if len(self.samples) > MAX_SERIES or self._text > MAX_SERIES_TEXT:
+            raise ScrapeError("too_large", f"more than {MAX_SERIES} series are wanted")
+
+    def _labels(self, text: bytes) -> Labels:
+        own = parse_series(text)
+        name = own["__name__"]
+        if name in SYNTHETIC:
+            self.reserved.add(name)
+        if name not in self._format.names:
+            return ()
+        labels = {**own, **dict(self._format.labels)}
+        for label, _ in self._format.labels:
+            if label in own:
+                exported = "exported_" + label
+                while exported in labels:
+                    exported = "exported_" + exported
+                labels[exported] = own[label]
+        return tuple(sorted(labels.items()))
+
+
+def _line(
+    buffer: bytearray, start: int, end: int, after: re.Pattern[bytes]
+) -> tuple[bytes, float, int]:
+    name = _NAME_TEXT.match(buffer, start, end)
+    at = name.end() if name else start
+    braces = _BRACES.match(buffer, at, end)
+    at = braces.end() if braces else at
+    rest = _VALUE.match(buffer, at, end)
+    try:
+        if (name or braces) and rest and after.match(rest[2]):
+            value = parse_float(rest[1].decode("ascii"))
+            return bytes(buffer[start:at]), value, rest.end() - 1
+    except ValueError:
+        pass
+    shown = bytes(buffer[start : min(end, start + 80)]).partition(b"\n")[0]
+    raise ScrapeError("bad_line", f"not a sample: {shown!r}")
+
+
+def parse_series(text: bytes) -> dict[str, str]:
+    """Return the labels of a series from its text, the name as ``__name__``.
+
+    Raises ScrapeError.
+
+    >>> parse_series(b'x{a="b",}')
+    {'__name__': 'x', 'a': 'b'}
+    """
+    name, _, pairs = text.rstrip(b" \t").partition(b"{")
+    labels = {"__name__": name.decode().strip()} if name else {}
+    pairs, at = pairs[:-1].rstrip(b" \t"), 0
+    try:
+        while at < len(pairs):
+            match = _PAIR.match(pairs, at)
+            if not match:
+                raise ValueError("no label")
+            plain, quoted, value, _ = match.groups()
+            # A quoted name without a value is the metric's own.
+            label = (
+                (plain.decode() if plain else _unescape(quoted))
+                if value
+                else "__name__"
+            )
+            if label in labels or (plain and not value):
+                raise ValueError("label twice, or without a value")
+            labels[label] = _unescape(value or quoted)
+            at = match.end()
+        if not labels.get("__name__"):
+            raise ValueError("no name")
+    except ValueError as error:
+        raise ScrapeError("bad_line", f"{error} in {text[:80]!r}") from None
+    return {label: value for label, value in labels.items() if value}
+
+
+def _unescape(quoted: bytes) -> str:
+    # Any other backslash stands for itself, as in Prometheus.
+    text = _LABEL_ESCAPE.sub(lambda m: b"\n" if m[1] == b"n" else m[1], quoted[1:-1])
+    return text.decode()
+
+
+# --- 8. Monitor: owns history, rule states, the latest Verdict ---------------------
+
+LOG = logging.getLogger("health_check")
+POINTS_PER_RANGE = 512
+MAX_GAP = 300.0
+GRACE = 0.05
+STOP = -1
+BUG = "this is a bug in health_check.py: please report it"
+
+
+class Job(NamedTuple):
+    """A worker's order: scrape for this check, until a monotonic deadline."""
+
+    sequence: int
+    deadline: float
+    list_names: bool
+
+
+class Outcome(NamedTuple):
+    """A worker's answer, ``samples`` being those of the wanted names."""
+
+    target: int
+    sequence: int
+    status: TargetStatus
+    samples: Mapping[Labels, float] = MappingProxyType({})
+    reserved: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+
+
+class Monitor:
+    """Checks on demand or on a schedule, and publishes a Verdict each time.
+
+    One thread records, evaluates and publishes; one worker for each target scrapes.
+    All it hears comes through one inbox: a number asks for a verdict after the one of
+    that number, an Outcome comes from a worker.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self.verdict = Verdict(0, False, "never scraped", clock(), wall())
+        self.on_publish: Callable[[], object] = lambda: None
+        self._clock, self._wall = clock, wall
+        self._inbox: queue.SimpleQueue[int | Outcome] = queue.SimpleQueue()
+        self._jobs: list[queue.SimpleQueue[Job | None]] = [
+            queue.SimpleQueue() for _ in config.metrics_endpoint
+        ]
+        self._idle = set(range(len(self._jobs)))
+        self._history: History = {}
+        self._windows = _windows(config.rules)
+        self._formats = [
+            format_for(self._windows, _target_labels(target.instance, config))
+            for target in config.metrics_endpoint
+        ]
+        self._access = Access(
+            config.metrics_bearer_token_file,
+            config.metrics_ca_file,
+            config.metrics_cert_file,
+            config.metrics_key_file,
+            config.metrics_tls_skip_verify,
+        )
+        self._statuses = [RuleStatus(rule) for rule in config.rules]
+        self._scraped = False
+        self.patience = config.metrics_timeout + 2 * GRACE
+        self._unseen = _user_selectors(config.rules)
+        self._reserved: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+
+    def start(self) -> None:
+        """Start the workers and the thread that checks."""
+        self.start_workers()
+        self._thread.start()
+
+    def start_workers(self) -> None:
+        """Start the workers alone, for a caller that calls ``check`` itself."""
+        for index, jobs in enumerate(self._jobs):
+            arguments = (index, jobs)
+            name = f"scrape {self.config.metrics_endpoint[index].instance}"
+            threading.Thread(
+                target=self._work, args=arguments, name=name, daemon=True
+            ).start()
+
+    def stop(self) -> None:
+        """Ask all threads to end; a scrape that hangs ends with the process."""
+        self._inbox.put(STOP)
+        for jobs in self._jobs:
+            jobs.put(None)
+
+    def alive(self) -> bool:
+        """Tell whether the thread that checks is there."""
+        return self._thread.is_alive()
+
+    def request(self, sequence: int) -> None:
+        """Ask for a verdict after the one of that number; a running check will do."""
+        self._inbox.put(sequence)
+
+    def check(self) -> Verdict:
+        """Scrape all targets, evaluate all rules, publish and return the verdict."""
+        now, wall = self._clock(), self._wall()
+        try:
+            outcomes = self._scrape(self.verdict.sequence + 1)
+            verdict = self._judge(outcomes, now, wall)
+        except Exception as error:
+            LOG.exception("%s", BUG)
+            reason = f"bug: {type(error).__name__}: {error}"
+            verdict = self.verdict._replace(
+                sequence=self.verdict.sequence + 1,
+                healthy=False,
+                reason=reason,
+                time=now,
+                wall=wall,
+                rules=(),
+            )
+        self.verdict = verdict
+        self.on_publish()
+        return verdict
+
+    def instant(self) -> Instant:
+        """Return what expressions can be evaluated against, as of the latest check."""
+        return Instant(self.verdict.time, self.verdict.wall, self._history, {}, {})
+
+    def _run(self) -> None:
+        interval = self.config.scrape_interval
+        due = self._clock() if interval else math.inf
+        while True:
+            message = self._receive(due - self._clock())
+            if isinstance(message, Outcome):
+                self._idle.add(message.target)
+            elif message is None or message >= self.verdict.sequence:
+                due = self._clock() + interval if interval else math.inf
+                for level, change in transitions(self.verdict, self.check()):
+                    LOG.log(level, "%s", change)
+
+    def _receive(self, seconds: float) -> int | Outcome | None:
+        try:
+            patience = None if seconds == math.inf else max(seconds, 0.0)
+            message = self._inbox.get(timeout=patience)
+        except queue.Empty:
+            return None
+        if message == STOP:
+            # Ends this thread, and no other, without a word.
+            raise SystemExit
+        return message
+
+    def _scrape(self, sequence: int) -> list[Outcome]:
+        deadline = time.monotonic() + self.config.metrics_timeout
+        job = Job(sequence, deadline, bool(self._unseen))
+        for index in self._idle:
+            self._jobs[index].put(job)
+        self._idle.clear()
+        outcomes = [self._late(index, sequence) for index in range(len(self._jobs))]
+        missing = len(outcomes)
+        while missing:
+            # A worker that keeps the deadline says more than that it passed.
+            message = self._receive(deadline + GRACE - time.monotonic())
+            if message is None:
+                break
+            if isinstance(message, Outcome) and message.sequence == sequence:
+                outcomes[message.target] = message
+                self._idle.add(message.target)
+                missing -= 1
+            elif isinstance(message, Outcome):
+                self._jobs[message.target].put(job)
+        return outcomes
+
+    def _late(self, index: int, sequence: int) -> Outcome:
+        timeout = format_duration(self.config.metrics_timeout)
+        instance = self.config.metrics_endpoint[index].instance
+        status = TargetStatus(instance, "timeout", f"no answer within {timeout}")
+        return Outcome(index, sequence, status)
+
+    def _work(self, index: int, jobs: queue.SimpleQueue[Job | None]) -> None:
+        target = self.config.metrics_endpoint[index]
+        known: dict[bytes, Labels] = {}
+        for job in iter(jobs.get, None):
+            started = time.monotonic()
+            status, reading = TargetStatus(target.instance), None
+            try:
+                with open_stream(target, job.deadline, self._access) as stream:
+                    reading = read_samples(
+                        stream, self._formats[index], known, job.list_names
+                    )
+                known = reading.series
+            except ScrapeError as error:
+                status = status._replace(reason=error.reason, message=str(error))
+            except Exception as error:
+                LOG.exception("%s", BUG)
+                status = status._replace(reason="bug", message=f"{error!r}")
+            status = status._replace(seconds=time.monotonic() - started)
+            self._inbox.put(_outcome(index, job, status, reading))
+
+    def _judge(self, outcomes: Sequence[Outcome], now: float, wall: float) -> Verdict:
+        if now - self.verdict.time > MAX_GAP:
+            self._statuses = [restart_clocks(status) for status in self._statuses]
+        targets = tuple(self._record(outcome, now) for outcome in outcomes)
+        self._forget(now)
+        self._scraped = self._scraped or any(not t.reason for t in targets)
+        instant = Instant(now, wall, self._history, {}, {})
+        self._statuses = [_judged(status, instant) for status in self._statuses]
+        self._warn(outcomes, instant)
+        failing = [
+            s.rule.name for s in self._statuses if s.state in ("firing", "error")
+        ]
+        reason = ", ".join(failing) if self._scraped else "never scraped"
+        return Verdict(
+            self.verdict.sequence + 1,
+            not reason,
+            reason,
+            now,
+            wall,
+            tuple(self._statuses),
+            targets,
+        )
+
+    def _record(self, outcome: Outcome, now: float) -> TargetStatus:
+        status, samples = outcome.status, outcome.samples
+        remembered = sum(map(len, self._history.values()))
+        if remembered + len(samples) > 2 * MAX_SERIES * len(self._jobs):
+            message = "label values change with each scrape: too many series"
+            status, samples = status._replace(reason="too_large", message=message), {}
+        before = next(
+            (t for t in self.verdict.targets if t.instance == status.instance), None
+        )
+        same = before and bool(before.reason) == bool(status.reason)
+        status = status._replace(since=before.since if before and same else now)
+        labels = _target_labels(status.instance, self.config)
+        for sample in (
+            *_synthetic(status, labels),
+            *itertools.starmap(Sample, samples.items()),
+        ):
+            self._remember(sample, now)
+        return status
+
+    def _remember(self, sample: Sample, now: float) -> None:
+        name = dict(sample.labels)["__name__"]
+        window = self._windows.get(name, 0.0)
+        series = self._history.setdefault(name, {})
+        if sample.labels not in series:
+            series[sample.labels] = Points(array("d"), array("d"))
+        times, values = series[sample.labels]
+        # Of a storm of checks only the newest and well spaced older ones are kept.
+        crowded = len(times) > 1 and times[-1] - times[-2] < window / POINTS_PER_RANGE
+        if times and (crowded or not window):
+            times[-1], values[-1] = now, sample.value
+        else:
+            times.append(now)
+            values.append(sample.value)
+
+    def _forget(self, now: float) -> None:
+        for name, series in self._history.items():
+            start = now - self._windows.get(name, 0.0)
+            for labels, (times, values) in list(series.items()):
+                old = bisect_right(times, start)
+                if times[-1] < now and old == len(times):
+                    del series[labels]
+                elif old < len(times):
+                    del times[:old], values[:old]
+
+    def _warn(self, outcomes: Sequence[Outcome], instant: Instant) -> None:
+        for name in {name for outcome in outcomes for name in outcome.reserved}:
+            if name not in self._reserved:
+                self._reserved.add(name)
+                LOG.warning("the target serves %s, which is set here: dropped", name)
+        if any(o.status.reason or not o.names for o in outcomes):
+            return
+        names = {name for outcome in outcomes for name in outcome.names}
+        for rule_name, selector in self._unseen:
+            if not select(selector, instant):
+                near = difflib.get_close_matches(selector.name, names, 1)
+                hint = f"; {near[0]} is" if near else ""
+                text = format_expression(selector)
+                LOG.warning("%s: no series of %s is there%s", rule_name, text, hint)
+        self._unseen = ()
+
+
+def transitions(before: Verdict, after: Verdict) -> Iterator[tuple[int, str]]:
+    """Yield what is worth a log line between two verdicts: level and message."""
+    known = {target.instance: target for target in before.targets}
+    for target in after.targets:
+        was = known.get(target.instance, TargetStatus(target.instance))
+        if target.reason and target.reason != was.reason:
+            what = f"scrape failed: {target.reason}: {target.message}"
+            yield logging.WARNING, f"{target.instance}: {what}"
+        elif was.reason and not target.reason:
+            yield logging.INFO, f"{target.instance}: scraped again"
+    states = {status.rule.name: status for status in before.rules}
+    for status in after.rules:
+        old = states.get(status.rule.name, RuleStatus(status.rule))
+        if (status.state, status.error) != (old.state, old.error):
+            bad = status.state in ("firing", "error")
+            level = logging.WARNING if bad else logging.INFO
+            yield level, f"{status.rule.name}: {describe(status, after.time)}"
+    if (before.healthy, before.sequence > 0) != (after.healthy, True):
+        word = "Healthy" if after.healthy else f"Unhealthy: {after.reason}"
+        yield logging.INFO if after.healthy else logging.WARNING, word
+
+
+def describe(status: RuleStatus, now: float) -> str:
+    """Return the state of a rule in words, with the worst of its series.
+
+    >>> describe(RuleStatus(Rule("Full", Number(1)), (), "", 1, 3.0, 10.0), 0.0)
+    'ok: 3 (limit 10)'
+    """
+    if status.state == "error":
+        return f"error: {status.error}"
+    if status.state == "inactive":
+        if not status.matched:
+            return "ok (no series)"
+        margin = ""
+        if status.value is not None and status.limit is not None:
+            limit = format_float(status.limit)
+            margin = f": {format_float(status.value)} (limit {limit})"
+        return "ok" + margin
+    shown = [alert for alert in status.alerts if alert.state == status.state]
+    first = shown[0]
+    since = first.since if first.fired is None else first.fired
+    more = f" and {len(shown) - 1} more" if shown[1:] else ""
+    series = f"{format_series(first.labels)} {format_float(first.value)}"
+    return f"{status.state} for {format_duration(int(now - since))}: {series}{more}"
+
+
+def _judged(status: RuleStatus, instant: Instant) -> RuleStatus:
+    try:
+        return judge(status.rule, status, instant)
+    except Exception as error:
+        LOG.exception("%s", BUG)
+        return status._replace(error=f"bug: {type(error).__name__}: {error}")
+
+
+def _outcome(
+    index: int, job: Job, status: TargetStatus, reading: Reading | None
+) -> Outcome:
+    if reading is None:
+        return Outcome(index, job.sequence, status)
+    status = status._replace(size=reading.size, series=len(reading.samples))
+    names = frozenset(name.decode() for name in reading.names)
+    reserved = frozenset(reading.reserved)
+    return Outcome(index, job.sequence, status, reading.samples, reserved, names)
+
+
+def _target_labels(instance: str, config: Config) -> Labels:
+    return tuple(sorted((("instance", instance), *config.target_labels)))
+
+
+def _synthetic(status: TargetStatus, labels: Labels) -> Iterator[Sample]:
+    # What Prometheus adds to a scrape, and the reason of a failure.
+    for name, value in (
+        ("up", float(not status.reason)),
+        ("scrape_duration_seconds", status.seconds),
+        ("scrape_body_size_bytes", float(status.size)),
+    ):
+        yield Sample(tuple(sorted((("__name__", name), *labels))), value)
+    if status.reason:
+        own = (("__name__", "scrape_error"), ("reason", status.reason))
+        yield Sample(tuple(sorted((*own, *labels))), 1.0)
+
+
+def _windows(rules: Iterable[Rule]) -> dict[str, float]:
+    windows: dict[str, float] = {}
+    for rule in rules:
+        for selector in find_selectors(rule.expr):
+            windows[selector.name] = max(
+                windows.get(selector.name, 0.0), selector.window
+            )
+    return windows
+
+
+def _user_selectors(rules: Iterable[Rule]) -> tuple[tuple[str, Selector], ...]:
+    return tuple(
+        (rule.name, selector)
+        for rule in rules
+        if not rule.builtin
+        for selector in find_selectors(
+            rule.expr, besides=("absent", "absent_over_time")
+        )
+        if selector.name not in SYNTHETIC
+    )
+
+
+# --- 10. Serve: Verdict -> HTTP -----------------------------------------------------
+
+MAX_CONNECTIONS = 512
+MAX_REQUEST = 16 * 1024
+PATIENCE = 5.0
+ALLOWED = ("GET", "HEAD")
+TEXT = "text/plain; charset=utf-8"
+
+
+class Answer(NamedTuple):
+    """A response: status, body and its type."""
+
+    status: int
+    body: str
+    content_type: str = TEXT
+
+
+def answer_health(verdict: Verdict, query: str) -> Answer:
+    """Answer ``/health``: it fails closed, so only a healthy verdict is 200."""
+    word = "Healthy" if verdict.healthy else "Unhealthy"
+    status = 200 if verdict.healthy else 503
+    if "verbose" not in urllib.parse.parse_qs(query, keep_blank_values=True):
+        return Answer(status, f"{word}\n")
+    lines = [
+        f"[-]scrape of {target.instance} failed: {target.reason}: {target.message}"
+        for target in verdict.targets
+        if target.reason
+    ]
+    for rule in verdict.rules:
+        sign = "-" if rule.state in ("firing", "error") else "+"
+        lines.append(f"[{sign}]{rule.rule.name} {describe(rule, verdict.time)}")
+    lines.append(word + (f": {verdict.reason}" if verdict.reason else ""))
+    return Answer(status, "".join(escape_controls(line) + "\n" for line in lines))
+
+
+def answer_rule(verdict: Verdict, name: str) -> Answer:
+    """Answer ``/health/Name``: it fails open, so only a rule that fires is 503."""
+    status = next((s for s in verdict.rules if s.rule.name == name), None)
+    if status and status.state == "firing":
+        return Answer(503, "Unhealthy\n")
+    unknown = status.error if status else verdict.reason
+    return Answer(200, f"Healthy (unknown: {unknown})\n" if unknown else "Healthy\n")
+
+
+class Request(http.server.BaseHTTPRequestHandler):
+    """A whole request, parsed from memory and answered into memory."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, head: bytes, client: str) -> None:
+        # The base class would read from a socket and answer at once.
+        self.client_address = (client, 0)
+        self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
+        self.command = self.path = self.requestline = ""
+        self.request_version = self.protocol_version
+        self.raw_requestline = self.rfile.readline()
+        if len(head) > MAX_REQUEST:
+            self.respond(Answer(431, "the request is too large\n"))
+        elif self.parse_request():
+            refusal = self._refusal()
+            if refusal:
+                self.respond(refusal)
+        elif not self.output:
+            self.respond(Answer(400, "no request\n"))
+
+    @property
+    def output(self) -> bytes:
+        """The response, empty until there is one."""
+        return cast(io.BytesIO, self.wfile).getvalue()
+
+    def respond(self, answer: Answer) -> None:
+        """Write the response; the connection ends with it."""
+        body = answer.body.encode()
+        # The base class would send an HTTP/0.9 request no head at all.
+        self.request_version = self.protocol_version
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Connection", "close")
+        if answer.status == 405:
+            self.send_header("Allow", ", ".join(ALLOWED))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """Answer in plain text what the base class refuses, without its echo."""
+        self.respond(Answer(code, f"{self.responses[code][0]}\n"))
+
+    def version_string(self) -> str:
+        """Return the Server header, without the version of Python."""
+        return AGENT
+
+    def handle_expect_100(self) -> bool:
+        """Go on without an interim response: a body is refused anyway."""
+        return True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log at DEBUG; the formatter makes control characters harmless."""
+        LOG.debug("%s: %s", self.client_address[0], format % args)
+
+    def _refusal(self) -> Answer | None:
+        if self.request_version == "HTTP/0.9":
+            return Answer(400, "HTTP/0.9 is not spoken here\n")
+        if self.command not in ALLOWED:
+            return Answer(405, f"only {' and '.join(ALLOWED)}\n")
+        length = self.headers.get_all("Content-Length", ["0"])
+        if length != ["0"] or "Transfer-Encoding" in self.headers:
+            return Answer(400, "a request has no body here\n")
+        return None
+
+
+class Connection:
+    """A caller: what it has sent, its request once that is whole, what it is owed."""
+
+    def __init__(self, sock: socket.socket, client: str) -> None:
+        self.sock, self.client = sock, client
+        self.received = bytearray()
+        self.request: Request | None = None
+        self.after = 0
+        self.owed = b""
+        self.lingers = False
+
+
+class Server:
+    """Answers all callers from one loop; a slow one costs a buffer, never a thread.
+
+    A connection is being read, is parked until a verdict comes, or is being written
+    to.  Each of the three has one patience, so the dicts are in order of deadline.
+    """
+
+    def __init__(self, listener: socket.socket, monitor: Monitor) -> None:
+        self._monitor, self._listener = monitor, listener
+        self._selector = selectors.DefaultSelector()
+        self._reading: dict[Connection, float] = {}
+        self._parked: dict[Connection, float] = {}
+        self._writing: dict[Connection, float] = {}
+        self._accepts_again = math.inf
+        self._stopping = False
+        self._woken, self.waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self.waker.setblocking(False)
+        listener.setblocking(False)
+        monitor.on_publish = self.wake
+
+    def serve(self) -> None:
+        """Answer until stop() is called."""
+        self._watch(self._listener, selectors.EVENT_READ, self._accept)
+        self._watch(self._woken, selectors.EVENT_READ, self._wake_up)
+        while not self._stopping:
+            for key, _ in self._selector.select(self._rest()):
+                self._react(key.fileobj, key.data)
+            self._expire(time.monotonic())
+        for connection in [*self._reading, *self._parked, *self._writing]:
+            self._close(connection)
+        for sock in (self._listener, self._woken, self.waker):
+            sock.close()
+        self._selector.close()
+
+    def stop(self) -> None:
+        """Make serve() return; safe in a signal handler and in any thread."""
+        self._stopping = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the loop look for a new verdict; safe in any thread."""
+        # If it is full the loop wakes anyway; if it is closed there is no loop.
+        with suppress(OSError):
+            self.waker.send(b"\0")
+
+    def _watch(
+        self, sock: socket.socket, events: int, then: Callable[[], None]
+    ) -> None:
+        self._selector.register(sock, events, then)
+
+    def _rest(self) -> float | None:
+        queues = (self._reading, self._parked, self._writing)
+        deadlines = [next(iter(queue.values())) for queue in queues if queue]
+        first = min([*deadlines, self._accepts_again])
+        return None if first == math.inf else max(0.0, first - time.monotonic())
+
+    def _accept(self) -> None:
+        sock, address = self._listener.accept()
+        sock.setblocking(False)
+        connection = Connection(sock, address[0].replace("::ffff:", ""))
+        self._move(connection, self._reading, PATIENCE)
+        self._watch(sock, selectors.EVENT_READ, partial(self._read, connection))
+        held = sum(map(len, (self._reading, self._parked, self._writing)))
+        if held > MAX_CONNECTIONS:
+            self._close(next(iter(self._reading)))
+
+    def _pause(self) -> None:
+        LOG.warning("no file descriptor is left for a caller")
+        for connection in list(self._reading)[:1]:
+            self._close(connection)
+        self._selector.unregister(self._listener)
+        self._accepts_again = time.monotonic() + 0.1
+
+    def _move(
+        self, connection: Connection, queue: dict[Connection, float], patience: float
+    ) -> None:
+        for other in (self._reading, self._parked, self._writing):
+            other.pop(connection, None)
+        queue[connection] = time.monotonic() + patience
+
+    def _close(self, connection: Connection) -> None:
+        for phase in (self._reading, self._parked, self._writing):
+            phase.pop(connection, None)
+        self._ignore(connection)
+        connection.sock.close()
+
+    def _react(self, sock: object, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BlockingIOError:
+            # It was not ready after all, and will say so when it is.
+            return
+        except OSError as error:
+            LOG.debug("a caller went away: %s", error)
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._pause()
+        except Exception:
+            LOG.exception("%s", BUG)
+        else:
+            return
+        for phase in (self._reading, self._parked, self._writing):
+            for connection in [c for c in phase if c.sock is sock]:
+                self._close(connection)
+
+    def _ignore(self, connection: Connection) -> None:
+        if connection.sock in self._selector.get_map():
+            self._selector.unregister(connection.sock)
+
+    def _read(self, connection: Connection) -> None:
+        received = connection.received
+        data = connection.sock.recv(MAX_REQUEST + 1 - len(received))
+        if not data:
+            self._close(connection)
+            return
+        received += data
+        whole = b"\r\n\r\n" in received or b"\n\n" in received
+        if whole or len(received) > MAX_REQUEST:
+            self._ignore(connection)
+            self._handle(connection)
+
+    def _handle(self, connection: Connection) -> None:
+        request = Request(bytes(connection.received), connection.client)
+        connection.request, connection.received = request, bytearray()
+        if request.output:
+            connection.lingers = True
+            self._send(connection, request.output)
+            return
+        answer = self._route(request, self._fresh())
+        if answer:
+            self._respond(connection, answer)
+        else:
+            connection.after = self._monitor.verdict.sequence
+            self._move(connection, self._parked, self._monitor.patience)
+            self._monitor.request(connection.after)
+
+    def _fresh(self) -> Verdict | None:
+        # On a schedule a verdict may be three intervals old; otherwise each request
+        # is a check.
+        verdict, interval = self._monitor.verdict, self._monitor.config.scrape_interval
+        age = time.monotonic() - verdict.time
+        return verdict if verdict.sequence and age <= 3 * interval else None
+
+    def _route(self, request: Request, verdict: Verdict | None) -> Answer | None:
+        path, query = _TARGET.findall(request.path)[0]
+        if path == "/livez":
+            return self._answer_livez()
+        if path == "/health":
+            return answer_health(verdict, query) if verdict else None
+        name = path[len("/health/") :] if path.startswith("/health/") else ""
+        if name in {rule.name for rule in self._monitor.config.rules}:
+            return answer_rule(verdict, name) if verdict else None
+        return Answer(404, "not found: try /health, /health/RULE or /livez\n")
+
+    def _answer_livez(self) -> Answer:
+        if self._monitor.alive():
+            return Answer(200, "Healthy\n")
+        return Answer(503, "Unhealthy: the monitor thread is dead\n")
+
+    def _wake_up(self) -> None:
+        with suppress(BlockingIOError):
+            self._woken.recv(4096)
+        verdict = self._monitor.verdict
+        for connection in list(self._parked):
+            if verdict.sequence > connection.after:
+                answer = partial(self._answer_parked, connection, verdict)
+                self._react(connection.sock, answer)
+
+    def _answer_parked(self, connection: Connection, verdict: Verdict) -> None:
+        request = connection.request
+        answer = self._route(request, verdict) if request else None
+        if answer:
+            self._respond(connection, answer)
+
+    def _expire(self, now: float) -> None:
+        for connection in _expired(self._reading, now):
+            LOG.debug("%s: sent no request in time", connection.client)
+            self._close(connection)
+        for connection in _expired(self._writing, now):
+            LOG.debug("%s: did not read its answer in time", connection.client)
+            self._close(connection)
+        for connection in _expired(self._parked, now):
+            answer = partial(self._answer_parked, connection, self._overdue(now))
+            self._react(connection.sock, answer)
+        if now >= self._accepts_again:
+            self._accepts_again = math.inf
+            self._watch(self._listener, selectors.EVENT_READ, self._accept)
+
+    def _overdue(self, now: float) -> Verdict:
+        reason = "no verdict within the deadline: the checker is stuck"
+        return Verdict(0, False, reason, now, time.time())
+
+    def _respond(self, connection: Connection, answer: Answer) -> None:
+        if connection.request:
+            connection.request.respond(answer)
+            self._send(connection, connection.request.output)
+
+    def _send(self, connection: Connection, output: bytes) -> None:
+        connection.owed = output
+        self._move(connection, self._writing, PATIENCE)
+        with suppress(BlockingIOError):
+            self._write(connection)
+        if connection.owed and connection in self._writing:
+            then = partial(self._write, connection)
+            self._watch(connection.sock, selectors.EVENT_WRITE, then)
+
+    def _write(self, connection: Connection) -> None:
+        sent = connection.sock.send(connection.owed)
+        connection.owed = connection.owed[sent:]
+        if not connection.owed and connection.lingers:
+            self._linger(connection)
+        elif not connection.owed:
+            self._close(connection)
+
+    def _linger(self, connection: Connection) -> None:
+        # Closing with input unread would reset the connection, and the caller might
+        # never see why it was refused.
+        self._ignore(connection)
+        with suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_WR)
+        then = partial(self._discard, connection)
+        self._watch(connection.sock, selectors.EVENT_READ, then)
+
+    def _discard(self, connection: Connection) -> None:
+        if not connection.sock.recv(MAX_REQUEST):
+            self._close(connection)
+
+
+# The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
+# section 3.2); it matches any text.
+_TARGET = re.compile(r"(?:https?://[^/?#]*)?([^?#]*)\??([^#]*)")
+
+
+def _expired(queue: dict[Connection, float], now: float) -> list[Connection]:
+    return [c for c, _ in itertools.takewhile(lambda i: i[1] <= now, queue.items())]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on a port; without a host, on IPv6 and IPv4.
+
+    Raises OSError where the port is taken or not permitted.
+    """
+    if host:
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0]
+        return _bound_socket(found[0], found[4])
+    try:
+        return _bound_socket(socket.AF_INET6, ("::", port))
+    except OSError as error:
+        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            raise
+        return _bound_socket(socket.AF_INET, ("0.0.0.0", port))
+
+
+def _bound_socket(family: int, address: tuple[Any, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and address[0] == "::":
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+        sock.listen(MAX_CONNECTIONS)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+# --- 11. Main: wiring and signals ----------------------------------------------------
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record, with whatever comes from outside made harmless."""
+
+    converter = staticmethod(time.gmtime)
+    default_msec_format = "%s.%03dZ"
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, control characters escaped."""
+        lines = super().format(record).split("\n")
+        return "\n".join(
+            map(escape_controls, lines if record.exc_info else [" ".join(lines)])
+        )
+
+
+class JSONFormatter(TextFormatter):
+    """One JSON object a line: time, level, message, and a traceback if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        fields = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status.
+
+    0 is healthy or a clean stop, 1 unhealthy or not able to serve, 2 a wrong
+    configuration or expression.
+    """
+    options = _parser().parse_args(argv)
+    environ = dict(os.environ)
+    if options.probe is not None:
+        return probe(environ, options.probe)
+    try:
+        config = load_config(environ)
+        expr = None if options.query is None else parse_expression(options.query)
+    except (ConfigError, PromQLError) as error:
+        print(f"health_check.py: {error}", file=sys.stderr)
+        return 2
+    _log_to_stderr(config)
+    for warning in config.warnings:
+        LOG.warning("%s", warning)
+    if options.check_config:
+        print("\n".join(map(describe_rule, config.rules)))
+        return 0
+    if expr is not None:
+        return query(config, expr)
+    if options.demo:
+        config = _start_demo(config)
+    return check_once(config) if options.once else serve(config)
+
+
+def serve(config: Config) -> int:
+    """Answer until SIGTERM or SIGINT; return 0, or 1 where the port cannot be had."""
+    try:
+        listener = listen(config.app_host, config.app_port)
+    except OSError as error:
+        where = f"{config.app_host or 'any address'}, port {config.app_port}"
+        LOG.error("cannot listen on %s: %s", where, error.strerror or error)
+        return 1
+    monitor = Monitor(config)
+    server = Server(listener, monitor)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    # A signal that comes just before the loop sleeps would not wake it otherwise.
+    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
+    monitor.start()
+    LOG.info("%s", _start_line(config, listener.getsockname()[1]))
+    server.serve()
+    signal.set_wakeup_fd(-1)
+    monitor.stop()
+    return 0
+
+
+def check_once(config: Config) -> int:
+    """Check once, print the outcome, and return 0 for Healthy or 1.
+
+    One check is no time: ``for`` counts as over, and a rule with a range is left out.
+    """
+    ranged = [rule for rule in config.rules if _longest_range(rule.expr)]
+    rules = tuple(
+        rule._replace(hold=0.0) for rule in config.rules if rule not in ranged
+    )
+    for rule in ranged:
+        print(f"[?]{rule.name} undecided: one check has no {_range_text(rule.expr)}")
+    monitor = Monitor(config._replace(rules=rules))
+    monitor.start_workers()
+    answer = answer_health(monitor.check(), "verbose")
+    print(answer.body, end="")
+    return 0 if answer.status == 200 else 1
+
+
+def query(config: Config, expr: Expr) -> int:
+    """Print what an expression gives now, as promtool does; 1 if a scrape failed."""
+    asked = Operation("vector", (expr,)) if type_of(expr) == SCALAR else expr
+    monitor = Monitor(config._replace(rules=(Rule("Query", asked),)))
+    monitor.start_workers()
+    verdict = monitor.check()
+    if _longest_range(expr):
+        time.sleep(QUERY_PAUSE)
+        verdict = monitor.check()
+    for target in verdict.targets:
+        if target.reason:
+            problem = f"scrape of {target.instance} failed: {target.reason}"
+            print(f"{problem}: {target.message}", file=sys.stderr)
+    try:
+        for line in _results(expr, monitor.instant()):
+            print(escape_controls(line))
+    except EvaluationError as error:
+        print(f"health_check.py: {error}", file=sys.stderr)
+        return 1
+    return 1 if any(target.reason for target in verdict.targets) else 0
+
+
+def _results(expr: Expr, instant: Instant) -> Iterator[str]:
+    if type_of(expr) == SCALAR:
+        number = format_float(cast(float, evaluate(expr, instant)))
+        yield f"scalar: {number} @[{instant.wall:.3f}]"
+    elif isinstance(expr, Selector) and expr.window:
+        for labels, (times, values) in select_range(expr, instant).items():
+            yield f"{format_series(labels)} =>"
+            for at, value in zip(times, values):
+                unix = at - instant.now + instant.wall
+                yield f"{format_float(value)} @[{unix:.3f}]"
+    else:
+        for labels, value in evaluate_vector(expr, instant).items():
+            series = format_series(labels)
+            yield f"{series} => {format_float(value)} @[{instant.wall:.3f}]"
+
+
+def probe(environ: Mapping[str, str], path: str) -> int:
+    """Ask the program that runs here, print its answer, return 0 if that is 200."""
+    host = environ.get("APP_HOST", "").strip() or "localhost"
+    host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(host, host)
+    port = environ.get("APP_PORT", "").strip()
+    try:
+        port = str(_port(port)) if port and "://" not in port else "8081"
+        connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
+        connection.request("GET", path)
+        with connection.getresponse() as response:
+            print(response.read(MAX_REQUEST).decode(errors="replace"), end="")
+            return 0 if response.status == 200 else 1
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        print(f"no answer from {host} port {port}: {error}", file=sys.stderr)
+        return 1
+
+
+def describe_rule(rule: Rule) -> str:
+    """Return what --check-config says of a rule: its text, type, range and series."""
+    names = sorted({selector.name for selector in find_selectors(rule.expr)})
+    longest = _range_text(rule.expr) if _longest_range(rule.expr) else "no range"
+    kind = "built in" if rule.builtin else "yours"
+    return f"{format_rule(rule)}\n    {kind}; {longest}; reads {', '.join(names)}"
+
+
+def _longest_range(expr: Expr) -> float:
+    return max((selector.window for selector in find_selectors(expr)), default=0.0)
+
+
+def _range_text(expr: Expr) -> str:
+    return f"range of {format_duration(_longest_range(expr))}"
+
+
+def _start_line(config: Config, port: int) -> str:
+    settings = {
+        "port": str(port),
+        "metrics": " ".join(target.url for target in config.metrics_endpoint),
+        "timeout": format_duration(config.metrics_timeout),
+        "interval": format_duration(config.scrape_interval),
+    }
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+    rules = "; ".join(map(format_rule, config.rules))
+    return f"health_check.py {__version__} is up: {shown}, rules: {rules}"
+
+
+def _log_to_stderr(config: Config) -> None:
+    handler = logging.StreamHandler()
+    json_format = config.log_format == "json"
+    text = "%(asctime)s %(levelname)s %(message)s"
+    handler.setFormatter(JSONFormatter() if json_format else TextFormatter(text))
+    LOG.handlers[:] = [handler]
+    LOG.propagate = False
+    LOG.setLevel(config.log_level.upper())
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(len(setting.name) for setting in SETTINGS)
+    settings = "".join(
+        f"  {name:{width}}  {help}{f' (default {default})' if default else ''}\n"
+        for name, _, default, help in SETTINGS
+    )
+    parser = argparse.ArgumentParser(
+        prog="health_check.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=str(__doc__).partition("\n\n")[0],
+        epilog=f"settings, from the environment:\n{settings}{EXAMPLES}",
+    )
+    modes = parser.add_mutually_exclusive_group()
+    for flag, text in (
+        ("--once", "check once; exit 0 if healthy, 1 if not"),
+        ("--check-config", "print the rules as understood; exit 2 if one is wrong"),
+        ("--demo", "serve against a simulated LLM server"),
+    ):
+        modes.add_argument(flag, action="store_true", help=text)
+    modes.add_argument(
+        "--probe",
+        nargs="?",
+        const="/health",
+        metavar="PATH",
+        help="ask the running program (default /health); exit 0 if 200, else 1",
+    )
+    modes.add_argument("--query", metavar="EXPR", help="print what EXPR gives now")
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+EXAMPLES = """
+examples:
+  METRICS_ENDPOINT=http://localhost:8000/metrics python3 health_check.py
+  METRIC_TO_CHECK=tgi_queue_size METRIC_THRESHOLD=10 python3 health_check.py --once
+  UNHEALTHY_WHEN='Busy: vllm:num_requests_waiting > 10 for 30s' python3 health_check.py
+"""
+QUERY_PAUSE = 1.0
+
+
+class Simulation(http.server.BaseHTTPRequestHandler):
+    """The metrics of a vLLM-like server whose queue rises and falls in 40 seconds."""
+
+    def do_GET(self) -> None:
+        """Serve the metrics of this moment."""
+        phase = time.monotonic() % 40 / 40
+        waiting = max(0, round(30 * math.sin(2 * math.pi * phase)))
+        text = SIMULATED.format(
+            waiting, 8 if waiting else 3, int(time.monotonic() * 800)
+        )
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the log is that of the checker."""
+
+
+SIMULATED = """\
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{{engine="0",model_name="demo"}} {}
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{{engine="0",model_name="demo"}} {}
+# TYPE vllm:generation_tokens counter
+vllm:generation_tokens_total{{engine="0",model_name="demo"}} {}
+"""
+
+
+def _start_demo(config: Config) -> Config:
+    simulated = http.server.HTTPServer(("127.0.0.1", 0), Simulation)
+    threading.Thread(target=simulated.serve_forever, daemon=True).start()
+    print(
+        "a simulated LLM server: its queue rises above 10 and falls, every 40 seconds\n"
+        f"  curl -i localhost:{config.app_port}/health\n"
+        f"  curl 'localhost:{config.app_port}/health?verbose'\n",
+        flush=True,
+    )
+    target = _target(f"http://127.0.0.1:{simulated.server_port}/metrics")
+    interval = config.scrape_interval or 1.0
+    return config._replace(metrics_endpoint=(target,), scrape_interval=interval)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2510 @@
+"""What health_check.py promises, claim by claim, in the order of its sections."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import doctest
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from array import array
+from pathlib import Path
+from unittest import mock
+
+import health_check
+from health_check import (
+    OPEN,
+    SETTINGS,
+    Access,
+    ConfigError,
+    EvaluationError,
+    Instant,
+    Monitor,
+    Points,
+    PromQLError,
+    RuleStatus,
+    ScrapeError,
+    Server,
+    Stream,
+    compile_regex,
+    escape_controls,
+    evaluate,
+    format_duration,
+    format_expression,
+    format_float,
+    format_for,
+    format_rule,
+    format_series,
+    judge,
+    listen,
+    load_config,
+    open_stream,
+    parse_duration,
+    parse_expression,
+    parse_float,
+    parse_rules,
+    parse_series,
+    quote,
+    read_samples,
+    regex_matches,
+    restart_clocks,
+    tokenize,
+    type_of,
+)
+
+NOW, WALL, WHOLE = 1000.0, 1700000000.0, 1 << 20
+
+RULES = """
+  QueueFull:  vllm:num_requests_waiting > 10 for 30s
+  CacheFull:  vllm:kv_cache_usage_perc > 0.95 and changes(vllm:tokens_total[1m]) > 0
+  Stalled:    (vllm:num_requests_running > 0 or vllm:num_requests_waiting > 0)
+              unless changes(vllm:iteration_tokens_total_count[2m]) > 0 for 2m
+  SlowTokens: histogram_quantile(0.99, sum by (le) (rate(ttft_bucket[2m]))) > 5 # "
+  Down:       scrape_error{reason!="timeout"} keep_firing_for 1m; -x{a=~'b;'} ^ 0x1f
+  Slow:       scrape_error{reason="timeout"} for 30s
+"""
+
+
+def claims(block):
+    """Yield both sides of each ``left => right``; 3 blanks or a newline part claims."""
+    for claim in filter(None, map(str.strip, re.split(r"\n|   +", block))):
+        left, right = claim.split("=>")
+        yield left.strip(), right.strip()
+
+
+def history(text, step=1.0, now=NOW):
+    """Return an instant that remembers ``series value value ...; series ...``.
+
+    The last value is of now, each other ``step`` seconds older; ``_`` is no sample.
+    """
+    remembered = {}
+    for line in filter(None, re.split(r"\s*;\s*", text.strip())):
+        series, *column = line.split()
+        labels = tuple(sorted(parse_series(series.encode()).items()))
+        ages = range(len(column) - 1, -1, -1)
+        known = [(a, parse_float(v)) for a, v in zip(ages, column) if v != "_"]
+        times = array("d", [now - age * step for age, _ in known])
+        points = Points(times, array("d", [value for _, value in known]))
+        remembered.setdefault(dict(labels)["__name__"], {})[labels] = points
+    return Instant(now, WALL, remembered, {}, {})
+
+
+def shown(value):
+    """Return a number, or a vector in the form of a history."""
+    if isinstance(value, float):
+        return format_float(value)
+    lines = [f"{format_series(k)} {format_float(round(value[k], 9))}" for k in value]
+    return "; ".join(sorted(lines)).replace(", ", ",")
+
+
+def answer(expression, text="", step=1.0):
+    return shown(evaluate(parse_expression(expression), history(text, step)))
+
+
+def steps(function, *arguments):
+    """Return how many calls a function makes: a clock would measure the machine."""
+    counter, before = itertools.count(), sys.getprofile()
+    sys.setprofile(lambda *_: next(counter))
+    try:
+        function(*arguments)
+    finally:
+        sys.setprofile(before)
+    return next(counter)
+
+PROGRAM = str(Path(health_check.__file__).resolve())
+
+FOREVER = 60.0
+
+
+def page(body="", kind="text/plain; version=0.0.4", status="200 OK", extra=""):
+    """Return a whole HTTP response; ``extra`` is header lines."""
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{extra}"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def redirect(url, status="307 Temporary Redirect"):
+    return page("", status=status, extra=f"Location: {url}\r\n")
+
+
+def dripping(data, seconds=0.04):
+    """Return the pieces that send a byte at a time."""
+    return [piece for byte in data for piece in (bytes([byte]), seconds)]
+
+
+def free_port():
+    """Return a port where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+class Metrics(socketserver.ThreadingTCPServer):
+    """Answers a request with its pieces: bytes to send, seconds to wait.
+
+    One function instead of the pieces makes them from the request.
+    """
+
+    request_queue_size = 256
+
+    def __init__(self, *pieces, host="127.0.0.1", tls=None):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, 0), None)
+        self.pieces, self.requests, self._tls = pieces, [], tls
+        host = f"[{host}]" if ":" in host else host
+        self.instance = f"{host}:{self.server_address[1]}"
+        self.url = f"{'https' if tls else 'http'}://{self.instance}/metrics"
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def process_request_thread(self, request, client_address):
+        threading.current_thread().name = "metrics"
+        super().process_request_thread(request, client_address)
+
+    def finish_request(self, request, client_address):
+        if self._tls:
+            with self._tls.wrap_socket(request, server_side=True) as sock:
+                self._answer(sock)
+        else:
+            self._answer(request)
+
+    def _answer(self, sock):
+        received = b""
+        while b"\r\n\r\n" not in received:
+            data = sock.recv(65536)
+            if not data:
+                return
+            received += data
+        self.requests.append(received.decode())
+        pieces = self.pieces
+        for piece in pieces[0](received) if callable(pieces[0]) else pieces:
+            if isinstance(piece, bytes):
+                sock.sendall(piece)
+            elif self._closing.wait(piece):
+                return
+
+    def handle_error(self, request, client_address):
+        """Say nothing: a caller may give up."""
+
+    def close(self):
+        self._closing.set()
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+
+def send(port, data):
+    """Return a socket that has sent some bytes."""
+    sock = socket.create_connection(("127.0.0.1", port), 5)
+    sock.sendall(data.encode("latin-1"))
+    return sock
+
+
+def receive(sock):
+    """Return all that comes until the other end closes."""
+    with sock:
+        return b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+
+
+def request_for(path, method="GET"):
+    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def get(port, path="/health"):
+    """Return the status and the body of an answer."""
+    head, _, body = receive(send(port, request_for(path))).partition("\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def storm(port, count, path="/health"):
+    """Send requests all at once; return the set of what follows the protocol's name."""
+    socks = [send(port, request_for(path)) for _ in range(count)]
+    return {receive(sock)[9:12] for sock in socks}
+
+
+def wait_until(condition, seconds=2.0):
+    """Return whether a condition came true in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()
+
+
+class Clock:
+    """A clock that stands until a test moves it."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Log(logging.Handler):
+    """Keeps the messages."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+class NetworkTest(unittest.TestCase):
+    """What the tests share: things that end with the test, and the log."""
+
+    def setUp(self):
+        handler, logger = Log(), logging.getLogger("health_check")
+        self.log = handler.lines
+        logger.handlers[:], logger.propagate = [handler], False
+        logger.setLevel("DEBUG")
+        self.addCleanup(lambda: self.assertNotIn("this is a bug", "".join(self.log)))
+
+    def metrics(self, *pieces, **options):
+        server = Metrics(*pieces, **options)
+        self.addCleanup(server.close)
+        return server
+
+    def config(self, *targets, **environ):
+        urls = ",".join(getattr(target, "url", target) for target in targets)
+        return load_config(
+            {"METRICS_ENDPOINT": urls, "METRICS_TIMEOUT": "0.5", **environ}
+        )
+
+    def monitor(self, *targets, clock=time.monotonic, **environ):
+        """Return a monitor that checks only when the test does."""
+        monitor = Monitor(self.config(*targets, **environ), clock=clock)
+        monitor.start_workers()
+        self.addCleanup(monitor.stop)
+        return monitor
+
+    def running(self, *targets, **environ):
+        """Return a monitor that checks in its own thread."""
+        monitor = Monitor(self.config(*targets, **environ))
+        monitor.start()
+        self.addCleanup(monitor.stop)
+        return monitor
+
+    def serve(self, monitor, listener=None):
+        """Answer for a monitor; return the port."""
+        listener = listener or listen("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        server = Server(listener, monitor)
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(server.stop)
+        return port
+
+    def launch(self, *argv, command=(sys.executable, PROGRAM), **environ):
+        """Start the program, or a command; it ends with the test."""
+        process = subprocess.Popen(
+            [*command, *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "APP_PORT": "0", **environ},
+            text=True,
+        )
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def port_of(self, process):
+        """Return the port of a program once it answers."""
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            match = re.search(r"is up: port (\d+)", line)
+            if match:
+                return int(match[1])
+        raise self.failureException("".join(lines))
+
+    def assert_any(self, pattern, lines):
+        self.assertTrue(any(re.search(pattern, line) for line in lines), lines)
+
+# --- 6. Scrape -----------------------------------------------------------------------
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+UNTIL_CLOSE = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+
+# A key that is good for nothing else, and its certificate for 127.0.0.1, until 2120.
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg4zfIaSXN0/KylEbk
+2q2Gfr+gGZWSnU9Ce/asBGpguJGhRANCAASHqFl8UE4zKLx84p55U7mA6XQ0OiPU
+qP36pKQ/Sc9ueNfw40IoPVFoE18pO4sSrhqTxAYcSH60tFIhtNmcFOJE
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBbzCCARWgAwIBAgIUbifFTrrlMO7RFZOktYRXzs0LAHQwCgYIKoZIzj0EAwIw
+DDEKMAgGA1UEAwwBdDAgFw0yMDAxMDEwMDAwMDBaGA8yMTIwMDEwMTAwMDAwMFow
+DDEKMAgGA1UEAwwBdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABIeoWXxQTjMo
+vHzinnlTuYDpdDQ6I9So/fqkpD9Jz2541/DjQig9UWgTXyk7ixKuGpPEBhxIfrS0
+UiG02ZwU4kSjUzBRMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0G
+A1UdDgQWBBS2fxpXD5/RlMCPk7/v9/rZtud9rzAPBgNVHREECDAGhwR/AAABMAoG
+CCqGSM49BAMCA0gAMEUCIFfN12VWUse6Nqa1vZ/zN4EWdiXfu8PQwfaj6o6WL67N
+AiEAmq+v66jUSsnNQ6DrcTCxzksy2HCokVLVNePKJs6DDNQ=
+-----END CERTIFICATE-----
+"""
+
+# --- 10. Serve -----------------------------------------------------------------------
+
+MANIFEST = {"METRICS_THRESHOLD": "10", "METRIC_TO_CHECK": "tgi_queue_size"}
+
+STUCK_RESOLVER = """
+import socket, sys, time
+lookup, hangs = socket.getaddrinfo, iter([0.3, 1.2])
+def stuck(host, *arguments):
+    time.sleep(next(hangs, 0))
+    return lookup("127.0.0.1", *arguments)
+socket.getaddrinfo = stuck
+import health_check
+sys.exit(health_check.main())
+"""
+
+
+class Documentation(unittest.TestCase):
+    def test_its_examples_are_true(self):
+        failed, attempted = doctest.testmod(health_check)
+        self.assertEqual(failed, 0)
+        self.assertGreater(attempted, 10)
+
+
+class Vocabulary(unittest.TestCase):
+    def test_a_number_is_what_Prometheus_reads(self):
+        for text, value in (
+            ("5", 5), ("5.", 5), (".5", 0.5), ("+5", 5), ("-1.0", -1), ("017", 17),
+            ("1e3", 1000), ("1.15891634176e+011", 115891634176), ("1e-400", 0),
+            ("Inf", math.inf), ("+inf", math.inf), ("-INFinity", -math.inf),
+        ):
+            with self.subTest(text):
+                self.assertEqual(parse_float(text), value)
+        self.assertTrue(math.isnan(parse_float("nAn")))
+
+    def test_what_only_Python_or_C_reads_is_no_number(self):
+        for text in (
+            "", " ", ".", "e5", "1e", "1_000", "1,000", "0x1F", "0b11", "1 ", "1\n",
+            "+NaN", "-NaN", "nan(1)", "1e400", "-1e400", "\u0663", "--1", "1.2.3",
+        ):
+            with self.subTest(text), self.assertRaises(ValueError):
+                parse_float(text)
+
+    def test_a_hostile_number_takes_time_linear_in_its_length(self):
+        for text in "1" * 250000 + "x", "1" * 250000 + ".x", "." + "1" * 250000 + "_":
+            for parse in parse_float, parse_duration, parse_expression:
+                with self.subTest(parse.__name__), self.assertRaises(ValueError):
+                    parse(text)
+
+    def test_a_number_is_written_without_an_exponent_and_reads_back(self):
+        for value, text in (
+            (10.0, "10"), (0.95, "0.95"), (-0.0, "-0"), (1e21, "1" + "0" * 21),
+            (1.5e-07, "0.00000015"), (math.inf, "+Inf"), (-math.inf, "-Inf"),
+        ):
+            self.assertEqual(format_float(value), text)
+        for value in 0.1 + 0.2, 5e-324, 1.7976931348623157e308, 2.5e-9, 123456.789:
+            self.assertEqual(parse_float(format_float(value)), value)
+        self.assertEqual(format_float(math.nan), "NaN")
+
+    def test_a_duration_is_seconds_or_in_the_form_of_Prometheus(self):
+        for text, seconds in (
+            ("0", 0), ("90", 90), ("0.8", 0.8), ("1e3", 1000), ("90s", 90),
+            ("1h", 3600), ("1m30s", 90), ("500ms", 0.5), ("1d", 86400), ("1w", 604800),
+            ("1y", 31536000), ("1h0m1ms", 3600.001),
+        ):
+            with self.subTest(text):
+                self.assertEqual(parse_duration(text), seconds)
+        for text in (
+            "", "s", "-1", "-5m", "1.5m", "30s1m", "1m1m", "5M", "5 m", "5m ", "5min",
+            "inf", "nan", "0x10", "\u0663s", "9" * 400 + "y", "9" * 5000 + "s",
+        ):
+            with self.subTest(text[:9]), self.assertRaises(ValueError):
+                parse_duration(text)
+
+    def test_a_duration_is_written_in_the_form_of_Prometheus_and_reads_back(self):
+        for seconds, text in (
+            (0, "0s"), (0.25, "250ms"), (90, "1m30s"), (3600, "1h"), (1.001, "1s1ms"),
+            (604800, "7d"), (90061, "1d1h1m1s"),
+        ):
+            self.assertEqual(format_duration(seconds), text)
+            self.assertEqual(parse_duration(text), seconds)
+
+    def test_a_series_is_written_as_Prometheus_writes_it(self):
+        for labels, text in (
+            ({"__name__": "up"}, "up"), ({"a": "b"}, '{a="b"}'), ({}, "{}"),
+            ({"__name__": "x:y", "a": "b", "c": 'd"\\\n'}, r'x:y{a="b", c="d\"\\\n"}'),
+            ({"__name__": "x", "a.b": "c"}, 'x{"a.b"="c"}'),
+            ({"__name__": "x", 'a\n"b': "c"}, r'x{"a\n\"b"="c"}'),
+        ):
+            with self.subTest(text):
+                self.assertEqual(format_series(tuple(labels.items())), text)
+
+    def test_what_could_move_a_cursor_or_end_a_line_is_escaped(self):
+        for text in "\x00", "\x1b[2J", "\r", "\x7f", "\x85", "\u2028", "\udc80":
+            with self.subTest(ascii(text)):
+                escaped = f"\\u{ord(text[0]):04x}{text[1:]}"
+                self.assertEqual(escape_controls(text), escaped)
+                self.assertEqual(quote(text), f'"{escaped}"')
+        self.assertEqual(escape_controls("naïve ☃"), "naïve ☃")
+
+    def test_the_state_of_a_rule_is_the_worst_of_its_series(self):
+        status = RuleStatus(parse_rules("x > 0 for 2s")[0])
+        for now, text, state in (
+            (0, "", "inactive"),
+            (1, 'x{a="1"} 1', "pending"),
+            (3, 'x{a="1"} 1; x{a="2"} 1', "firing"),
+        ):
+            status = judge(status.rule, status, history(text, now=now))
+            self.assertEqual(status.state, state)
+        self.assertEqual(status._replace(error="why").state, "error")
+
+
+class PromQL(unittest.TestCase):
+    def refused(self, parse, rows):
+        """Assert that texts are refused at their ``«``, with words of each message."""
+        for marked, words in rows:
+            place, text = marked.index("«"), marked.replace("«", "", 1)
+            line = text.count("\n", 0, place) + 1
+            column = place - text.rfind("\n", 0, place)
+            with self.subTest(marked[:60]):
+                with self.assertRaises(PromQLError) as caught:
+                    parse(text)
+                message, excerpt, caret = str(caught.exception).split("\n")
+                self.assertIn(words, message)
+                self.assertIn(f"(at line {line}, column {column})", message)
+                self.assertEqual(caret.strip(), "^")
+                pointed = excerpt[len(caret) - 1 :][:1].strip()
+                self.assertEqual(pointed, text[place : place + 1].strip())
+
+    def test_operators_bind_as_in_Prometheus(self):
+        for text, meaning in claims("""
+            a + b * c => a + (b * c)                   a * b + c => (a * b) + c
+            a - b - c => (a - b) - c
+            a / b * c % d => ((a / b) * c) % d
+            a ^ b ^ c => a ^ (b ^ c)                   -a ^ b => -(a ^ b)
+            -a * b => (-a) * b                         a ^ -b => a ^ (-b)
+            a > b == c => (a > b) == c                 a + b > c => (a + b) > c
+            a > b and c => (a > b) and c               a and b or c => (a and b) or c
+            a or b and c unless d => a or ((b and c) unless d)
+            +a => a                                    - -2 => 2
+            sum(a) by (b,) => sum by (b) (a)
+            SUM BY (b) (a) AND c => sum by (b) (a) and c
+            round(a) => round(a, 1)                    {"a", b="c",} => a{b="c"}
+            {__name__="a"}[5m] => a[300]               a[1h30m] => a[90m]
+        """):
+            with self.subTest(text):
+                self.assertEqual(parse_expression(text), parse_expression(meaning))
+        for one, other in claims("""
+            a - (b - c) => a - b - c                   (a ^ b) ^ c => a ^ b ^ c
+            sum without (b) (a) => sum by (b) (a)      sum without () (a) => sum(a)
+            a + on () b => a + b
+            a + on (c) b => a + ignoring (c) b
+            a == bool b => a == b                      a{b="c"} => a{b=~"c"}
+        """):
+            with self.subTest(one):
+                self.assertNotEqual(parse_expression(one), parse_expression(other))
+
+    def test_numbers_are_those_of_Go(self):
+        for text, value in claims("""
+            0x1F => 31     0X4 => 4     017 => 15     08 => 8     4e0 => 4     .5 => 0.5
+            5. => 5     Inf => +Inf     -inf => -Inf     NAN => NaN     5m => 300
+        """):
+            self.assertEqual(answer(text), value)
+
+    def test_strings_have_the_escapes_of_Go(self):
+        for text, value in (
+            (r'"\a\b\f\n\r\t\v\\\""', '\a\b\f\n\r\t\v\\"'),
+            (r"'\'\x41\102\u00e9\U0001F600'", "'AB\u00e9\U0001f600"),
+            (r"`\n'" + '"`', r"\n'" + '"'), ("`\n`", "\n"),
+            ('"# ; for \u2028"', "# ; for \u2028"),
+        ):
+            with self.subTest(text):
+                expected = parse_expression("x{a=" + quote(value) + "}")
+                self.assertEqual(parse_expression("x{a=" + text + "}"), expected)
+
+    def test_types_are_those_of_Prometheus(self):
+        for text, kind in claims("""
+            1 => scalar                    -1 + time() => scalar
+            1 > bool 2 => scalar
+            scalar(x) => scalar            x[5m] => range vector
+            x => instant vector
+            -x => instant vector           1 + x => instant vector
+            sum(x) => instant vector
+            vector(1) => instant vector    rate(x[5m]) => instant vector
+        """):
+            with self.subTest(text):
+                self.assertEqual(type_of(parse_expression(text)), kind)
+
+    def test_a_keyword_may_name_a_metric_and_a_colon_stand_anywhere(self):
+        for name in "sum by and for rate time :lead trail: a:b".split():
+            with self.subTest(name):
+                expected = parse_expression('{__name__="' + name + '"} > 1')
+                self.assertEqual(parse_expression(name + " > 1"), expected)
+
+    def test_what_the_subset_leaves_out_is_refused_with_a_way_out(self):
+        self.refused(parse_expression, claims("""
+            x «offset 5m => 'offset' is not supported: every expression is about now
+            x «@ 1700000000 => '@' is not supported: every expression is about now
+            max_over_time(x[5m«:]) => subquery
+            max_over_time(x[5m«:1m]) => subquery
+            a * on (b) «group_left c => aggregate one side
+            a * on (b) «Group_Right (d) c => aggregate one side
+            a «atan2 b => 'atan2' is not supported
+            «topk(1, x) => 'topk' is not supported
+            «label_replace(x) => not supported
+            «predict_linear(x[1h], 60) => delta
+            «quantile(0.9, x) => not supported
+            «clamp(x, 0, 1) => clamp_max(clamp_min(
+            «sort(x) => histogram_quantile             «RATE(x[5m]) => rate
+        """))
+
+    def test_what_Prometheus_refuses_is_refused(self):
+        self.refused(parse_expression, claims(r"""
+            « => expected an expression, found the end          up ==« => found the end
+            a «= 5 => found '='                        x «y => found 'y'
+            x«) => found ')'                           (x« => expected ')'
+            x > bool «> 1 => found '>'              1 «> 2 => bool
+            a + b «and 1 => 'and' takes no scalar      a «+ bool b => bool
+            a «> on (b) 1 => on and ignoring           a > on «b => expected '('
+            x[5m] «> 1 => takes no range vector        «-x[5m] => takes no range vector
+            «rate(x) => instant vector                 «abs(x[5m]) => range vector
+            «sum(1) => scalar                          «sum(x, y) => sum
+            «sum() => sum                              «vector(x) => instant vector
+            «time(1) => time                           «round(x, 1, 2) => round
+            abs(x,«) => expected an argument           sum by («a:b) (x) => a label name
+            sum by (a) «x => expected '('
+            sum(x) by (a) «by (b) => found 'by'
+            «{a='b'} => must name its metric
+            «{__name__=~'x'} => must name its metric
+            «{__name__=''} => must name its metric
+            «x{__name__='y'} => must name its metric
+            x{«1='a'} => a label name                  x{«,} => a label name
+            x{a='b'«c='d'} => expected ','             x{a«>'b'} => !~
+            x{a=«b} => a string                        x{a=~«'('} => regular expression
+            x{a=«'b => unterminated string             x{a=«'\q'} => unknown escape \q
+            x{a=«'\ud800'} => unknown escape
+            x{a=«'\U00110000'} => unknown escape
+            x{a« => found the end                      x[5m« => expected ']'
+            x[«] => a duration                         x[«y] => a duration
+            x[«0s] => longer than 0                    x[«30s1m] => duration
+            x[«5M] => duration                         x[«1.5m] => duration
+            x[5m]«[5m] => found '['                    (x)«[5m] => only a selector
+            rate(x[5m])«[5m] => only a selector        «1_000 => bad number
+            «1.2.3 => bad number                       x «$ =>
+        """))
+        self.refused(parse_expression, (
+            ("(\n  up == 0\n«", "expected ')', found the end"),
+            ("x{a=«'b\n'}", "unterminated string"),
+            ("«0x" + "f" * 300, "bad number"), ("«0" + "7" * 400, "bad number"),
+            ("x[«" + "9" * 400 + "y]", "bad number"),
+            ("x«\u00a0> 1", ""),
+        ))
+
+    def test_an_error_shows_the_line_and_points_at_the_place(self):
+        with self.assertRaises(PromQLError) as caught:
+            parse_rules("Down: up == 0\nFull:\tx{}  offset 5m; y")
+        self.assertEqual(
+            str(caught.exception),
+            "'offset' is not supported: every expression is about now "
+            "(at line 2, column 12)\n"
+            "    Full: x{}  offset 5m; y\n"
+            "               ^",
+        )
+
+    def test_an_error_in_a_long_line_stays_short_and_harmless(self):
+        with self.assertRaises(PromQLError) as caught:
+            parse_expression("x + " * 140 + "\x1b[2J" + " + x" * 100000)
+        self.assertLess(len(str(caught.exception)), 300)
+        self.assertNotIn("\x1b", str(caught.exception))
+
+    def test_tokens_know_their_place_and_the_last_is_the_end(self):
+        *tokens, end = tokenize("up  == 0")
+        places = [(token.text, token.position) for token in tokens if token.text]
+        self.assertEqual(places, [("up", 0), ("==", 4), ("0", 7)])
+        self.assertEqual((end.kind, end.position), ("end", 8))
+
+    def test_the_canonical_text_gives_the_same_tree(self):
+        for text in (
+            "(a + b) * c", "a - (b - c)", "(a ^ b) ^ c", "(-a) ^ 2", "-a ^ 2", "- -a",
+            "(-2) ^ a", "a * -2", "2 ^ -3 ^ 2", "-(a + b)", "(a or b) and c",
+            "a > bool 1", "a == bool on (b) c", "a / ignoring () c", "a > 1e300",
+            "(-0) ^ a", "a{b=~'c|d', b!=''}", "a > -Inf", "+Inf", "1 - -1",
+            "sum by (b) (a)", "max without (b) (a)", "group without () (a)", "count(a)",
+            "a[1h]", 'a{b!="c", d=~"e.*", f!~"g"}[90s]', '{"a.b", "c d"="e"}',
+            r'a{b="\\\"\n\t\u2028"}', 'sum by ("a.b", c) (x)', "x[1m1ms]", "a % 2 == 1",
+            "histogram_quantile(0.9, a)", "time() - 1e-7", "vector(scalar(a))",
+            "a and on () b unless ignoring (c) d or e", "-(2 ^ a)",
+        ):
+            with self.subTest(text):
+                expr = parse_expression(text)
+                self.assertEqual(parse_expression(format_expression(expr)), expr)
+        for text in "a > 1 or b", 'x{a=~"b"} / on (c) y', "a - (b - c)", "-a * 2":
+            self.assertEqual(format_expression(parse_expression(text)), text)
+
+    def test_149_levels_are_enough_and_10000_are_refused(self):
+        for left in "(", "abs(", "sum(", "-", "1^":
+            right = ")" * left.count("(")
+            with self.subTest(left):
+                deep = parse_expression(left * 149 + "x" + right * 149)
+                self.assertEqual(evaluate(deep, history("")), {})
+                deep = parse_expression(left * 70 + "x" + right * 70)
+                self.assertEqual(parse_expression(format_expression(deep)), deep)
+                with self.assertRaises(PromQLError):
+                    parse_expression(left * 10000 + "x" + right * 10000)
+        with self.assertRaises(PromQLError):
+            parse_expression("x" + " or x" * 1000)
+
+    def test_a_text_of_any_length_is_refused_in_peace(self):
+        for piece in "a", '"', "'", "1", "0x", "\\", " ", "#":
+            with self.subTest(piece), self.assertRaises(PromQLError):
+                parse_expression(piece * 1000000 + "$")
+        for piece in "(", "-", "a ", "{", "[", "\n(", "x{a=''} ":
+            with self.subTest(piece), self.assertRaises(PromQLError):
+                parse_expression(piece * 20000)
+
+    def test_each_cut_and_each_omission_gives_rules_or_a_PromQLError(self):
+        understood = 0
+        for at in range(len(RULES)):
+            for text in RULES[:at], RULES[:at] + RULES[at + 1 :]:
+                try:
+                    rules = parse_rules(text)
+                except PromQLError:
+                    continue
+                understood += 1
+                again = parse_rules("\n".join(map(format_rule, rules)))
+                self.assertEqual(again, rules, text)
+        self.assertGreater(understood, len(RULES) / 2)
+
+    def test_a_regex_matches_all_of_a_text_as_in_RE2(self):
+        for pattern, matching, other in (
+            ("a", ["a"], ["", "aa", "ba", "A", "a\n"]),
+            ("", [""], ["a"]),
+            ("5..|4.*", ["503", "4"], ["50", "5031", "x4"]),
+            (".", ["\n", "\u00e9", "\U0001f600"], ["", "ab"]),
+            ("a*b+c?", ["b", "aabbc"], ["a", "bcc"]),
+            ("a{2}b{1,2}c{2,}", ["aabcc", "aabbccccc"], ["abcc", "aabbbcc", "aabc"]),
+            ("a+?b??", ["a", "aab"], ["b"]),
+            ("(?:ab|(c|))+d", ["abcd", "d"], ["ab"]),
+            ("(a*)*|()*", ["", "aaa"], ["b"]),
+            ("^a$|b^c|$|^", ["a", ""], ["bc", "b^c"]),
+            (r"\d\w\s\D\W\S", ["1_ x-y"], ["\u0663_ x-y", "1_\vx-y", "1_ x-\n"]),
+            (r"[^\d]", ["a", "\u0663"], ["1"]),
+            (r"[]a\]-]+", ["]a-"], ["b"]),
+            ("[^]]", ["a"], ["]"]),
+            (r"\.\*\\\/\-\{", [".*\\/-{"], ["x"]),
+            (r"\t\n\r\f\v", ["\t\n\r\f\v"], [""]),
+            ("a{,2}", ["a{,2}"], ["", "aa"]),
+        ):
+            for text in matching + other:
+                with self.subTest(pattern, text=text):
+                    self.assertIs(regex_matches(pattern, text), text in matching)
+
+    def test_a_regex_that_RE2_and_Python_read_apart_is_refused(self):
+        for pattern in (
+            *r"( ) a) (a [ [] [z-a] * a** a{2}{3} +a \ (?=a) (?!a) (?<=a)".split(),
+            *r"(?i)a (?P<a>b) (?#a) (a)\1 (? \b \A \z \pL \Qa\E \x41 \a \u0041".split(),
+            *r"\é [[:alpha:]] [a&&b] [a||b] [a--b] [\S] a{3,2} a{1001}".split(),
+            "(" * 100 + ")" * 100, "((a{99}){99}){99}", "a" * 9999, "a|" * 9999,
+        ):
+            with self.subTest(pattern[:20]), self.assertRaises(ValueError):
+                compile_regex(pattern)
+
+    def test_a_hostile_label_value_costs_steps_linear_in_its_length(self):
+        for pattern in r"(\w+\s?)+!", "(a*)*b", "(a|a?)+b", "(.*a){9}b", "(a?){9}a{9}b":
+            with self.subTest(pattern):
+                compile_regex(pattern)
+                short = steps(regex_matches, pattern, "a" * 500)
+                self.assertGreater(short, 200)
+                self.assertLess(steps(regex_matches, pattern, "a" * 1000), 2.1 * short)
+
+
+class Evaluate(unittest.TestCase):
+    def check(self, block, remembered="", step=1.0):
+        """Assert claims ``EXPR => ANSWER`` or ``EXPR <- HISTORY => ANSWER``."""
+        for left, expected in claims(block):
+            expression, _, text = left.partition(" <- ")
+            with self.subTest(left):
+                self.assertEqual(answer(expression, text or remembered, step), expected)
+
+    def test_arithmetic_is_that_of_Prometheus(self):
+        self.check("""
+            -2 ^ 2 => -4            2 ^ 3 ^ 2 => 512         0 == bool -0 => 1
+            1 / 0 => +Inf           -1 / 0 => -Inf           0 / 0 => NaN
+            1 / -0 => -Inf          NaN / 0 => NaN           1e308 / 1e-10 => +Inf
+            -5 % 3 => -2            5 % 0 => NaN             Inf % 2 => NaN
+            5 % Inf => 5            0 ^ -1 => +Inf           (-0) ^ -1 => -Inf
+            (-8) ^ 0.5 => NaN       (-10) ^ 999 => -Inf      (-10) ^ 998 => +Inf
+            10 ^ 999 => +Inf        1 ^ NaN => 1             Inf - Inf => NaN
+            1e308 * 10 => +Inf      7 - 2 * 3 => 1           time() => 1700000000
+            -scalar(x) <- x 5 => -5    scalar(x) => NaN      scalar(y + 1) <- y 2 => 3
+            scalar(x) <- x{a="1"} 1; x{a="2"} 2 => NaN       -time() + 1 => -1699999999
+        """)
+
+    def test_a_comparison_keeps_the_series_and_its_value(self):
+        self.check("""
+            x > 1 => x{a="2"} 2               1 < x => x{a="2"} 2
+            x > bool 1 => {a="1"} 0; {a="2"} 1
+            1 < bool x => {a="1"} 0; {a="2"} 1
+            x > 0 > 1 => x{a="2"} 2           x >= 1 <= 1 => x{a="1"} 1
+            x != 2 => x{a="1"} 1              x == 3 =>
+        """, 'x{a="1"} 1; x{a="2"} 2')
+
+    def test_NaN_compares_as_nothing(self):
+        self.check("""
+            x == x =>     x < 1 =>     x <= x =>     x > 1 =>     x >= x =>     1 > x =>
+            x != x => x NaN     x != 1 => x NaN     x == bool 1 => {} 0
+            x != bool 1 => {} 1
+        """, "x NaN")
+
+    def test_whatever_computes_a_value_drops_the_name(self):
+        self.check("""
+            -x => {a="b"} -3          x + 1 => {a="b"} 4        1 + x => {a="b"} 4
+            x * x => {a="b"} 9        x ^ 2 => {a="b"} 9        abs(-x) => {a="b"} 3
+            x > 1 => x{a="b"} 3       last_over_time(x[5s]) => x{a="b"} 3
+        """, 'x{a="b"} 3')
+
+    def test_a_missing_label_is_an_empty_one_and_le_is_a_number(self):
+        for matchers, found in claims(r"""
+            nope="" => 1     nope!="z" => 1     nope=~".*" => 1     nope!~".+" => 1
+            nope!="" => 0    nope=~".+" => 0    nope="z" => 0       nope!~".*" => 0
+            a="b", => 1      a="b", a!="b" => 0      a=~"b|c" => 1      a=~"B" => 0
+            "a"="b" => 1     le="1" => 1        le="1e0" => 1       le!="1.00" => 0
+            le="2" => 0      le!="2" => 1       le="x" => 0
+        """):
+            with self.subTest(matchers):
+                text = 'x{a="b",le="1.0"} 5'
+                self.assertEqual(answer("x{" + matchers + "}", text), text * int(found))
+        self.check('x{le="Inf"} <- x{le="+Inf"} 5 => x{le="+Inf"} 5')
+
+    def test_two_vectors_match_one_to_one_on_their_labels(self):
+        self.check("""
+            x + y => {a="2"} 22              x < y => x{a="2"} 2         x > y =>
+            x < bool y => {a="2"} 1          sum(y) > sum(x) => {} 50
+            none + on () y =>
+            x == x => x{a="1"} 1; x{a="2"} 2
+            x * on () y <- x 1; y{a="1"} 5 => {} 5
+            x > on (a) y <- x{a="1",b="1"} 9; x{a="1",b="2"} 0; y{a="1"} 5 => {a="1"} 9
+        """, 'x{a="1"} 1; x{a="2"} 2; y{a="2"} 20; y{a="3"} 30')
+        self.check("""
+            x / y =>                         x / on (a) y => {a="1"} 3
+            x > on (a) y => {a="1"} 6        x / ignoring (b, c) y => {a="1"} 3
+            x > on () y => {} 6              x > ignoring (b, c) y => x{a="1"} 6
+        """, 'x{a="1",b="l"} 6; y{a="1",c="r"} 2')
+
+    def test_set_operators_match_many_to_many(self):
+        self.check("""
+            x and y => x{a="2"} 2                   x and on (a) y => x{a="2"} 2
+            x unless y => x{a="1"} 1                x unless on () y =>
+            x unless on () z => x{a="1"} 1; x{a="2"} 2
+            x or y => x{a="1"} 1; x{a="2"} 2; y{a="2",b="z"} 9
+            y and ignoring (b) x => y{a="2",b="z"} 9; y{a="2"} 8
+            z or vector(0) => {} 0                  x > 1 and x < 3 => x{a="2"} 2
+        """, 'x{a="1"} 1; x{a="2"} 2; y{a="2",b="z"} 9; y{a="2"} 8')
+
+    def test_an_ambiguous_match_is_an_error(self):
+        many = 'x{a="1",b="1"} 1; x{a="1",b="2"} 2; y{a="1"} 3; z{a="1",b="1"} 4'
+        for expression, words in claims("""
+            y + on (a) x => many-to-many     x + on (a) y => many-to-one
+            x < on (a) y => many-to-one
+            abs(x{b="1"} or on (__name__) z) => same labelset: {a="1", b="1"}
+            -(x{b="1"} or on (__name__) z) => same labelset
+            (x{b="1"} or on (__name__) z) + 1 => same labelset
+        """):
+            fails = self.assertRaisesRegex(EvaluationError, words)
+            with self.subTest(expression), fails:
+                answer(expression, many)
+
+    def test_an_aggregation_reduces_each_group(self):
+        self.check("""
+            sum(x) => {} 12                          sum by (nope) (x) => {} 12
+            sum by (a) (x) => {a="1"} 4; {a="2"} 8   sum by (__name__) (x) => x 12
+            min without (b) (x) => {a="1"} 1; {a="2"} 8
+            count by (b) (x) => {b="1"} 2; {b="2"} 1
+            max(x) => {} 8      avg(x) => {} 4       group(x) => {} 1
+            sum(z) =>           min(z) =>            max(z) =>           avg(z) =>
+            count(z) =>         group(z) =>          sum(x or n) => {} NaN
+            max(x or n) => {} 8       min(n or x) => {} 1       max(n) => {} NaN
+            avg(x or i) => {} +Inf    sum(i or on (c) -i) => {} +Inf
+        """, 'x{a="1",b="1"} 1; x{a="1",b="2"} 3; x{a="2",b="1"} 8; n NaN; i +Inf')
+        self.check("""
+            sum(x) <- x{a="1"} +Inf; x{a="2"} -Inf => {} NaN
+            avg(x) <- x{a="1"} +Inf; x{a="2"} -Inf => {} NaN
+            avg(x) / 1e308 <- x{a="1"} 1e308; x{a="2"} 1e308 => {} 1
+            sum(x) <- x{a="1"} 1; x{a="2"} 1e100; x{a="3"} 1; x{a="4"} -1e100 => {} 2
+        """)
+
+    def test_a_selector_sees_only_the_series_of_the_latest_scrape(self):
+        self.check("""
+            x <- x 1 2 3 => x 3              x <- x 1 2 _ =>
+            absent(x) <- x 1 2 _ => {} 1     count_over_time(x[5s]) <- x 1 2 _ => {} 2
+            increase(x[4s]) <- x 10 20 _ 40 => {} 40
+        """)
+
+    def test_a_range_is_open_on_its_left(self):
+        self.check("""
+            count_over_time(x[3s]) => {} 3     count_over_time(x[3001ms]) => {} 4
+            count_over_time(x[1s]) => {} 1     count_over_time(x[3s]) <- x 1 _ _ _ =>
+        """, "x 1 2 3 4")
+
+    def test_functions_over_time_reduce_the_samples_of_a_range(self):
+        self.check("""
+            sum_over_time(x[4s]) => {a="b"} NaN      avg_over_time(x[4s]) => {a="b"} NaN
+            min_over_time(x[4s]) => {a="b"} 1        max_over_time(x[4s]) => {a="b"} 4
+            count_over_time(x[4s]) => {a="b"} 4
+            present_over_time(x[4s]) => {a="b"} 1
+            last_over_time(x[2s]) => x{a="b"} NaN    sum_over_time(z[4s]) =>
+        """, 'x{a="b"} 4 1 3 NaN')
+        self.check("""
+            last_over_time(x[4s]) <- x 1 2 _ => x 2
+            avg_over_time(x[4s]) <- x 1 2 6 => {} 3
+            sum_over_time(x[4s]) <- x 1 1e100 1 -1e100 => {} 2
+            sum_over_time(x[4s]) <- x +Inf -Inf => {} NaN
+            changes(x[9s]) <- x 1 1 2 NaN NaN 2 => {} 3
+            changes(x[9s]) <- x 5 => {} 0
+            resets(x[9s]) <- x 1 2 1 5 NaN 0 0 => {} 1
+            resets(x[9s]) <- x 5 => {} 0
+            idelta(x[9s]) <- x 9 5 3 => {} -2                 idelta(x[9s]) <- x 3 =>
+            irate(x[9s]) <- x 9 5 3 => {} 3                   irate(x[9s]) <- x 3 =>
+            delta(x[3s]) <- x 9 7 5 => {} -6                  delta(x[9s]) <- x 3 =>
+        """)
+        self.check("irate(x[9s]) <- x 9 5 8 => {} 1.5", step=2.0)
+
+    def test_rate_and_increase_extrapolate_as_Prometheus_3(self):
+        self.check("""
+            increase(x[3s]) <- x 100 110 => {} 15
+            increase(x[10s]) <- x 10 20 => {} 15
+            increase(x[3s]) <- x 100 110 120 => {} 30
+            increase(x[10s]) <- x 0 20 => {} 20
+            increase(x[3s]) <- x 100 110 120 130 => {} 30
+            increase(x[10s]) <- x 2 22 => {} 22
+            increase(x[10s]) <- x 100 110 120 => {} 25
+            rate(x[10s]) <- x 100 110 120 => {} 2.5
+            increase(x[3s]) <- x 100 110 120 5 15 25 => {} 25
+            rate(x[3s]) <- x 100 =>
+            increase(x[3s]) <- x 100 110 120 5 => {} 22.5
+            increase(x[10s]) <- x 100 110 120 5 15 25 => {} 49.5
+            resets(x[10s]) <- x 100 110 120 5 15 25 => {} 1
+            increase(x[10s]) <- x 1 2 NaN => {} NaN
+            increase(x[9s]) <- x 5 5 5 => {} 0
+            increase(x[4s]) <- x 0 10 NaN 30 => {} 30
+            delta(x[10s]) <- x 10 20 => {} 15
+            increase(x[10s]) <- x 10 20 _ _ _ => {} 20
+            increase(x[2050ms]) <- x 100 110 => {} 20.5
+            increase(x[2150ms]) <- x 100 110 => {} 15
+        """)
+
+    def test_absent_tells_what_is_missing(self):
+        self.check("""
+            absent(x) <- x 1 =>                           absent(x > 2) <- x 1 => {} 1
+            absent(x{a="b",c!="d",e=~"f",g=""}) => {a="b"} 1
+            absent(x{a="b",a="c",d="e"}) => {d="e"} 1
+            absent(x{a="b",a=~"c"}) => {} 1
+            absent(sum(x{a="b"})) => {} 1
+            absent_over_time(x{a="b"}[5s]) => {a="b"} 1
+            absent_over_time(x[5s]) <- x 1 _ _ =>
+            absent_over_time(x[2s]) <- x 1 _ _ => {} 1
+        """)
+
+    def test_functions_of_values_are_those_of_Prometheus(self):
+        self.check("""
+            abs(x) <- x -1.5 => {} 1.5        ceil(x) <- x 1.2 => {} 2
+            floor(x) <- x -1.2 => {} -2       floor(x) <- x NaN => {} NaN
+            ceil(x) <- x -Inf => {} -Inf      round(x) <- x 2.5 => {} 3
+            round(x) <- x -2.5 => {} -2       round(x, 0.5) <- x 1.3 => {} 1.5
+            round(x, 10) <- x 14 => {} 10     round(x, 0) <- x 1 => {} NaN
+            clamp_min(x, 3) <- x 1 => {} 3    clamp_max(x, 3) <- x 5 => {} 3
+            clamp_max(x, 3) <- x 1 => {} 1    clamp_min(x, 3) <- x NaN => {} NaN
+            clamp_min(x, NaN) <- x 1 => {} NaN    scalar(x) + x <- x 2 => {} 4
+            timestamp(x) <- x 5 => {} 1700000000    vector(time()) => {} 1700000000
+            time() - x > 60 <- x 1699999000 => {} 1000    vector(1) + vector(2) => {} 3
+        """)
+
+    def test_histogram_quantile_is_that_of_Prometheus(self):
+        plain = 'b{le="+Inf"} 10; b{le="1"} 4; b{le="2.0"} 8'
+        self.check(
+            re.sub(r"(\S+) of", r"histogram_quantile(\1, b) <-", """
+            -1 of b{le="1"} 0; b{le="Inf"} 0 => {} -Inf
+            0.5 of b{le="1"} 0; b{le="Inf"} 0 => {} NaN
+            0.5 of b{le="1"} 4; b{le="2"} 8 => {} NaN
+            0.5 of b{le="Inf"} 8 => {} NaN
+            0 of b{le="1"} 0; b{le="Inf"} 8 => {} NaN
+            0.1 of b{le="0"} 4; b{le="1"} 8; b{le="Inf"} 8 => {} 0
+            0.5 of b{le="-1"} 6; b{le="1"} 8; b{le="Inf"} 8 => {} -1
+            0.75 of b{le="1"} 8; b{le="2"} 4; b{le="Inf"} 8 => {} 0.75
+            1 of b{le="1"} 8; b{le="Inf"} 4 => {} 1
+            0.5 of b{le="1"} NaN; b{le="2"} 5; b{le="Inf"} 10 => {} NaN
+            0.5 of b{le="1"} 2; b{le="1.0"} 2; b{le="2"} 8; b{le="inf"} 10 => {} 1.25
+            0.5 of b{le="1"} 4; b{le="2"} 8; b{le="Inf"} 9; b{le="x"} 9; b 9 => {} 1.125
+            0.5 of b 99 =>
+            """)
+        )
+        for quantile, value in claims("""
+            0 => 0     0.2 => 0.5     0.5 => 1.25     0.8 => 2     0.9 => 2     1 => 2
+            -1 => -Inf     1.5 => +Inf     NaN => NaN
+        """):
+            with self.subTest(quantile):
+                result = answer(f"histogram_quantile({quantile}, b)", plain)
+                self.assertEqual(result, "{} " + value)
+        self.check("""
+            histogram_quantile(0.9, x) =>
+            histogram_quantile(0.5, rate(b[5s])) <- b{le="1"} 5; b{le="Inf"} 5 =>
+            histogram_quantile(0.5, rate(b[5s])) => {a="x"} 0.5; {a="y"} NaN
+            histogram_quantile(0.5, sum by (le) (rate(b[5s]))) => {} 0.5
+        """, 'b{a="x",le="1"} 0 5; b{a="x",le="Inf"} 0 5; b{a="y",le="1"} 7 7; '
+             'b{a="y",le="Inf"} 7 7')
+
+
+class Rules(unittest.TestCase):
+    def timeline(self, text, column, step=1.0):
+        """Return the initials of the states that a rule about x goes through."""
+        status, states = RuleStatus(parse_rules(text)[0]), ""
+        for index, value in enumerate(column.split()):
+            instant = history("" if value == "_" else f"x {value}", now=index * step)
+            status = judge(status.rule, status, instant)
+            states += status.state[0]
+        return states
+
+    def test_a_newline_or_a_semicolon_ends_a_rule_unless_it_must_go_on(self):
+        for text, *rules in (
+            ("",),
+            ("\n;; \t\r\n# x > 1\n;",),
+            ("a; b", "Rule1: a", "Rule2: b"),
+            ("a\r\nb;", "Rule1: a", "Rule2: b"),
+            ("a # b; (\nc", "Rule1: a", "Rule2: c"),
+            ("a{b='#;'};c", "Rule1: a{b='#;'}", "Rule2: c"),
+            ("a{b=`\n;`}\nc", 'Rule1: a{b="\\n;"}', "Rule2: c"),
+            ("a\n# b\n\n > 1", "Rule1: a > 1"),
+            ("a >\n\n1\n-b", "Rule1: a > 1 - b"),
+            ("a\nor b\nUNLESS\nc", "Rule1: a or b unless c"),
+            ("a == bool\n1\nb", "Rule1: a == bool 1", "Rule2: b"),
+            ("a + on\n(c)\nb", "Rule1: a + on (c) b"),
+            ("sum(\na\n)\nb", "Rule1: sum(a)", "Rule2: b"),
+            ("rate(a{\nb='c', #;\n}[\n5m\n])", "Rule1: rate(a{b='c'}[5m])"),
+            ("a\nfor 5m\n\nkeep_firing_for 1h", "Rule1: a for 5m keep_firing_for 1h"),
+            ("A:\n a", "A: a"),
+        ):
+            with self.subTest(text):
+                expected = tuple(parse_rules(rule)[0] for rule in rules)
+                self.assertEqual(parse_rules(text), expected)
+
+    def test_a_name_ends_in_a_colon_and_a_blank(self):
+        for text, *names in (
+            ("A: x; _b9:\ty; x", "A", "_b9", "Rule3"),
+            ("vllm:x > 1", "Rule1"),
+            ("Name:x", "Rule1"),
+            ("for: x; sum: x; Rule9: x", "for", "sum", "Rule9"),
+        ):
+            with self.subTest(text):
+                self.assertEqual([rule.name for rule in parse_rules(text)], names)
+
+    def test_clauses_are_durations_and_builtin_is_what_the_caller_says(self):
+        for text, hold, keep in (
+            ("x", 0, 0), ("x for 30", 30, 0), ("x FOR 1m30s", 90, 0),
+            ("x keep_firing_for 5m", 0, 300), ("x for .5 keep_firing_for 9", 0.5, 9),
+        ):
+            (rule,) = parse_rules(text)
+            self.assertEqual((rule.hold, rule.keep_firing_for), (hold, keep))
+            self.assertFalse(rule.builtin)
+        self.assertTrue(parse_rules("x", builtin=True)[0].builtin)
+
+    def test_what_is_no_rule_is_refused_with_its_place(self):
+        PromQL.refused(self, parse_rules, claims("""
+            x; «Rule1: y => a rule named Rule1 already
+            x > 1 for« => a duration such as 30s          x for «-5 => a duration
+            x for «5M => duration                       x for «y => a duration
+            x for «1m_ => bad number                      x for 5m «> 1 => found '>'
+            x keep_firing_for 5m «for 3m => found 'for'   A: B: «x => found 'x'
+            A: «> 1 => expected an expression
+            A: «; x => expected an expression
+            A:« => found the end                          x«); y => found ')'
+            «1 + 1 => this is a scalar
+            A: «x[5m] => this is a range vector
+            a«.b: x =>
+        """))
+        PromQL.refused(self, parse_rules, (
+            ("A: x\n«A: y", "a rule named A already"),
+            ("x\ny «z", "expected an operator, 'for', ';' or the end of the line"),
+        ))
+
+    def test_rules_are_written_as_text_that_gives_them_again(self):
+        rules = parse_rules(RULES)
+        names = "QueueFull CacheFull Stalled SlowTokens Down Rule6 Slow".split()
+        self.assertEqual([rule.name for rule in rules], names)
+        self.assertEqual(parse_rules(";".join(map(format_rule, rules))), rules)
+        expected = "QueueFull: vllm:num_requests_waiting > 10 for 30s"
+        self.assertEqual(format_rule(rules[0]), expected)
+
+    def test_states_follow_the_clock_as_in_Prometheus(self):
+        for text, column, states in (
+            ("x > 1", "0 2 2 0 _ 2", "iffiif"),
+            ("x > 1 for 2s", "2 2 2 2 0 2 2", "ppffipp"),
+            ("x > 1 for 2s", "2 2 _ 2 2 2 NaN", "ppippfi"),
+            ("x > 1 keep_firing_for 2s", "2 0 0 0 2 0 2 0 0 0", "fffifffffi"),
+            ("x > 1 for 1s keep_firing_for 2s", "2 0 2 2 _ _ _ 2", "pipfffip"),
+            ("absent(x)", "_ 0 _", "fif"),
+        ):
+            with self.subTest(text, column=column):
+                self.assertEqual(self.timeline(text, column), states)
+        self.assertEqual(self.timeline("x for 30s", "1 1 1", step=29.5), "ppf")
+
+    def test_each_series_has_a_clock_of_its_own(self):
+        status = RuleStatus(parse_rules("x > 1 for 2s")[0])
+        for now, text, states in (
+            (0, 'x{a="1"} 2; x{a="2"} 0', {"1": "pending"}),
+            (2, 'x{a="1"} 2; x{a="2"} 3', {"1": "firing", "2": "pending"}),
+            (3, 'x{a="1"} 0; x{a="2"} 4', {"2": "pending"}),
+            (4, 'x{a="1"} 2; x{a="2"} 5', {"1": "pending", "2": "firing"}),
+        ):
+            status = judge(status.rule, status, history(text, now=now))
+            found = {dict(alert.labels)["a"]: alert.state for alert in status.alerts}
+            self.assertEqual(found, states)
+        one, two = sorted(status.alerts)
+        self.assertEqual((one.since, one.value, one.fired), (4, 2, None))
+        self.assertEqual((two.since, two.value, two.fired), (2, 5, 4))
+
+    def test_a_rule_that_cannot_be_evaluated_keeps_its_alerts(self):
+        rule = parse_rules("x > on (a) y keep_firing_for 9s")[0]
+        good = 'x{a="1"} 2; y{a="1"} 1'
+        before = judge(rule, RuleStatus(rule), history(good, now=0))
+        broken = judge(rule, before, history(good + '; y{a="1",b="2"} 1', now=1))
+        self.assertEqual((broken.state, broken.alerts), ("error", before.alerts))
+        self.assertIn("many-to-many", broken.error)
+        again = judge(rule, broken, history(good, now=2))
+        self.assertEqual((again.state, again.error), ("firing", ""))
+        self.assertEqual(again.alerts[0].since, 0)
+
+    def test_a_restart_of_the_clocks_forgets_what_is_pending_and_nothing_else(self):
+        status = RuleStatus(parse_rules("x > 1 for 2s")[0])
+        for now, text in (0, 'x{a="1"} 2'), (2, 'x{a="1"} 2; x{a="2"} 2'):
+            status = judge(status.rule, status, history(text, now=now))
+        (alert,) = restart_clocks(status).alerts
+        self.assertEqual((dict(alert.labels)["a"], alert.state), ("1", "firing"))
+
+    def test_two_series_that_differ_in_their_name_only_are_an_error(self):
+        rule = parse_rules("x or on (__name__) y")[0]
+        status = judge(rule, RuleStatus(rule), history("x 1; y 1"))
+        self.assertEqual(status.state, "error")
+
+    def test_a_rule_that_compares_with_a_number_shows_how_near_it_is(self):
+        for text, value, limit in (
+            ("x > 10", 7, 10), ("x < 1", 3, 1), ("sum(x) >= -2", 10, -2),
+            ("x > bool 1", None, None), ("x", None, None), ("z > 5", None, 5),
+            ("10 < x", None, None), ("x > y", None, None),
+        ):
+            with self.subTest(text):
+                rule = parse_rules(text)[0]
+                instant = history('x{a="1"} 3; x{a="2"} 7')
+                status = judge(rule, RuleStatus(rule), instant)
+                self.assertEqual((status.value, status.limit), (value, limit))
+
+    def test_the_series_that_its_selectors_match_are_counted(self):
+        rule = parse_rules("x > 99 or sum(y{a!='1'}) > 99 or rate(z[5s]) > 99")[0]
+        instant = history('x 1; y{a="1"} 1; y{a="2"} 1; y{a="3"} 1; z 1 _')
+        self.assertEqual(judge(rule, RuleStatus(rule), instant).matched, 4)
+
+
+class Config(unittest.TestCase):
+    def problems(self, **environ):
+        """Return the first line of each problem of a configuration."""
+        with self.assertRaises(ConfigError) as caught:
+            load_config(environ)
+        return [line for line in str(caught.exception).split("\n") if line[0] > " "]
+
+    def test_nothing_set_is_a_whole_configuration(self):
+        for environ in {}, {setting.name: " " for setting in SETTINGS}:
+            config = load_config(environ)
+            (target,) = config.metrics_endpoint
+            self.assertEqual(target.url, "http://localhost:8080/metrics")
+            self.assertEqual((config.app_port, config.app_host), (8081, ""))
+            self.assertEqual((config.metrics_timeout, config.scrape_interval), (0.8, 0))
+            self.assertEqual((config.log_level, config.log_format), ("info", "text"))
+            self.assertIs(config.metrics_tls_skip_verify, False)
+            self.assertEqual((config.target_labels, config.warnings), ((), ()))
+
+    def test_each_setting_has_a_name_a_default_that_parses_and_a_line_of_help(self):
+        self.assertEqual(len({setting.name for setting in SETTINGS}), len(SETTINGS))
+        for setting in SETTINGS:
+            with self.subTest(setting.name):
+                value = getattr(load_config({}), setting.name.lower())
+                self.assertEqual(setting.parse(setting.default), value)
+                self.assertRegex(setting.help, r"\A\w.+[^.\n]\Z")
+
+    def test_each_setting_takes_what_it_promises(self):
+        for name, text, value in (
+            ("TARGET_LABELS", 'job="a b", x=1,,y=', (("job", "a b"), ("x", "1"))),
+            ("METRIC_THRESHOLD", " -1.5e1 ", -15), ("METRICS_THRESHOLD", "0", 0),
+            ("APP_PORT", "0", 0), ("APP_PORT", "65535", 65535),
+            ("APP_HOST", "127.0.0.1", "127.0.0.1"), ("METRICS_CA_FILE", "/ca", "/ca"),
+            ("METRICS_TIMEOUT", "500ms", 0.5), ("METRICS_TIMEOUT", "60", 60),
+            ("SCRAPE_INTERVAL", "1m30s", 90), ("METRICS_TLS_SKIP_VERIFY", "True", True),
+            ("LOG_LEVEL", "Debug", "debug"), ("LOG_FORMAT", "JSON", "json"),
+        ):
+            with self.subTest(name, text=text):
+                config = load_config({name: text})
+                self.assertEqual(getattr(config, name.lower()), value)
+
+    def test_each_setting_refuses_the_rest_and_says_what_it_expects(self):
+        urls = "h:80 ftp://h/ http:// http://h:x/ http://h:99999/ file:///h http://h/#x"
+        for name, texts, words in (
+            ("METRICS_ENDPOINT", urls.split(), "http://localhost:8000/metrics"),
+            ("METRICS_ENDPOINT", ["http://[::1", "http://h/\u00e9", ","], "URL"),
+            ("METRICS_ENDPOINT", ["http://h:1/a, http://H:1/b"], "h:1"),
+            ("METRICS_TLS_SKIP_VERIFY", ["1", "yes"], "true, false"),
+            ("TARGET_LABELS", ["job", "9=a", "a-b=c", "a.b=c"], "job=vllm"),
+            ("TARGET_LABELS", ["instance=x,a=b", "instance=x"], "instance"),
+            ("TARGET_LABELS", ["a=b,a=c", "__name__=x"], "the label"),
+            ("METRIC_TO_CHECK", ["x[5m]", "1 + 1"], "expected an instant vector"),
+            ("METRIC_TO_CHECK", ["x >", "x for 5m"], "(at line 1, column "),
+            ("METRIC_THRESHOLD", ["ten", "inf", "nan", "1e400", "1_0"], "finite"),
+            ("METRICS_THRESHOLD", ["0x10", "\u0663"], "finite"),
+            ("UNHEALTHY_WHEN", ["x offset 5m", "A: x; A: y", "1"], "(at line 1"),
+            ("APP_PORT", ["65536", "-1", "80a", "8081.0", "\u0663", "http"], "65535"),
+            ("METRICS_TIMEOUT", ["0", "61", "1x", "-1", "nan"], "expected 10ms to 1m"),
+            ("SCRAPE_INTERVAL", ["2h", "soon"], "expected 0s to 1h"),
+            ("LOG_LEVEL", ["loud"], "debug, info, warning, error"),
+            ("LOG_FORMAT", ["xml"], "text, json"),
+        ):
+            beside = {"METRIC_THRESHOLD": "1"} if name == "METRIC_TO_CHECK" else {}
+            for text in texts:
+                with self.subTest(name, text=text):
+                    (problem,) = self.problems(**{**beside, name: text})
+                    self.assertTrue(problem.startswith(f"{name}="), problem)
+                    self.assertIn(words, problem)
+
+    def test_all_that_is_wrong_is_said_at_once(self):
+        wrong = [setting.name for setting in SETTINGS if setting.parse is not str]
+        problems = self.problems(**dict.fromkeys(wrong, "\u2603["))
+        named = [line.partition("=")[0] for line in problems if "=" in line]
+        self.assertEqual(named, wrong)
+
+    def test_settings_that_contradict_each_other_are_refused(self):
+        above = "METRIC_TO_CHECK=x METRIC_THRESHOLD=1 UNHEALTHY_WHEN=AboveThreshold:\ty"
+        for environ, words in (
+            ("METRIC_THRESHOLD=1 METRICS_THRESHOLD=2", "differ"),
+            ("METRIC_TO_CHECK=x", "METRIC_TO_CHECK needs METRIC_THRESHOLD"),
+            ("UNHEALTHY_WHEN=x METRICS_THRESHOLD=1", "METRICS_THRESHOLD needs"),
+            (above, "AboveThreshold is the name"),
+            ("SCRAPE_INTERVAL=1 METRICS_TIMEOUT=1.5", "may not exceed SCRAPE_INTERVAL"),
+            ("METRICS_KEY_FILE=/k", "METRICS_KEY_FILE needs METRICS_CERT_FILE"),
+            (
+                "METRICS_BEARER_TOKEN_FILE=/t METRICS_ENDPOINT=http://u:p@h/",
+                "METRICS_BEARER_TOKEN_FILE excludes user:password",
+            ),
+        ):
+            with self.subTest(environ):
+                pairs = dict(pair.split("=", 1) for pair in environ.split(" "))
+                (problem,) = self.problems(**pairs)
+                self.assertIn(words, problem)
+
+    def test_both_spellings_of_the_threshold_mean_the_same(self):
+        for names in ("METRIC",), ("METRICS",), ("METRIC", "METRICS"):
+            environ = {f"{name}_THRESHOLD": "10.0" for name in names}
+            rules = load_config({"METRIC_TO_CHECK": "x or y", **environ}).rules
+            self.assertEqual(rules[:-1], parse_rules("AboveThreshold: (x or y) > 10"))
+
+    def test_what_is_odd_but_no_error_is_warned_about(self):
+        for name, text, words in (
+            ("APP_PORT", "tcp://10.0.0.1:80", "Service named app"),
+            ("METRICS_TLS_SKIP_VERIFY", "true", "METRICS_TLS_SKIP_VERIFY"),
+            ("METRIC_TRESHOLD", "1", "did you mean METRIC_THRESHOLD?"),
+            ("UNHEALTY_WHEN", "1", "did you mean UNHEALTHY_WHEN?"),
+            ("METRIC_ENDPOINT", "1", "did you mean METRICS_ENDPOINT?"),
+        ):
+            config = load_config({name: text})
+            (warning,) = config.warnings
+            self.assertIn(name, warning)
+            self.assertIn(words, warning)
+            self.assertEqual(config.app_port, 8081)
+        for name in "PATH", "APP_PORT_8081_TCP", "APP_SERVICE_PORT", "METRICS_PORT":
+            self.assertEqual(load_config({name: "1"}).warnings, ())
+        self.assertEqual(len(self.problems(APP_PORT="x", LOG_LEVELS="info")), 2)
+
+    def test_an_endpoint_gives_an_instance_a_url_and_credentials_apart(self):
+        for url, *expected in (
+            ("http://Local:8000/m", "local:8000", "http://Local:8000/m", "", ""),
+            ("https://h/m", "h:443", "https://h/m", "", ""),
+            ("http://h", "h:80", "http://h/", "", ""),
+            ("http://[::1]:9/m", "[::1]:9", "http://[::1]:9/m", "", ""),
+            ("http://h:1/m?a=b&c", "h:1", "http://h:1/m", "a=b&c", ""),
+            ("http://u:p%40%3A@h:1/m", "h:1", "http://h:1/m", "", "Basic dTpwQDo="),
+            ("http://u@h:1/m", "h:1", "http://h:1/m", "", "Basic dTo="),
+        ):
+            with self.subTest(url):
+                (target,) = load_config({"METRICS_ENDPOINT": url}).metrics_endpoint
+                self.assertEqual(list(target), expected)
+        several = load_config({"METRICS_ENDPOINT": "http://a:1/m, http://a:2/m,"})
+        found = [target.instance for target in several.metrics_endpoint]
+        self.assertEqual(found, ["a:1", "a:2"])
+
+    def test_an_error_shows_no_credentials(self):
+        for url in (
+            "http://u:s3cret@h:x/", "http://h:x/?token=s3cret", "http://u:s3cret@/",
+            "http://u:p/s3cret@h:1/", "http://u:a?s3cret@h:1/", "http://u:a,s3cret@h/",
+            "http://u:a s3cret@h/", "u:s3cret@h:8000/metrics", "ftp://u:s3cret@h/",
+            "http://h:x/?a=b,token=s3cret", "http://h:x/?a=b c=s3cret", "u:s3cret@h",
+        ):
+            with self.subTest(url):
+                self.assertNotIn("s3cret", "".join(self.problems(METRICS_ENDPOINT=url)))
+
+    def test_without_a_rule_it_asks_the_queue_of_each_common_server(self):
+        for environ, limit in (({}, 10), ({"METRICS_THRESHOLD": "0.5"}, 0.5)):
+            rules = {rule.name: rule for rule in load_config(environ).rules}
+            self.assertEqual(list(rules), ["QueueFull", "Stalled", "Down"])
+            self.assertTrue(all(rule.builtin for rule in rules.values()))
+            for series in (
+                "vllm:num_requests_waiting", "sglang:num_queue_reqs", "tgi_queue_size",
+                "llamacpp:requests_deferred", "num_requests_waiting",
+                'nv_trt_llm_request_metrics{request_type="waiting"}',
+                "trtllm_num_requests_waiting", "lmdeploy:num_requests_waiting",
+                "dynamo_frontend_queued_requests",
+            ):
+                status = RuleStatus(rules["QueueFull"])
+                for value, state in (limit, "inactive"), (limit + 1, "firing"):
+                    judged = judge(status.rule, status, history(f"{series} {value}"))
+                    self.assertEqual(judged.state, state, series)
+
+    def test_without_a_rule_it_sees_each_common_server_stall(self):
+        stalled = next(r for r in load_config({}).rules if r.name == "Stalled")
+        for busy, progress in (
+            ("vllm:num_requests_running", "vllm:generation_tokens_total"),
+            ("vllm:num_requests_waiting", "vllm:generation_tokens_total"),
+            ("sglang:num_running_reqs", 'sglang:realtime_tokens_total{mode="decode"}'),
+            ("tgi_queue_size", 'tgi_batch_inference_success{method="decode"}'),
+            ("llamacpp:requests_processing", "llamacpp:n_decode_total"),
+            ("num_requests_running", "generation_tokens_total"),
+            (
+                'nv_trt_llm_request_metrics{request_type="active"}',
+                'nv_trt_llm_general_metrics{general_type="iteration_counter"}',
+            ),
+            ("trtllm_num_requests_running", "trtllm_kv_cache_gen_alloc_blocks_total"),
+            ("lmdeploy:num_requests_running", "lmdeploy:generation_tokens_total"),
+            (
+                "dynamo_frontend_inflight_requests",
+                "dynamo_frontend_output_tokens_total",
+            ),
+        ):
+            for text, state in (
+                (f"{busy} 3 3; {progress} 7 7", "pending"),
+                (f"{busy} 3 3; {progress} 7 8", "inactive"),
+                (f"{busy} 3 0; {progress} 7 7", "inactive"),
+                (f"{busy} 3", "inactive"),
+            ):
+                with self.subTest(text):
+                    status = judge(stalled, RuleStatus(stalled), history(text))
+                    self.assertEqual((status.state, status.error), (state, ""))
+
+    def test_Down_is_a_rule_unless_the_user_has_one(self):
+        down = parse_rules("Down: up == 0", builtin=True)
+        self.assertEqual(load_config({}).rules[-1:], down)
+        own = load_config({"UNHEALTHY_WHEN": "A: x\nDown: sum(up) < 2; B: y"}).rules
+        self.assertEqual([rule.name for rule in own], ["A", "Down", "B"])
+        self.assertFalse(own[1].builtin)
+        metric = {"METRIC_TO_CHECK": "x", "METRIC_THRESHOLD": "1"}
+        both = load_config({**metric, "UNHEALTHY_WHEN": "B: y"}).rules
+        self.assertEqual([rule.name for rule in both], ["AboveThreshold", "B", "Down"])
+
+
+class ScrapeTest(NetworkTest):
+    """open_stream, against servers that say what they like."""
+
+    def scrape(self, target, seconds=0.5, access=OPEN):
+        target = self.config(target).metrics_endpoint[0]
+        buffer, body = bytearray(4096), b""
+        with open_stream(target, time.monotonic() + seconds, access) as stream:
+            while True:
+                count = stream.readinto(memoryview(buffer))
+                body += buffer[:count]
+                if not count:
+                    return body, stream.framed
+
+    def failure(self, target, seconds=0.5, access=OPEN):
+        with self.assertRaises(ScrapeError) as caught:
+            self.scrape(target, seconds, access)
+        return f"{caught.exception.reason}: {caught.exception}"
+
+    def test_a_body_arrives_however_it_is_framed(self):
+        chunks = CHUNKED + b"2\r\nx \r\n2\r\n1\n\r\n0\r\n\r\n"
+        for name, pieces, framed in (
+            ("length", [page("x 1\n")], True),
+            ("byte by byte", dripping(page("x 1\n"), 0.001), True),
+            ("chunked", [chunks], True),
+            ("until the end", [UNTIL_CLOSE + b"x 1\n"], False),
+            ("after a 100", [b"HTTP/1.1 100 Continue\r\n\r\n", page("x 1\n")], True),
+            ("identity", [page("x 1\n", extra="Content-Encoding: identity\r\n")], True),
+        ):
+            with self.subTest(name):
+                expected = (b"x 1\n", framed)
+                self.assertEqual(self.scrape(self.metrics(*pieces)), expected)
+
+    def test_a_failure_has_its_reason(self):
+        length = "Content-Length: "
+        for pieces, expected in (
+            ([page(status="401 Unauthorized")], "http_status: HTTP 401 Unauthorized"),
+            ([page(status="403 Forbidden")], "http_status: HTTP 403 Forbidden"),
+            ([page("x 1\n", status="404 Gone Fishing")], "http_status: HTTP 404 Not F"),
+            ([page("x 1\n", status="500 Oops")], "http_status: HTTP 500 Internal"),
+            ([page("x 1\n", status="206 Partial")], "http_status: HTTP 206 "),
+            ([page(status="204 No Content")], "http_status: HTTP 204 "),
+            ([page(status="302 Found")], "http_status: HTTP 302 "),
+            ([page(status="799 What")], "http_status: HTTP 799"),
+            ([page("x", extra="Content-Encoding: gzip\r\n")], "bad_http: .*'gzip'"),
+            ([page("x 1\n", extra=f"{length}99\r\n")], "bad_http: .*Content-Length"),
+            ([UNTIL_CLOSE[:-2] + b"Content-Length: -1\r\n\r\n"], "bad_http: .*'-1'"),
+            ([page("x 1\n")[:-2]], "truncated: 2 bytes less"),
+            ([CHUNKED + b"4\r\nx 1\n"], "truncated: "),
+            ([CHUNKED + b"q\r\nx 1\n"], "truncated: "),
+            ([b"SSH-2.0-OpenSSH_9.9\r\n"], "bad_http: "),
+            ([b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 101, b"\r\n"], "bad_http: .*100"),
+            ([b"HTTP/1.1 200 OK\r\nA: " + b"b" * 65530], "bad_http: .*too|too_large: "),
+            ([b"HTTP/1.1 200 OK\r\nA: b\r\n" + b"A: bbbb" * 9999], "too_large|bad_htt"),
+            ([b"HTTP/1.1 100 Go\r\n\r\n" * 9999, page("x 1\n")], "too_large: "),
+            ([b""], "reset: "),
+        ):
+            with self.subTest(expected):
+                self.assertRegex(self.failure(self.metrics(*pieces)), f"^{expected}")
+        for url, expected in (
+            (f"http://127.0.0.1:{free_port()}/metrics", "refused: "),
+            ("http://1.2.3.4.5/metrics", "dns: "),
+            ("http://x..y/metrics", "bad_http: "),
+            ("http://255.255.255.255/metrics", "network: "),
+        ):
+            with self.subTest(url):
+                self.assertRegex(self.failure(url), f"^{expected}")
+
+    def test_one_deadline_covers_every_part(self):
+        for name, pieces in (
+            ("silence", [FOREVER]),
+            ("status line", dripping(b"HTTP/1.1 200 OK\r\n")),
+            ("headers", [b"HTTP/1.1 200 OK\r\n", *dripping(b"A: b\r\n" * 20)]),
+            ("interim answers", [b"HTTP/1.1 100 Go\r\n\r\n", 0.04] * 20),
+            ("body", [page("x 1\n" * 50)[:-200], *dripping(b"x 1\n" * 50)]),
+            ("chunks", [CHUNKED, *([b"4\r\nx 1\n\r\n", 0.04] * 20)]),
+            ("until the end", [UNTIL_CLOSE, *([b"x 1\n", 0.04] * 20)]),
+        ):
+            with self.subTest(name):
+                started = time.monotonic()
+                message = self.failure(self.metrics(*pieces), 0.1)
+                self.assertLess(time.monotonic() - started, 0.1 + 0.3)
+                self.assertEqual(message, "timeout: timed out")
+
+    def test_redirects_stay_within_the_origin(self):
+        def answer(request):
+            return [page("x 1\n") if b"GET /there?" in request else moved]
+
+        elsewhere, server = self.metrics(page("x 1\n")), self.metrics(answer)
+        there = server.url.replace("/metrics", "/there?a=b")
+        not_followed = "redirect: redirected to another origin: not followed"
+        for location, expected in (
+            ("/there?a=b", None),
+            ("there?a=b", None),
+            (there, None),
+            (elsewhere.url, not_followed),
+            (f"//{elsewhere.instance}/", not_followed),
+            (server.url.replace("127.0.0.1", "localhost"), not_followed),
+            (server.url.replace("http", "https"), not_followed),
+            ("file:///etc/passwd", not_followed),
+            ("/metrics", "redirect: more than 3 redirects"),
+            ("http://[", "bad_http: "),
+        ):
+            for status in ("301 M", "302 F", "303 S", "307 T", "308 P"):
+                with self.subTest(location, status=status):
+                    moved = redirect(location, status)
+                    if expected:
+                        self.assertIn(expected, self.failure(server))
+                    else:
+                        self.assertEqual(self.scrape(server)[0], b"x 1\n")
+        self.assertEqual(elsewhere.requests, [])
+
+    def test_credentials_go_to_the_server_and_nowhere_else(self):
+        moved = redirect("/metrics/?token=hush")
+        server = self.metrics(
+            lambda head: [page("x 1\n") if b"/metrics/" in head else moved]
+        )
+        url = f"http://us%40er:p%3Aw@{server.instance}/metrics?token=hush"
+        self.assertEqual(self.scrape(url)[0], b"x 1\n")
+        expected = "Basic " + base64.b64encode(b"us@er:p:w").decode()
+        for request in server.requests:
+            self.assertIn(f"Authorization: {expected}\r\n", request)
+            self.assertIn("token=hush HTTP/1.1\r\n", request)
+        for location in ("/a b?token=hush", "http://[?token=hush", "/\x7f?token=hush"):
+            with self.subTest(location):
+                moved = redirect(location)
+                server.pieces = (moved,)
+                self.assertNotIn("hush", self.failure(url))
+
+    def test_a_bearer_token_is_read_at_each_scrape(self):
+        server = self.metrics(page("x 1\n"))
+        with tempfile.TemporaryDirectory() as directory:
+            token = Path(directory, "token")
+            access = Access(token_file=str(token))
+            for text in ("first", "second\n"):
+                token.write_text(text)
+                self.scrape(server, access=access)
+            token.write_text("t\u00f6ken")
+            self.assertRegex(self.failure(server, access=access), "^credentials: ")
+        sent = re.findall("Authorization: (.*)\r\n", "".join(server.requests))
+        self.assertEqual(sent, ["Bearer first", "Bearer second"])
+        expected = f"credentials: {token}: No such file or directory"
+        self.assertEqual(self.failure(server, access=access), expected)
+
+    def test_a_request_says_what_it_wants_and_asks_no_proxy(self):
+        server, proxy = self.metrics(page()), self.metrics(page())
+        with mock.patch.dict(os.environ, http_proxy=proxy.url, no_proxy=""):
+            self.scrape(server)
+        self.assertEqual(proxy.requests, [])
+        (request,) = server.requests
+        self.assertTrue(request.startswith("GET /metrics HTTP/1.1\r\n"), request)
+        for header in (
+            f"Host: {server.instance}",
+            "Accept: text/plain;version=0.0.4;",
+            "User-Agent: health_check.py/",
+            "Accept-Encoding: identity",
+            "Connection: close",
+        ):
+            self.assertIn(f"\r\n{header}", request)
+        self.assertNotIn("Authorization", request)
+
+    def test_an_IPv6_address_is_one_too(self):
+        server = self.metrics(page("x 1\n"), host="::1")
+        self.assertEqual(self.scrape(server)[0], b"x 1\n")
+
+    def test_TLS_needs_a_trusted_certificate_and_keeps_the_deadline(self):
+        with tempfile.TemporaryDirectory() as directory:
+            certificate = Path(directory, "both.pem")
+            certificate.write_text(CERTIFICATE)
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(certificate)
+            server = self.metrics(page("x 1\n"), tls=tls)
+            self.assertRegex(self.failure(server), "^tls: .*verify failed")
+            with mock.patch.dict(os.environ, SSL_CERT_FILE=str(certificate)):
+                self.assertEqual(self.scrape(server)[0], b"x 1\n")
+                server.pieces = dripping(page("x 1\n"))
+                self.assertEqual(self.failure(server, 0.2), "timeout: timed out")
+                server.pieces = (page("x 1\n"),)
+            skips = Access(skip_verify=True)
+            self.assertEqual(self.scrape(server, access=skips)[0], b"x 1\n")
+            trusts = Access(ca_file=str(certificate))
+            self.assertEqual(self.scrape(server, access=trusts)[0], b"x 1\n")
+            tls.verify_mode = ssl.CERT_REQUIRED
+            tls.load_verify_locations(certificate)
+            shows = trusts._replace(cert_file=str(certificate))
+            self.assertEqual(self.scrape(server, access=shows)[0], b"x 1\n")
+            self.assertRegex(self.failure(server, access=trusts), "^(tls|reset): ")
+        silent = self.metrics(FOREVER).url.replace("http", "https")
+        self.assertRegex(self.failure(silent, 0.1), "^(timeout|tls): ")
+
+
+class Exposition(unittest.TestCase):
+    def read(self, text, *wanted, size=WHOLE, kind="text/plain", framed=True, own=()):
+        source = io.BytesIO(text if isinstance(text, bytes) else text.encode())
+        stream = Stream(kind, framed, lambda view: source.readinto(view[:size]))
+        return read_samples(stream, format_for(wanted or ("x", "y"), own), {}, True)
+
+    def result(self, text, **options):
+        """Return the samples of a text, or the reason why it has none."""
+        try:
+            return shown(self.read(text, **options).samples)
+        except ScrapeError as error:
+            return error.reason
+
+    def check(self, *rows, **options):
+        """Assert what texts give, in pieces of any size."""
+        for (text, expected), size in itertools.product(rows, (1, 2, 3, 7, WHOLE)):
+            with self.subTest(text[:60], size=size, **options):
+                self.assertEqual(self.result(text, size=size, **options), expected)
+
+    def test_values_and_labels_are_read_as_Prometheus_reads_them(self):
+        odd = "\u2028\x85\v\f\r\0\x1c\u0663"
+        self.check(
+            ("x 5\n", "x 5"), ("x\t5 \n", "x 5"), ("x+5\n", "x 5"), ("x 017\n", "x 17"),
+            ("x 1.15891634176e+011\n", "x 115891634176"), ("x -1.0\n", "x -1"),
+            ("x NaN\n", "x NaN"), ("x +Inf\n", "x +Inf"), ("x .5\n", "x 0.5"),
+            ("x 5 1700000000000\n", "x 5"), ("x 5 17 \n", "x 5"), ("x{} 5\n", "x 5"),
+            ('x{a=""} 5\n', "x 5"), ('x{a="1"}5\n', 'x{a="1"} 5'),
+            ('x{a="1",b="2",} 5\n', 'x{a="1",b="2"} 5'),
+            ('x { b = "2" , a="1" }\t5\n', 'x{a="1",b="2"} 5'),
+            ('x{a="1"b="2"} 5\n', 'x{a="1",b="2"} 5'),
+            ("x{a=\"{'m': 'p,}'} # 5\"} 7\n", "x{a=\"{'m': 'p,}'} # 5\"} 7"),
+            (r'x{a="\\\"\n\t\d"} 5' + "\n", r'x{a="\\\"\n\\t\\d"} 5'),
+            ('# a\nx{a="b\ny 1\n"} 5\ny 6\n', r'x{a="b\ny 1\n"} 5; y 6'),
+            ('x{a="b\nc"} 5\n', r'x{a="b\nc"} 5'),
+            ('x{a="' + odd + '"} 5\n', f"x{{a={quote(odd)}}} 5"),
+            ('x{a="b"} 1\nx{a="b"} 2\nx{a="b",} 3\n', 'x{a="b"} 1'),
+            ('# HELP x a; b="c" \n# TYPE x gauge\n\n \nx 5\n# HELP y\n# TYPE y', "x 5"),
+            ("# x 1\n#\n# EOF\nx 5\n", "x 5"),
+        )
+
+    def test_names_match_whole(self):
+        others = 'x_by_reason 1\nx_ five\nax 2\nx:y 3\nxy 5\n# x 7\nz{n="x 8"}\n'
+        self.check((others + "x 4\n" + others + "y 10\n", "x 4; y 10"))
+        for wanted in ["a", "ab", "abc", "b"], ["vllm:num", "vllm:num_total", "v"]:
+            text = "".join(f"{name} 1\n{name}_ 2\n{name}: 3\n" for name in wanted)
+            self.assertEqual(len(self.read(text, *wanted).samples), len(wanted))
+
+    def test_a_name_in_quotes_is_the_name(self):
+        self.check(
+            ('{"x"} 5\n', "x 5"), ('{"x",a="b"} 5\n', 'x{a="b"} 5'),
+            ('{ "x" , "a"="b" } 5\n', 'x{a="b"} 5'), ('x{"a"="b"} 5\n', 'x{a="b"} 5'),
+            ('{"other.name"} 5\ny 6\n', "y 6"),
+        )
+        reading = self.read('{"a.b\\"c", "d e"="f"} 5\na_b 6\n', 'a.b"c')
+        expected = {(("__name__", 'a.b"c'), ("d e", "f")): 5.0}
+        self.assertEqual(reading.samples, expected)
+
+    def test_a_malformed_line_of_a_wanted_metric_fails_the_scrape(self):
+        for line in (
+            "x", "x ", "x five", "x 1_000", "x 0x1F", "x 1,000", "x 1e400", "x \u0663",
+            "x +NaN", "x 5 6 7", "x 5 -6", "x 5 1.5", "x 5 # {} 1", "x 5\r", "x\u00a05",
+            'x{a="b" 5', "x{a=b} 5", "x{a} 5", 'x{a="b",,c="d"} 5', 'x{,a="b"} 5',
+            'x{a="b",a="c"} 5', 'x{a:b="c"} 5', 'x{9="c"} 5', 'x{"y"} 5', "x{a='b'} 5",
+            '{"x","y"} 5', "{} 5", '{a="b"} 5', '{"x"', 'x{a="b} 5', 'x{a="b\\"} 5',
+            "x 5\v", " x 5", b'x{a="\xff"} 5', b"x \xff",
+        ):
+            text = line if isinstance(line, bytes) else line.encode()
+            self.check((b"# a\n" + text + b"\ny 1\n", "bad_line"))
+            self.check((b"y 1\n" + text, "bad_line"))
+        self.check(("y 1\nz{a= five\n\u00a0x 5\n<html>\n", "y 1"))
+
+    def test_an_empty_body_or_null_has_no_samples_whatever_its_type(self):
+        bodies = "", "\n", " \t\r\n\n", "null", "null\n", "\n null \n"
+        for kind in "", "text/html", "application/json", "application/openmetrics-text":
+            self.check(*((text, "") for text in bodies), kind=kind)
+        self.check(("", ""), ("null", ""), ("null\n", ""), framed=False)
+        self.check(("null\nx 5\n", "not_metrics"), ("nullx 5\n", ""))
+
+    def test_what_is_no_exposition_fails_the_scrape(self):
+        for text in "<p>", '{"x": 5}', "[]", "OK\n", "{\n", "\ufeffx 5", "\0", "1 2":
+            self.check((text, "not_metrics"))
+        for kind in "text/html", "Application/JSON; a=b", "application/problem+json":
+            self.check(("x 5\n", "not_metrics"), ("# a\n", "not_metrics"), kind=kind)
+        for kind in "", "text/plain; version=1.0.0; charset=utf-8", "application/x-odd":
+            self.check(("x 5\n", "x 5"), kind=kind)
+
+    def test_OpenMetrics_has_exemplars_and_must_end_in_EOF(self):
+        self.check(
+            ("# TYPE x counter\nx 5\n# EOF\n", "x 5"), ("x 5\n# EOF", "x 5"),
+            ('x 5 1.5e9 # {a="b"} 0.5 1\n# EOF\n', "x 5"), ("# EOF\n", ""),
+            ("x 5 # {} 1\ny 6 -1.5\n# EOF\n", "x 5; y 6"),
+            ("y 6\nx 5 # a\n# EOF\n", "bad_line"), ("x 5\n", "truncated"),
+            ("x 5\n# EO", "truncated"), ("# x\n", "truncated"),
+            ("# EOF\nx 5\n", "truncated"), ("x 5\n# EOF\n\n", "truncated"),
+            kind="application/openmetrics-text; version=1.0.0; charset=utf-8",
+        )
+
+    def test_a_last_line_without_end_is_whole_only_where_the_protocol_says_so(self):
+        self.check(("x 5\ny 12", "x 5; y 12"), ("x 5", "x 5"))
+        self.check(("x 5\ny 12", "truncated"), ("x 5\ny 1\n", "x 5; y 1"), framed=False)
+
+    def test_the_labels_of_the_target_win_and_those_of_the_server_are_exported(self):
+        for scraped, others in (
+            ("", ""), ('job=""', ""), ('job="o"', 'exported_job="o",'),
+            ('exported_job="e"', 'exported_job="e",'),
+            ('exported_job="e",job="o"', 'exported_exported_job="o",exported_job="e",'),
+            ('job="o",exported_job="e"', 'exported_exported_job="o",exported_job="e",'),
+        ):
+            expected = f'x{{{others}instance="h:1",job="j"}} 5'
+            labels = (("instance", "h:1"), ("job", "j"))
+            self.check((f"x{{{scraped}}} 5\n", expected), own=labels)
+
+    def test_a_server_cannot_fake_what_a_scrape_adds(self):
+        text = 'up 1\nscrape_error{reason="x"} 1\nx 5\n{"up"} 1\nup_ 1\n'
+        reading = self.read(text, "x", "up", "scrape_error", "scrape_duration_seconds")
+        self.assertEqual(shown(reading.samples), "x 5")
+        self.assertEqual(reading.reserved, {"up", "scrape_error"})
+
+    def test_labels_of_the_scrape_before_are_used_again(self):
+        known = {b'x{a="b"}': (("__name__", "x"), ("a", "known"))}
+        source = io.BytesIO(b'x{a="b"} 5\nx{a="c"} 6\n')
+        stream = Stream("text/plain", True, source.readinto)
+        reading = read_samples(stream, format_for(["x"], ()), known)
+        self.assertEqual(shown(reading.samples), 'x{a="c"} 6; x{a="known"} 5')
+        self.assertEqual(list(reading.series), [b'x{a="b"}', b'x{a="c"}'])
+        self.assertEqual((reading.size, reading.names), (22, set()))
+
+    def test_the_names_that_are_there_are_listed_on_request(self):
+        reading = self.read('# a 1\nz:b{c="d"} broken\nx 5\n\nq 7', size=3)
+        self.assertEqual(reading.names, {b"z:b", b"x", b"q"})
+
+    def test_too_much_fails_the_scrape(self):
+        def lines(name, count, width=0):
+            return "".join(f'{name}{{a="{i:0{width}}"}} 1\n' for i in range(count))
+
+        self.assertEqual(len(self.read(lines("x", 5000)).samples), 5000)
+        self.assertEqual(len(self.read(lines("z", 9000) + "x 5\n").samples), 1)
+        for text in (
+            lines("x", 5001), lines("x", 2500, 1000), "# " + "a" * 300000 + "\nx 5\n",
+            'x{a="' + "b" * 300000 + '"} 5\n', "a" * 300000,
+            '# a\nx{a="' + "b\n" * 150000 + '"} 5\n',
+        ):
+            for size in 65536, WHOLE:
+                with self.subTest(text[:9], size=size):
+                    self.assertEqual(self.result(text, size=size), "too_large")
+
+    def test_hostile_lines_are_read_in_linear_time(self):
+        many = 200000
+        blanks, digits = " " * many, "1" * many
+        for line, expected in (
+            (f"x{blanks}5\t\t", "x 5"), (f"x 5{blanks}", "x 5"), (f"{blanks}z", ""),
+            (f"x{blanks}{{}}  5", "x 5"), (f"x{{{blanks}}} 5", "x 5"),
+            (f'x{{a="b"{blanks}}} 5', 'x{a="b"} 5'), (f"x 5 {blanks}z", "bad_line"),
+            (f'x{{a{blanks}="b"}} 5', 'x{a="b"} 5'), (f"x{{a{blanks}b}} 5", "bad_line"),
+            (f"x 5 {digits}z", "bad_line"), (f"x {digits}z", "bad_line"),
+            ("x{" + '"a"' * (many // 3), "bad_line"), ("x" + "{" * many, "bad_line"),
+            ('x{a="' + "\\" * many, "bad_line"), ('x{"' + '\\"' * 99999, "bad_line"),
+        ):
+            with self.subTest(line[:9] + line[-9:]):
+                self.assertEqual(self.result(f"# a\n{line}\n"), expected)
+
+    def test_the_text_of_a_series_gives_its_labels(self):
+        for text, labels in (
+            (b"x", {"__name__": "x"}),
+            (b'x{b="c",a=""}', {"__name__": "x", "b": "c"}),
+            (b'{"a b","c.d"="e"}', {"__name__": "a b", "c.d": "e"}),
+        ):
+            self.assertEqual(parse_series(text), labels)
+        for text in b'{a="b"}', b'{"x","y"}', b"x{a}", b'x{a="\xff"}':
+            with self.assertRaises(ScrapeError) as caught:
+                parse_series(text)
+            self.assertEqual(caught.exception.reason, "bad_line")
+
+
+# --- 8. Monitor ----------------------------------------------------------------------
+
+
+class MonitorTest(NetworkTest):
+    """Checks, without a server in front of them."""
+
+    def state(self, verdict, name):
+        return next(s.state for s in verdict.rules if s.rule.name == name)
+
+    def test_a_hanging_target_hides_nothing_of_a_good_one_and_is_seen_to_recover(self):
+        good, bad = self.metrics(page("q 11\n")), self.metrics(FOREVER)
+        rules = "Queue: q > 10; Down: up == 0; Half: sum(up) < 2; Sum: sum(q) > 12"
+        monitor = self.running(good, bad, METRICS_TIMEOUT="0.15", UNHEALTHY_WHEN=rules)
+        port = self.serve(monitor)
+        for _ in range(2):
+            self.assertEqual(get(port), (503, "Unhealthy\n"))
+            self.assertEqual(monitor.verdict.reason, "Queue, Down, Half")
+            up = [target.reason for target in monitor.verdict.targets]
+            self.assertEqual(up, ["", "timeout"])
+            (alert,) = monitor.verdict.rules[1].alerts
+            self.assertEqual(dict(alert.labels)["instance"], bad.instance)
+        bad.pieces = (page("q 2\n"),)
+        get(port)
+        self.assertEqual(monitor.verdict.reason, "Queue, Sum")
+        self.assert_any(f"{bad.instance}: scraped again", self.log)
+
+    def test_a_target_cannot_fake_what_a_scrape_adds(self):
+        spoof = page('up 1\n{"up"} 1\nscrape_error 0\nq{instance="fake"} 3\n')
+        spoofing = self.metrics(spoof)
+        down = f"127.0.0.1:{free_port()}"
+        monitor = self.monitor(
+            spoofing,
+            f"http://{down}/metrics",
+            TARGET_LABELS="job=vllm",
+            UNHEALTHY_WHEN="Q: q > 1; E: scrape_error",
+        )
+        for _ in range(2):
+            verdict = monitor.check()
+            self.assertEqual(verdict.reason, "Q, E, Down")
+            q, error, up = (dict(rule.alerts[0].labels) for rule in verdict.rules)
+            self.assertEqual(up["instance"], down)
+            self.assertEqual((error["instance"], error["reason"]), (down, "refused"))
+            self.assertEqual(q["instance"], spoofing.instance)
+            self.assertEqual((q["exported_instance"], q["job"]), ("fake", "vllm"))
+        dropped = [line for line in self.log if "dropped" in line]
+        self.assertEqual(len(dropped), 2, dropped)
+
+    def test_a_scrape_adds_its_duration_and_size(self):
+        rules = "T: scrape_duration_seconds > 0; S: scrape_body_size_bytes == 4"
+        monitor = self.monitor(self.metrics(page("x 1\n")), UNHEALTHY_WHEN=rules)
+        self.assertEqual(monitor.check().reason, "T, S")
+
+    def test_pending_becomes_firing_and_a_gap_of_five_minutes_starts_again(self):
+        clock, server = Clock(), self.metrics(page("q 11\n"))
+        monitor = self.monitor(server, clock=clock, UNHEALTHY_WHEN="Q: q > 10 for 10m")
+        states = []
+        for later in (0, 290, 301, 250, 250, 99, 1, 400):
+            clock.now += later
+            states.append(self.state(monitor.check(), "Q"))
+        self.assertEqual(states, ["pending"] * 6 + ["firing"] * 2)
+        server.pieces = (page("q 10\n"),)
+        self.assertTrue(monitor.check().healthy)
+
+    def test_nothing_is_healthy_before_a_first_scrape_has_succeeded(self):
+        server = self.metrics(page(status="503 Starting"))
+        monitor = self.monitor(server, UNHEALTHY_WHEN="Down: up > 1")
+        self.assertEqual(monitor.verdict.reason, "never scraped")
+        self.assertEqual(monitor.check().reason, "never scraped")
+        server.pieces = (page(),)
+        self.assertTrue(monitor.check().healthy)
+        server.pieces = (page(status="503 Starting"),)
+        self.assertTrue(monitor.check().healthy, "the user's own Down says so")
+
+    def test_a_storm_of_checks_cannot_grow_the_history(self):
+        clock, server = Clock(), self.metrics(page("q 1\nr 2\n"))
+        rules = "Q: count_over_time(q[10s]) > 1000; R: r > 9"
+        monitor = self.monitor(server, clock=clock, UNHEALTHY_WHEN=rules)
+        for _ in range(200):
+            clock.now += 0.002
+            monitor.check()
+        history = monitor.instant().history
+        (q,), (r,) = history["q"].values(), history["r"].values()
+        self.assertLess(len(q.times), 0.4 / (10 / 512) + 3)
+        self.assertEqual(q.times[-1], clock.now)
+        self.assertEqual(len(r.times), 1)
+        server.pieces = (page(),)
+        clock.now += 11
+        monitor.check()
+        self.assertEqual([history["q"], history["r"]], [{}, {}])
+
+    def test_label_values_that_change_with_each_scrape_fail_it(self):
+        count = itertools.count()
+
+        def answer(_):
+            return [page("".join(f'q{{n="{next(count)}"}} 1\n' for _ in range(4000)))]
+
+        server = self.metrics(answer)
+        monitor = self.monitor(server, UNHEALTHY_WHEN="Q: changes(q[1h]) > 1")
+        reasons = [monitor.check().targets[0].reason for _ in range(3)]
+        self.assertEqual(reasons, ["", "", "too_large"])
+        self.assertEqual(monitor.verdict.reason, "Down")
+
+    def test_a_name_that_is_not_there_is_warned_of_once_with_the_nearest(self):
+        server = self.metrics(page("# nothing yet\n"))
+        rules = "Q: vllm:num_request_waiting > 1; A: absent(nothing_at_all) and up > 1"
+        monitor = self.monitor(server, UNHEALTHY_WHEN=rules)
+        monitor.check()
+        self.assertEqual(self.log, [])
+        server.pieces = (page('vllm:num_requests_waiting{a="b"} 1\nother 2\n'),)
+        for _ in range(3):
+            monitor.check()
+        (warning,) = self.log
+        self.assertIn("Q: no series of vllm:num_request_waiting", warning)
+        self.assertIn("vllm:num_requests_waiting is", warning)
+        text = health_check.describe(monitor.verdict.rules[0], monitor.verdict.time)
+        self.assertEqual(text, "ok (no series)")
+
+    def test_a_rule_that_has_no_answer_is_unhealthy_with_its_reason(self):
+        server = self.metrics(page('q{a="1"} 1\nq{a="2"} 2\n'))
+        monitor = self.monitor(server, UNHEALTHY_WHEN="Q: q + on() q > 1; R: q > 9")
+        verdict = monitor.check()
+        self.assertEqual((verdict.healthy, verdict.reason), (False, "Q"))
+        self.assertIn("many-to-", verdict.rules[0].error)
+        server.pieces = (page("q 0\n"),)
+        self.assertTrue(monitor.check().healthy)
+
+    def test_a_bug_is_unhealthy_with_its_reason_and_the_next_check_goes_on(self):
+        server = self.metrics(page("q 1\n"))
+        config = self.config(server, UNHEALTHY_WHEN='Q: q{a="b"} > 1; R: q > 9')
+        q = health_check.parse_expression('q{a="b"}')._replace(matchers=(None,))
+        broken = (config.rules[0]._replace(expr=q), *config.rules[1:])
+        lost = config.metrics_endpoint[0]._replace(url=None)
+        for name, config_ in (
+            ("rule", config._replace(rules=broken)),
+            ("worker", config._replace(metrics_endpoint=(lost,))),
+        ):
+            with self.subTest(name):
+                monitor = Monitor(config_)
+                monitor.start()
+                self.addCleanup(monitor.stop)
+                port = self.serve(monitor)
+                for _ in range(2):
+                    self.assertEqual(get(port), (503, "Unhealthy\n"))
+                self.assertIn("bug", get(port, "/health?verbose")[1])
+                self.assertEqual(get(port, "/livez")[0], 200)
+                self.assert_any("this is a bug", self.log)
+        monitor = self.monitor(server)
+        self.assertTrue(monitor.check().healthy)
+        monitor.instant().history["up"] = None
+        self.assertRegex(monitor.check().reason, "^bug: [A-Z]")
+        monitor.instant().history.clear()
+        self.assertTrue(monitor.check().healthy)
+        self.log.clear()
+
+    def test_the_log_has_the_changes_and_only_those(self):
+        server = self.metrics(page("q 11\n"))
+        monitor = self.running(server, UNHEALTHY_WHEN="Q: q > 10")
+        port, q = self.serve(monitor), f'q{{instance="{server.instance}"}} 11'
+        up = f'up{{instance="{server.instance}"}} 0'
+        failed = f"{server.instance}: scrape failed: http_status: HTTP 500 Internal"
+        for answer, expected in (
+            (page("q 11\n"), [f"Q: firing for 0s: {q}", "Unhealthy: Q"]),
+            (page("q 12\n"), []),
+            (page("q 9\n"), ["Q: ok: 9 (limit 10)", "Healthy"]),
+            (
+                page(status="500 No"),
+                [f"{failed} Server Error", f"Down: firing for 0s: {up}", "Unhealthy: "],
+            ),
+            (page(status="500 No"), []),
+            (
+                page(),
+                [f"{server.instance}: scraped again", "Down: ok: 1 (limit 0)", "Heal"],
+            ),
+        ):
+            with self.subTest(answer):
+                self.log.clear()
+                server.pieces = (answer,)
+                get(port)
+                get(port, "/livez")
+                lines = [line for line in self.log if "HTTP/1.1" not in line]
+                self.assertEqual(len(lines), len(expected), lines)
+                for line, start in zip(lines, expected):
+                    self.assertTrue(line.startswith(start), line)
+
+    def test_a_schedule_needs_no_request(self):
+        server = self.metrics(page())
+        monitor = self.running(server, SCRAPE_INTERVAL="0.1", METRICS_TIMEOUT="0.1")
+        self.assertTrue(
+            wait_until(lambda: monitor.verdict.healthy and monitor.verdict.sequence > 2)
+        )
+        monitor.stop()
+        self.assertTrue(wait_until(lambda: not monitor.alive()))
+
+
+class ServeTest(NetworkTest):
+    """Everything behind one port, from the request to the scrape."""
+
+    def test_the_published_manifest_means_what_it_meant(self):
+        server = self.metrics(page())
+        port = self.serve(self.running(server, APP_PORT="8081", **MANIFEST))
+        html = "<!DOCTYPE html>\n<p>tgi_queue_size 3"
+        comments = "# HELP tgi_queue_size Waiting.\n# TYPE tgi_queue_size gauge\n"
+        short = page("tgi_queue_size 3\n")[:-2]
+        for healthy, answer in (
+            (False, page("tgi_queue_size 11\n")),
+            (True, page("tgi_queue_size 10\n")),
+            (False, page("tgi_queue_size 10.5\n")),
+            (False, page("tgi_queue_size 1.1e1\n")),
+            (False, page("tgi_queue_size +Inf\n")),
+            (True, page("tgi_queue_size NaN\n")),
+            (False, page('tgi_queue_size{model="a"} 11\n')),
+            (True, page("")),
+            (False, page("tgi_queue_size 11 1700000000000\n")),
+            (True, page("null")),
+            (True, page("null", "application/json")),
+            (False, page("tgi_queue_size\t11\n")),
+            (True, page("tgi_queue_size_by_reason 11\nother 11\n")),
+            (True, page(comments)),
+            (True, page(comments + "tgi_queue_size -0\n")),
+        ):
+            with self.subTest(answer):
+                server.pieces = (answer,)
+                expected = (200, "Healthy\n") if healthy else (503, "Unhealthy\n")
+                self.assertEqual(get(port), expected)
+        for answer, reason in (
+            (page("tgi_queue_size 3\n", status="404 N"), "http_status: HTTP 404 Not F"),
+            (page("tgi_queue_size 3\n", status="500 N"), "http_status: HTTP 500 Inter"),
+            (page(html, "text/html"), "not_metrics: .*text/html"),
+            (page(html), "not_metrics: .*<!DOCTYPE html>"),
+            (page("tgi_queue_size abc\n"), "tgi_queue_size abc"),
+            (page("x 1\ntgi_queue_size abc\n"), "bad_line: .*tgi_queue_size abc"),
+            (short, "truncated: 2 bytes less"),
+            (None, "refused: "),
+        ):
+            with self.subTest(reason):
+                server.pieces = (page(),)
+                self.assertEqual(get(port), (200, "Healthy\n"))
+                self.log.clear()
+                server.pieces = (answer,)
+                if answer is None:
+                    server.close()
+                self.assertEqual(get(port), (503, "Unhealthy\n"))
+                self.assertTrue(wait_until(lambda: "Unhealthy: Down" in self.log))
+                self.assert_any(f"scrape failed: .*{reason}", self.log)
+
+    def test_concurrent_requests_share_a_scrape(self):
+        server = self.metrics(0.5, page("q 1\n"))
+        port = self.serve(self.running(server, METRICS_TIMEOUT="0.8"))
+        started = time.monotonic()
+        self.assertEqual(storm(port, 200), {"200"})
+        self.assertLess(time.monotonic() - started, 1.1)
+        self.assertLessEqual(len(server.requests), 2)
+
+    def patience(self, port):
+        """Return the seconds to an Unhealthy, the least of three for a busy machine."""
+        seconds = []
+        for _ in range(3):
+            started = time.monotonic()
+            self.assertEqual(get(port), (503, "Unhealthy\n"))
+            seconds.append(time.monotonic() - started)
+        return min(seconds)
+
+    def test_a_slow_target_is_answered_for_in_time_by_the_same_threads(self):
+        def threads():
+            return sum(t.name != "metrics" for t in threading.enumerate())
+
+        for name, pieces in (
+            ("silence", [FOREVER]),
+            ("headers", dripping(b"HTTP/1.1 200 OK\r\nA: bcdefghijk\r\n", 0.02)),
+            ("body", [page("x 1\n" * 20)[:-80], *dripping(b"x 1\n" * 20, 0.02)]),
+        ):
+            with self.subTest(name):
+                server = self.metrics(*pieces)
+                port = self.serve(self.running(server, METRICS_TIMEOUT="0.1"))
+                self.assertLess(self.patience(port), 0.1 + 0.15)
+                before = threads()
+                self.assertEqual(storm(port, 250) | storm(port, 250), {"503"})
+                self.assertTrue(wait_until(lambda most=before: threads() <= most))
+
+    def test_a_resolver_that_hangs_is_answered_for_too_and_seen_to_recover(self):
+        server = self.metrics(page())
+        process = self.launch(
+            command=(sys.executable, "-c", STUCK_RESOLVER),
+            METRICS_ENDPOINT=server.url.replace("127.0.0.1", "stuck.invalid"),
+            METRICS_TIMEOUT="0.1",
+            PYTHONPATH=str(Path(PROGRAM).parent),
+        )
+        port, tasks = self.port_of(process), Path(f"/proc/{process.pid}/task")
+        before = len(list(tasks.iterdir()))
+        self.assertEqual(get(port), (503, "Unhealthy\n"))
+        time.sleep(0.3)
+        self.assertLess(self.patience(port), 0.1 + 0.15)
+        self.assertEqual(storm(port, 500), {"503"})
+        self.assertEqual(len(list(tasks.iterdir())), before)
+        self.assertLessEqual(len(server.requests), 1)
+        self.assertTrue(wait_until(lambda: get(port)[0] == 200, 3))
+        process.terminate()
+        self.assertEqual(process.wait(5), 0)
+
+    def test_an_answer_is_plain_text_that_nobody_keeps(self):
+        port = self.serve(self.running(self.metrics(page())))
+        for method, body in (("GET", "Healthy\n"), ("HEAD", "")):
+            answer = receive(send(port, request_for("/health", method)))
+            head, _, received = answer.partition("\r\n\r\n")
+            self.assertEqual(received, body)
+            lines = head.split("\r\n")
+            self.assertEqual(lines[0], "HTTP/1.1 200 OK")
+            for line in (
+                "Content-Type: text/plain; charset=utf-8",
+                "Content-Length: 8",
+                "Cache-Control: no-store",
+                "X-Content-Type-Options: nosniff",
+                "Connection: close",
+            ):
+                self.assertIn(line, lines)
+            self.assertNotIn("Python", head)
+
+    def test_a_request_is_answered_or_refused_with_its_status(self):
+        port = self.serve(self.running(self.metrics(page())))
+        body = "Content-Length: 5\r\n\r\nhello"
+        chunked = "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        for request, status in (
+            ("GET /health HTTP/1.0\r\n\r\n", 200),
+            ("GET /health HTTP/1.0\n\n", 200),
+            ("GET /health?a=b;c#d HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 200),
+            ("GET http://a.example:80/health HTTP/1.1\r\nHost: b\r\n\r\n", 200),
+            ("GET /health HTTP/1.1\r\nExpect: 100-continue\r\n\r\n", 200),
+            (request_for("/health") * 3, 200),
+            (request_for("/livez"), 200),
+            ("GET http://a.example?/health HTTP/1.1\r\n\r\n", 404),
+            (request_for("/healthy"), 404),
+            (request_for("/health/"), 404),
+            (request_for("/health/Nothing"), 404),
+            (request_for("/health/down"), 404),
+            (request_for("/%68ealth"), 404),
+            (request_for("/../health"), 404),
+            (request_for("*"), 404),
+            (request_for("/health", "POST"), 405),
+            (request_for("/health", "DELETE"), 405),
+            (request_for("/health", "BREW"), 405),
+            ("GET /health HTTP/1.1\r\n" + body, 400),
+            ("GET /health HTTP/1.1\r\n" + chunked, 400),
+            ("GET /health HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+            ("GET /health\r\n\r\n", 400),
+            ("GET /health HTTP/1.1 x\r\n\r\n", 400),
+            ("GET /health HTTP/x\r\n\r\n", 400),
+            ("\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
+            ("\r\n\r\n", 400),
+            ("GET /health HTTP/2.0\r\n\r\n", 505),
+            ("GET /health HTTP/1.1\r\n" + "A: b\r\n" * 200 + "\r\n", 431),
+            ("GET /health HTTP/1.1\r\nA: " + "b" * 20000 + "\r\n\r\n", 431),
+            ("GET /" + "b" * 20000 + " HTTP/1.1\r\n\r\n", 431),
+        ):
+            with self.subTest(request[:60]):
+                answer = receive(send(port, request))
+                self.assertTrue(answer.startswith(f"HTTP/1.1 {status} "), answer)
+                self.assertEqual(answer.count("HTTP/1.1"), 1)
+                self.assertEqual("\r\nAllow: GET, HEAD\r\n" in answer, status == 405)
+                self.assertNotIn("<", answer)
+
+    def test_verbose_names_each_rule_and_each_failed_scrape(self):
+        good, down = self.metrics(page("q 11\nr 3\n")), f"127.0.0.1:{free_port()}"
+        rules = "Q: q > 10; R: r < 2; S: s > 1; P: q > 10 for 1h"
+        targets = good, f"http://{down}/"
+        port = self.serve(self.running(*targets, UNHEALTHY_WHEN=rules))
+        for path in ("/health?verbose", "/health?a=b&verbose=1"):
+            status, body = get(port, path)
+            self.assertEqual(status, 503)
+            for line, start in itertools.zip_longest(
+                body.splitlines(),
+                (
+                    f"[-]scrape of {down} failed: refused: ",
+                    f'[-]Q firing for 0s: q{{instance="{good.instance}"}} 11',
+                    "[+]R ok: 3 (limit 2)",
+                    "[+]S ok (no series)",
+                    f'[+]P pending for 0s: q{{instance="{good.instance}"}} 11',
+                    f'[-]Down firing for 0s: up{{instance="{down}"}} 0',
+                    "Unhealthy: Q, Down",
+                ),
+            ):
+                self.assertTrue(line.startswith(start), line)
+
+    def test_a_rule_of_its_own_fails_open(self):
+        server = self.metrics(page("q 11\nr 1\n"))
+        rules = "Q: q > 10; R: r + on() q > 1"
+        port = self.serve(self.running(server, UNHEALTHY_WHEN=rules))
+        fine, bad = (200, "Healthy\n"), (503, "Unhealthy\n")
+        for answer, q, r, down, whole in (
+            (page("q 11\nr 1\n"), bad, bad, fine, bad),
+            (page("q 0\nr 1\n"), fine, fine, fine, fine),
+            (page('q{a="1"} 1\nq{a="2"} 1\nr 1\n'), fine, None, fine, bad),
+            (page("q x\n"), fine, fine, bad, bad),
+        ):
+            with self.subTest(answer):
+                server.pieces = (answer,)
+                self.assertEqual(get(port), whole)
+                self.assertEqual(get(port, "/health/Q"), q)
+                self.assertEqual(get(port, "/health/Down"), down)
+                status, body = get(port, "/health/R")
+                if r:
+                    self.assertEqual((status, body), r)
+                else:
+                    self.assertEqual(status, 200)
+                    self.assertRegex(body, r"^Healthy \(unknown: many-to-.*\)\n")
+
+    def test_without_a_verdict_health_fails_closed_and_a_rule_open(self):
+        monitor = self.monitor(self.metrics(page()), METRICS_TIMEOUT="0.1")
+        port = self.serve(monitor)
+        started = time.monotonic()
+        socks = [
+            send(port, request_for(path))
+            for path in ("/health", "/health?verbose", "/health/Down")
+        ]
+        closed, verbose, opened = map(receive, socks)
+        self.assertLess(time.monotonic() - started, 0.1 + 0.15)
+        self.assertRegex(closed, r"^HTTP/1.1 503 (?s:.*)\r\n\r\nUnhealthy\n\Z")
+        self.assertIn("Unhealthy: no verdict", verbose)
+        self.assertRegex(opened, r"^HTTP/1.1 200 (?s:.*)\r\n\r\nHealthy \(unknown: no ")
+        status, body = get(port, "/livez")
+        self.assertEqual(status, 503)
+        self.assertIn("thread is dead", body)
+
+    def test_on_a_schedule_health_is_answered_from_memory(self):
+        server = self.metrics(page())
+        environ = {"SCRAPE_INTERVAL": "0.2", "METRICS_TIMEOUT": "0.1"}
+        port = self.serve(self.running(server, **environ))
+        for _ in range(100):
+            self.assertEqual(get(port), (200, "Healthy\n"))
+        self.assertLess(len(server.requests), 10)
+
+    def test_memory_is_three_intervals_long(self):
+        environ = {"SCRAPE_INTERVAL": "0.1", "METRICS_TIMEOUT": "0.1"}
+        monitor = self.monitor(self.metrics(page()), **environ)
+        port = self.serve(monitor)
+        monitor.check()
+        self.assertEqual(get(port), (200, "Healthy\n"))
+        time.sleep(0.31)
+        self.assertEqual(get(port), (503, "Unhealthy\n"))
+
+    def test_a_slow_caller_is_hung_up_on(self):
+        port = self.serve(self.running(self.metrics(page())))
+        with mock.patch.object(health_check, "PATIENCE", 0.15):
+            silent = send(port, "")
+            dripping_ = send(port, "GET /health")
+            started = time.monotonic()
+            while time.monotonic() - started < 0.12:
+                dripping_.send(b" ")
+                time.sleep(0.02)
+            self.assertEqual([receive(silent), receive(dripping_)], ["", ""])
+            self.assertLess(time.monotonic() - started, 0.3)
+        self.assert_any("sent no request in time", self.log)
+
+    def test_a_caller_that_goes_away_is_no_trouble(self):
+        server = self.metrics(0.1, page())
+        port = self.serve(self.running(server))
+        for request in ("", "GET", request_for("/health"), "GET /" + "b" * 30000):
+            sock = send(port, request)
+            time.sleep(0.05)
+            linger = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            sock.close()
+        send(port, request_for("/health")).close()
+        send(port, "GET").close()
+        self.assertEqual(get(port), (200, "Healthy\n"))
+        self.assert_any("went away", self.log)
+
+    def test_a_caller_that_does_not_read_is_given_up(self):
+        label = "x" * 200000
+        server = self.metrics(page(f'q{{a="{label}"}} 1\n'))
+        listener = listen("127.0.0.1", 0)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        port = self.serve(self.running(server, UNHEALTHY_WHEN="Q: q > 0"), listener)
+
+        def lazy():
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", port))
+            sock.sendall(request_for("/health?verbose").encode())
+            time.sleep(0.1)
+            return sock
+
+        self.assertIn(label, receive(lazy()))
+        with mock.patch.object(health_check, "PATIENCE", 0.15):
+            sock = lazy()
+            given_up = "did not read its answer in time"
+            self.assertTrue(
+                wait_until(lambda: any(given_up in line for line in self.log))
+            )
+            sock.close()
+
+    def test_at_the_cap_the_oldest_idle_caller_makes_room(self):
+        port = self.serve(self.running(self.metrics(page())))
+        with mock.patch.object(health_check, "MAX_CONNECTIONS", 3):
+            first, second, third = (send(port, "GET") for _ in range(3))
+            self.assertEqual(get(port), (200, "Healthy\n"))
+            self.assertEqual(receive(first), "")
+            for sock in (second, third):
+                sock.sendall(b" /health HTTP/1.1\r\n\r\n")
+                self.assertIn("200 OK", receive(sock))
+
+    def test_at_the_cap_whoever_has_asked_is_answered(self):
+        port = self.serve(self.running(self.metrics(0.2, page())))
+        with mock.patch.object(health_check, "MAX_CONNECTIONS", 2):
+            asked = [send(port, request_for("/health")) for _ in range(2)]
+            time.sleep(0.05)
+            late = [send(port, "") for _ in range(2)]
+            self.assertEqual([receive(sock) for sock in late], ["", ""])
+            for sock in asked:
+                self.assertIn("200 OK", receive(sock))
+        self.assertEqual(get(port)[0], 200)
+
+    def test_without_a_file_descriptor_the_oldest_idle_caller_makes_room(self):
+        port = self.serve(self.running(self.metrics(page())))
+        idle, caller = send(port, "GET"), socket.socket()
+        self.assertEqual(get(port, "/livez")[0], 200)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        with contextlib.suppress(OSError):
+            while True:
+                self.addCleanup(os.close, os.dup(0))
+        caller.settimeout(2)
+        caller.connect(("127.0.0.1", port))
+        caller.sendall(request_for("/livez").encode())
+        self.assertIn("200 OK", receive(caller))
+        self.assertEqual(receive(idle), "")
+        self.assert_any("no file descriptor", self.log)
+
+    def test_a_bug_in_the_loop_costs_one_caller_and_is_said(self):
+        class Broken(Monitor):
+            def request(self, sequence):
+                raise RuntimeError("broken")
+
+        port = self.serve(Broken(self.config(self.metrics(page()))))
+        self.assertEqual(receive(send(port, request_for("/health"))), "")
+        self.assertEqual(receive(send(port, request_for("/livez")))[9:12], "503")
+        self.assertIn("this is a bug in health_check.py", self.log.pop(0))
+
+    def test_a_caller_that_was_not_there_after_all_is_no_trouble(self):
+        class Hasty(socket.socket):
+            tries = 0
+
+            def accept(self):
+                self.tries += 1
+                if self.tries == 1:
+                    raise BlockingIOError
+                return super().accept()
+
+        listener = Hasty(fileno=listen("127.0.0.1", 0).detach())
+        port = self.serve(self.running(self.metrics(page())), listener)
+        self.assertEqual(get(port, "/livez")[0], 200)
+        self.assertEqual(listener.tries, 2)
+
+    def test_a_caller_that_another_process_took_is_no_trouble(self):
+        monitors = [self.running(self.metrics(page())) for _ in range(2)]
+        listener = listen("127.0.0.1", 0)
+        ports = [
+            self.serve(m, sock) for m, sock in zip(monitors, (listener.dup(), listener))
+        ]
+        self.assertEqual([get(ports[0], "/livez")[0] for _ in range(50)], [200] * 50)
+
+    def test_both_families_are_answered_or_IPv4_where_there_is_no_other(self):
+        for family, hosts in (
+            (socket.AF_INET6, ("127.0.0.1", "::1")),
+            (12345, ("127.0.0.1",)),
+        ):
+            with mock.patch.object(socket, "AF_INET6", family):
+                port = self.serve(self.monitor(self.metrics(page())), listen("", 0))
+            for host in hosts:
+                with self.subTest(host, family=family):
+                    socket.create_connection((host, port), 2).close()
+
+
+# --- 11. Main ------------------------------------------------------------------------
+
+
+class MainTest(NetworkTest):
+    """The command line, as far as possible in this process."""
+
+    def run_main(self, *argv, **environ):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, environ))
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            try:
+                code = health_check.main(argv)
+            except SystemExit as end:
+                code = end.code
+        return code, out.getvalue(), err.getvalue()
+
+    def test_SIGTERM_and_SIGINT_end_it_at_once_even_while_a_scrape_hangs(self):
+        for number, hanging in ((signal.SIGTERM, True), (signal.SIGINT, False)):
+            with self.subTest(number, hanging=hanging):
+                self.assert_ends(number, hanging)
+
+    def test_as_PID_1_it_ends_at_once_too(self):
+        command = ["unshare", "-fp", "--kill-child"]
+        if (
+            not shutil.which("unshare")
+            or subprocess.run(
+                [*command, "true"], stderr=subprocess.DEVNULL, check=False
+            ).returncode
+        ):
+            self.skipTest("no right to make a PID namespace")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                self.assert_ends(number, True, command)
+
+    def assert_ends(self, number, hanging, prefix=()):
+        server = self.metrics(FOREVER)
+        process = self.launch(
+            command=(*prefix, sys.executable, PROGRAM),
+            METRICS_ENDPOINT=server.url,
+            METRICS_TIMEOUT="30",
+        )
+        port, pid = self.port_of(process), process.pid
+        if prefix:
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        if hanging:
+            caller = send(port, request_for("/health"))
+            self.assertTrue(wait_until(lambda: server.requests))
+        started = time.monotonic()
+        os.kill(pid, number)
+        self.assertEqual(process.wait(5), 0)
+        self.assertLess(time.monotonic() - started, 0.5)
+        self.assertEqual(process.stderr.read(), "")
+        if hanging:
+            self.assertEqual(receive(caller), "")
+
+    def test_a_log_line_is_one_line_and_holds_no_secret(self):
+        server = self.metrics(page("\x1b[31m\x85oops\r\n"))
+        for log_format in ("text", "json"):
+            process = self.launch(
+                METRICS_ENDPOINT=f"http://us:hush@{server.instance}/metrics?t=hush",
+                LOG_FORMAT=log_format,
+                LOG_LEVEL="debug",
+                METRIC_TRESHOLD="1",
+            )
+            warning = process.stderr.readline()
+            self.assertIn("did you mean METRIC_THRESHOLD", warning)
+            port = self.port_of(process)
+            self.assertEqual({get(port)[0] for _ in range(2)}, {503})
+            self.assertEqual(get(port, "/\x1b[2J\x9b?\x85")[0], 404)
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            log = process.stderr.read()
+            with self.subTest(log_format):
+                self.assertIn("u001b[2J", log)
+                self.assertIn("oops", log)
+                self.assertNotIn("hush", log + process.stdout.read())
+                self.assertRegex(log, r"\A[ -~\n]+\Z")
+                for line in [warning, *log.splitlines()]:
+                    if log_format == "json":
+                        fields = json.loads(line)
+                        self.assertEqual({*fields}, {"time", "level", "message"})
+                        stamp = fields["time"]
+                    else:
+                        stamp = line.split()[0]
+                        self.assertRegex(line, " (DEBUG|INFO|WARNING) ")
+                    self.assertRegex(stamp, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+    def test_a_formatter_keeps_a_traceback_and_makes_it_harmless(self):
+        try:
+            raise ValueError("\x1b[2J\nnot a line of the log")
+        except ValueError:
+            error = sys.exc_info()
+        record = logging.LogRecord("x", logging.ERROR, "", 1, "%s", "a\nb", error)
+        text = health_check.TextFormatter("%(levelname)s %(message)s").format(record)
+        self.assertTrue(text.startswith("ERROR a"))
+        self.assertIn("ValueError: \\u001b[2J", text)
+        fields = json.loads(health_check.JSONFormatter().format(record))
+        self.assertEqual((fields["level"], fields["message"]), ("error", "a\nb"))
+        self.assertIn("ValueError: ", fields["traceback"])
+
+    def test_a_port_that_cannot_be_had_is_one_line_and_exit_1(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            for environ in (
+                {"APP_PORT": port},
+                {"APP_PORT": port, "APP_HOST": "127.0.0.1"},
+                {"APP_PORT": "0", "APP_HOST": "192.0.2.1"},
+                {"APP_PORT": "0", "APP_HOST": "1.2.3.4.5"},
+            ):
+                with self.subTest(environ):
+                    code, out, err = self.run_main(**environ)
+                    self.assertEqual((code, out, err.count("\n")), (1, "", 1))
+                    self.assertRegex(err, f"cannot listen on .*{environ['APP_PORT']}")
+
+    def test_once_checks_once_and_names_what_it_cannot_decide(self):
+        server = self.metrics(page("q 11\nc 3\n"))
+        rules = "Q: q > 10 for 1h; C: changes(c[2m]) > 0"
+        environ = {"METRICS_ENDPOINT": server.url, "UNHEALTHY_WHEN": rules}
+        code, out, err = self.run_main("--once", **environ)
+        self.assertEqual((code, err), (1, ""))
+        self.assertIn("[?]C undecided", out)
+        self.assertIn("[-]Q firing", out)
+        self.assertTrue(out.endswith("Unhealthy: Q\n"), out)
+        server.pieces = (page("q 10\nc 3\n"),)
+        code, out, _ = self.run_main("--once", **environ)
+        self.assertEqual(code, 0)
+        self.assertTrue(out.endswith("[+]Down ok: 1 (limit 0)\nHealthy\n"), out)
+        server.pieces = (page(status="404 No"),)
+        code, out, _ = self.run_main("--once", **environ)
+        self.assertEqual(code, 1)
+        self.assertIn("failed: http_status: HTTP 404 Not Found\n", out)
+
+    def test_probe_exits_0_or_1(self):
+        server = self.metrics(page("q 11\n"))
+        monitor = self.running(server, UNHEALTHY_WHEN="Q: q > 10; R: q > 20")
+        port = str(self.serve(monitor, listen("", 0)))
+        for argv, environ, expected in (
+            ([], {}, (1, "Unhealthy\n")),
+            (["/health/R"], {}, (0, "Healthy\n")),
+            (["/livez"], {}, (0, "Healthy\n")),
+            (["/livez"], {"APP_HOST": "0.0.0.0"}, (0, "Healthy\n")),
+            (["/livez"], {"APP_HOST": "::"}, (0, "Healthy\n")),
+            (["/livez"], {"APP_HOST": "::1"}, (0, "Healthy\n")),
+            (["/livez"], {"METRIC_THRESHOLD": "nonsense"}, (0, "Healthy\n")),
+            (["/a b"], {}, (1, "")),
+            ([], {"APP_PORT": str(free_port())}, (1, "")),
+            (["/livez"], {"APP_PORT": str(int(port) + 65536)}, (1, "")),
+            ([], {"APP_HOST": "1.2.3.4.5"}, (1, "")),
+        ):
+            with self.subTest(argv, environ=environ):
+                found = self.run_main("--probe", *argv, **{"APP_PORT": port, **environ})
+                self.assertEqual(found[:2], expected)
+                self.assertEqual(found[2].count("\n"), 0 if found[1] else 1)
+        self.assertEqual(self.run_main("--probe", "/health/No", APP_PORT=port)[0], 1)
+
+    def test_query_prints_what_an_expression_gives(self):
+        count = itertools.count(3)
+        server = self.metrics(lambda _: [page(f'q{{a="b"}} {next(count)}\nr 1\n')])
+        q = f'q{{a="b", instance="{server.instance}"}}'
+        labels, stamp = q[1:], r" @\[\d+\.\d{3}\]\n"
+        with mock.patch.object(health_check, "QUERY_PAUSE", 0.05):
+            for expression, code, pattern in (
+                ("q", 0, re.escape(q) + " => 3" + stamp),
+                ("q * 2", 0, re.escape(labels) + " => 8" + stamp),
+                ("sum(q) > 99", 0, ""),
+                ("1 + 2 * 3", 0, "scalar: 7" + stamp),
+                ("scalar(r)", 0, "scalar: 1" + stamp),
+                ("q[1m]", 0, re.escape(q) + " =>\n8" + stamp + "9" + stamp),
+                ("delta(q[1m]) > bool 0", 0, re.escape(labels) + " => 1" + stamp),
+                ("q +", 2, ""),
+                ("topk(1, q)", 2, ""),
+                ('q{a="', 2, ""),
+                ("{__name__=~'q|r'} + on() r", 2, ""),
+            ):
+                with self.subTest(expression):
+                    environ = {"METRICS_ENDPOINT": server.url}
+                    found = self.run_main("--query", expression, **environ)
+                    self.assertEqual(found[0], code, found)
+                    self.assertRegex(found[1], f"\\A{pattern}\\Z")
+                    self.assertEqual(bool(found[2]), bool(code), found[2])
+            code, out, err = self.run_main("--query", "nothing", **environ)
+            self.assertEqual((code, out), (0, ""))
+            self.assertRegex(err, "no series of nothing is there")
+            server.pieces = (page('q{a="1"} 1\nq{a="2"} 2\nr 1\n'),)
+            code, out, err = self.run_main("--query", "r + on() q", **environ)
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("many-to-", err)
+            server.pieces = (page(status="500 No"),)
+            code, out, err = self.run_main("--query", "up", **environ)
+            self.assertEqual(code, 1)
+            self.assertRegex(out, r"\Aup\{instance=.*\} => 0 @")
+            self.assertRegex(err, "\\A.*failed: http_status: HTTP 500 .*\n\\Z")
+
+    def test_check_config_prints_the_rules_it_understood(self):
+        code, out, err = self.run_main("--check-config", **MANIFEST)
+        self.assertEqual((code, err), (0, ""))
+        self.assertIn("AboveThreshold: tgi_queue_size > 10\n", out)
+        self.assertIn("Down: up == 0\n", out)
+        rules = "changes(q[2m]) > 0 for 1m30s"
+        _, out, _ = self.run_main("--check-config", UNHEALTHY_WHEN=rules)
+        self.assertIn(f"Rule1: {rules}\n", out)
+        self.assertIn("range of 2m", out)
+
+    def test_a_wrong_configuration_is_told_at_once_and_exit_2(self):
+        environ = {
+            "METRIC_THRESHOLD": "ten",
+            "APP_PORT": "http",
+            "METRICS_ENDPOINT": "http://us:hush@host:x/?t=hush",
+            "UNHEALTHY_WHEN": "Q: q >",
+            "LOG_LEVEL": "loud",
+        }
+        for argv in ([], ["--once"], ["--check-config"], ["--query", "up"], ["--demo"]):
+            with self.subTest(argv):
+                code, _, err = self.run_main(*argv, **environ)
+                self.assertEqual(code, 2)
+                for name in {*environ} - {"METRICS_ENDPOINT"}:
+                    self.assertIn(f"{name}=", err)
+                self.assertIn("METRICS_ENDPOINT=", err)
+                self.assertNotIn("hush", err)
+                self.assertNotIn("Traceback", err)
+
+    def test_version_help_and_a_wrong_option(self):
+        code, out, _ = self.run_main("--version")
+        self.assertEqual((code, out), (0, f"{health_check.__version__}\n"))
+        code, out, _ = self.run_main("--help")
+        self.assertEqual(code, 0)
+        for setting in health_check.SETTINGS:
+            self.assertIn(f"  {setting.name} ", out)
+        for argv in (["--nonsense"], ["--once", "--demo"], ["--query"]):
+            code, out, err = self.run_main(*argv)
+            self.assertEqual((code, out), (2, ""))
+            self.assertIn("usage: ", err)
+
+    def test_the_demo_needs_nothing_and_answers(self):
+        port = str(free_port())
+        process = self.launch("--demo", APP_PORT=port)
+        self.assertEqual(self.port_of(process), int(port))
+        status, body = get(int(port))
+        self.assertIn((status, body), [(200, "Healthy\n"), (503, "Unhealthy\n")])
+        self.assertIn("QueueFull", get(int(port), "/health?verbose")[1])
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(5), 0)
+        self.assertIn(f"curl -i localhost:{port}/health\n", process.stdout.read())
+
+
+if __name__ == "__main__":
+    unittest.main()
