@@ -32,8 +32,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import difflib
 import errno
+import hashlib
+import html
 import http.client
 import http.server
 import io
@@ -55,13 +58,14 @@ import time
 import urllib.parse
 import urllib.request
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import (
     Any,
     Callable,
+    Counter,
     Dict,
     Iterable,
     Iterator,
@@ -76,6 +80,7 @@ from typing import (
 )
 
 __version__ = "1.0.0"
+STARTED = time.time()
 
 T = TypeVar("T")
 
@@ -164,6 +169,11 @@ class Alert(NamedTuple):
     fired: float | None = None
     absent_since: float | None = None
 
+    @property
+    def began(self) -> float:
+        """When the alert came into its state."""
+        return self.since if self.fired is None else self.fired
+
 
 class RuleStatus(NamedTuple):
     """What a check found for one rule; ``error`` if it could not be evaluated.
@@ -189,6 +199,11 @@ class RuleStatus(NamedTuple):
         states = ["error"] if self.error else [alert.state for alert in self.alerts]
         return min(states, key=("error", "firing", "pending").index, default="inactive")
 
+    @property
+    def failing(self) -> bool:
+        """Whether the rule makes ``/health`` Unhealthy."""
+        return self.state in ("error", "firing")
+
 
 class TargetStatus(NamedTuple):
     """How the last scrape of one target went; ``reason`` is empty if it succeeded."""
@@ -205,17 +220,45 @@ class TargetStatus(NamedTuple):
 class Verdict(NamedTuple):
     """The outcome of one check, and all that is known about why.
 
-    ``time`` is monotonic and ``wall`` the Unix time of the same moment: a jump of the
-    system clock moves what is shown and nothing that is decided.
+    ``fault`` says why there is no verdict of the rules, if there is none.  ``time`` is
+    monotonic and ``wall`` the Unix time of the same moment: a jump of the system clock
+    moves what is shown and nothing that is decided.
     """
 
     sequence: int
-    healthy: bool
-    reason: str
+    fault: str
     time: float
     wall: float
     rules: tuple[RuleStatus, ...] = ()
     targets: tuple[TargetStatus, ...] = ()
+
+    def failing(self, excluded: Sequence[str] = ()) -> tuple[str, ...]:
+        """Return the names of the rules that make it Unhealthy."""
+        names = (status.rule.name for status in self.rules if status.failing)
+        return tuple(name for name in names if name not in excluded)
+
+    @property
+    def reason(self) -> str:
+        """Why it is Unhealthy, empty if it is Healthy."""
+        return self.fault or ", ".join(self.failing())
+
+    @property
+    def healthy(self) -> bool:
+        """Whether ``/health`` is 200."""
+        return not self.reason
+
+    def wall_of(self, moment: float) -> float:
+        """Return the Unix time of a monotonic moment."""
+        return self.wall - self.time + moment
+
+
+class Family(NamedTuple):
+    """A metric of this program: its samples are suffix, labels and value."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Sequence[tuple[str, Mapping[str, str], float]]
 
 
 _FLOAT = re.compile(
@@ -293,6 +336,16 @@ def format_duration(seconds: float) -> str:
         count, rest = divmod(rest, size)
         text += f"{count}{unit}" if count else ""
     return text + (f"{rest}ms" if rest else "") or "0s"
+
+
+def format_time(seconds: float) -> str:
+    """Return a Unix time as in RFC 3339, to the millisecond.
+
+    >>> format_time(0.25)
+    '1970-01-01T00:00:00.250Z'
+    """
+    whole, part = divmod(round(seconds * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{part:03d}Z"
 
 
 def quote(text: str) -> str:
@@ -1500,6 +1553,11 @@ class Config(NamedTuple):
     metric_threshold: float | None
     metrics_threshold: float | None
     unhealthy_when: tuple[Rule, ...]
+    alertmanager_url: tuple[str, ...]
+    alert_labels: Labels
+    alertmanager_bearer_token_file: str
+    alertmanager_ca_file: str
+    pod_name: str
     app_port: int
     app_host: str
     metrics_timeout: float
@@ -1629,6 +1687,14 @@ def _target(url: str) -> Target:
     return Target(f"{host}:{port}", address, parts.query, authorization)
 
 
+def _urls(text: str) -> tuple[str, ...]:
+    urls = tuple(url.strip() for url in text.split(",") if url.strip())
+    for url in urls:
+        if _target(url).authorization:
+            raise ValueError("expected no user: use ALERTMANAGER_BEARER_TOKEN_FILE")
+    return urls
+
+
 def _label_pairs(text: str) -> Labels:
     pairs: dict[str, str] = {}
     for item in filter(None, map(str.strip, text.split(","))):
@@ -1701,6 +1767,12 @@ SETTINGS = tuple(
         ("METRICS_THRESHOLD", _threshold, "", "another spelling of METRIC_THRESHOLD"),
         ("UNHEALTHY_WHEN", parse_rules, "",
          "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
+        ("ALERTMANAGER_URL", _urls, "",
+         "URL of an Alertmanager, or several, each of which gets every alert"),
+        ("ALERT_LABELS", _label_pairs, "", "labels of alerts, as in severity=critical"),
+        ("ALERTMANAGER_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
+        ("ALERTMANAGER_CA_FILE", str, "", "certificates to trust for it"),
+        ("POD_NAME", str, "", "label pod of alerts; the host name if unset"),
         ("APP_PORT", _port, "8081", "port to answer on"),
         ("APP_HOST", str, "", "address to answer on; all addresses if unset"),
         ("METRICS_TIMEOUT", partial(_duration, 0.01, 60.0), "0.8",
@@ -2203,6 +2275,8 @@ def _unescape(quoted: bytes) -> str:
 LOG = logging.getLogger("health_check")
 POINTS_PER_RANGE = 512
 MAX_GAP = 300.0
+TREND = 120
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 GRACE = 0.05
 STOP = -1
 BUG = "this is a bug in health_check.py: please report it"
@@ -2243,7 +2317,7 @@ class Monitor:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
-        self.verdict = Verdict(0, False, "never scraped", clock(), wall())
+        self.verdict = Verdict(0, "never scraped", clock(), wall())
         self.on_publish: Callable[[], object] = lambda: None
         self._clock, self._wall = clock, wall
         self._inbox: queue.SimpleQueue[int | Outcome] = queue.SimpleQueue()
@@ -2269,6 +2343,11 @@ class Monitor:
         self.patience = config.metrics_timeout + 2 * GRACE
         self._unseen = _user_selectors(config.rules)
         self._reserved: set[str] = set()
+        self._scrapes: Counter[tuple[str, str]] = collections.Counter()
+        self._durations, self._seconds = [0] * (len(BUCKETS) + 1), 0.0
+        self.trends = {
+            rule.name: collections.deque([0.0][:0], TREND) for rule in config.rules
+        }
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     def start(self) -> None:
@@ -2307,18 +2386,39 @@ class Monitor:
             verdict = self._judge(outcomes, now, wall)
         except Exception as error:
             LOG.exception("%s", BUG)
-            reason = f"bug: {type(error).__name__}: {error}"
-            verdict = self.verdict._replace(
-                sequence=self.verdict.sequence + 1,
-                healthy=False,
-                reason=reason,
-                time=now,
-                wall=wall,
-                rules=(),
-            )
+            fault = f"bug: {type(error).__name__}: {error}"
+            verdict = Verdict(self.verdict.sequence + 1, fault, now, wall)
+        self._count(verdict)
         self.verdict = verdict
         self.on_publish()
         return verdict
+
+    def families(self) -> Iterator[Family]:
+        """Yield what has been counted of scrapes, as metrics."""
+        yield Family(
+            "health_check_scrapes_total", "counter", "Scrapes by target and outcome.",
+            [
+                ("", {"instance": instance, "outcome": outcome}, count)
+                for (instance, outcome), count in self._scrapes.items()
+            ],
+        )
+        total, buckets = 0, []
+        for bound, count in zip((*BUCKETS, math.inf), self._durations):
+            total += count
+            buckets.append(("_bucket", {"le": format_float(bound)}, float(total)))
+        yield Family(
+            "health_check_scrape_duration_seconds", "histogram", "Time of a scrape.",
+            [*buckets, ("_sum", {}, self._seconds), ("_count", {}, total)],
+        )
+
+    def _count(self, verdict: Verdict) -> None:
+        for target in verdict.targets:
+            self._scrapes[target.instance, target.reason or "success"] += 1
+            self._durations[bisect_left(BUCKETS, target.seconds)] += 1
+            self._seconds += target.seconds
+        for status in verdict.rules:
+            value = float(len(status.alerts)) if status.value is None else status.value
+            self.trends[status.rule.name].append(value)
 
     def instant(self) -> Instant:
         """Return what expressions can be evaluated against, as of the latest check."""
@@ -2403,19 +2503,9 @@ class Monitor:
         instant = Instant(now, wall, self._history, {}, {})
         self._statuses = [_judged(status, instant) for status in self._statuses]
         self._warn(outcomes, instant)
-        failing = [
-            s.rule.name for s in self._statuses if s.state in ("firing", "error")
-        ]
-        reason = ", ".join(failing) if self._scraped else "never scraped"
-        return Verdict(
-            self.verdict.sequence + 1,
-            not reason,
-            reason,
-            now,
-            wall,
-            tuple(self._statuses),
-            targets,
-        )
+        fault = "" if self._scraped else "never scraped"
+        sequence, rules = self.verdict.sequence + 1, tuple(self._statuses)
+        return Verdict(sequence, fault, now, wall, rules, targets)
 
     def _record(self, outcome: Outcome, now: float) -> TargetStatus:
         status, samples = outcome.status, outcome.samples
@@ -2582,39 +2672,236 @@ def _user_selectors(rules: Iterable[Rule]) -> tuple[tuple[str, Selector], ...]:
     )
 
 
-# --- 10. Serve: Verdict -> HTTP -----------------------------------------------------
+# --- 9. Alertmanager: Verdict -> POST /api/v2/alerts ---------------------------------
+# As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
+# again, its end a little ahead, so that it ends by itself when nobody is left to send.
+
+RESEND = 60.0
+LIFETIME = 4 * RESEND
+RETENTION = 900.0
+RETRY = 5.0
+SEND_TIMEOUT = 10.0
+BATCH = 256
+MAX_ALERTS = 1024
+
+
+class Notice(NamedTuple):
+    """An alert as an Alertmanager knows it; times are monotonic, None is not yet."""
+
+    labels: Labels
+    annotations: dict[str, str]
+    started: float
+    ended: float | None = None
+    sent: float | None = None
+
+
+class Notifier:
+    """Tells one Alertmanager which alerts fire, in a thread of its own.
+
+    What it still has to say is derived from the latest verdict and from what it has
+    said, so that an Alertmanager that comes back gets the truth.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        url: str,
+        generator: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.instance = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
+        self.sent = self.failed = 0
+        self._config, self._url, self._generator = config, url, generator
+        self._clock = clock
+        self._access = Access(
+            config.alertmanager_bearer_token_file, config.alertmanager_ca_file
+        )
+        self._verdict: Verdict | None = None
+        self._firing: frozenset[Labels] = frozenset()
+        self._notices: dict[Labels, Notice] = {}
+        self._retry: float | None = None
+        self._changed, self._stopping = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread that sends."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end; nothing is resolved by that."""
+        self._stopping = True
+        self._changed.set()
+
+    def publish(self, verdict: Verdict) -> None:
+        """Take a new verdict; returns at once."""
+        if not verdict.rules:
+            return
+        self._verdict = verdict
+        firing = frozenset(
+            ((("rule", status.rule.name), *alert.labels))
+            for status in verdict.rules
+            for alert in status.alerts
+            if alert.state == "firing"
+        )
+        if firing != self._firing:
+            self._firing = firing
+            self._changed.set()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._changed.wait(self.work())
+            self._changed.clear()
+
+    def work(self) -> float | None:
+        """Send what is due, and return the seconds until there may be more to say."""
+        now, verdict = self._clock(), self._verdict
+        if verdict:
+            self._update(verdict)
+        due = [notice for notice in self._notices.values() if self._due(notice, now)]
+        if self._retry is not None and now < self._retry:
+            return self._retry - now
+        for start in range(0, len(due), BATCH):
+            batch = due[start : start + BATCH]
+            if not self._post(batch, now):
+                return RETRY
+            for notice in batch:
+                self._notices[notice.labels] = notice._replace(sent=now)
+        times = [notice.sent or now for notice in self._notices.values()]
+        return max(min(times) + RESEND - self._clock(), 0.1) if times else None
+
+    def _update(self, verdict: Verdict) -> None:
+        now = verdict.time
+        firing = {
+            labels: (status, alert)
+            for status in verdict.rules
+            for alert in status.alerts
+            if alert.state == "firing"
+            for labels in [_alert_labels(status.rule, alert, self._config)]
+        }
+        for labels, (status, alert) in itertools.islice(firing.items(), MAX_ALERTS):
+            old = self._notices.get(labels)
+            notice = Notice(labels, _annotations(status, alert), alert.fired or now)
+            if old and old.ended is None:
+                notice = notice._replace(sent=old.sent)
+            self._notices[labels] = notice
+        for labels, notice in list(self._notices.items()):
+            if labels not in firing and notice.ended is None:
+                self._notices[labels] = notice._replace(ended=now, sent=None)
+            elif notice.ended is not None and self._clock() - notice.ended > RETENTION:
+                del self._notices[labels]
+
+    def _due(self, notice: Notice, now: float) -> bool:
+        # Without fresh verdicts nobody knows whether an alert still fires.
+        stale = self._verdict is None or now - self._verdict.time > LIFETIME
+        if notice.ended is None and stale:
+            return False
+        return notice.sent is None or now - notice.sent >= RESEND
+
+    def _post(self, batch: Sequence[Notice], now: float) -> bool:
+        body = json.dumps([self._payload(notice) for notice in batch]).encode()
+        request = urllib.request.Request(self._url, body)
+        request.add_header("Content-Type", "application/json")
+        problem = ""
+        try:
+            with _translated(), send(
+                request, time.monotonic() + SEND_TIMEOUT, self._access
+            ) as response:
+                if not 200 <= response.status < 300:
+                    problem = f"HTTP {response.status}: {response.read(200)!r}"
+        except ScrapeError as error:
+            problem = f"{error.reason}: {error}"
+        if problem:
+            self.failed += len(batch)
+            if self._retry is None:
+                LOG.warning("Alertmanager %s: %s", self.instance, problem)
+            self._retry = now + RETRY
+            return False
+        self.sent += len(batch)
+        if self._retry is not None:
+            LOG.info("Alertmanager %s: takes alerts again", self.instance)
+        self._retry = None
+        return True
+
+    def _payload(self, notice: Notice) -> dict[str, Any]:
+        verdict = cast(Verdict, self._verdict)
+        offset = verdict.wall - verdict.time
+        ended = self._clock() + LIFETIME if notice.ended is None else notice.ended
+        return {
+            "labels": dict(notice.labels),
+            "annotations": notice.annotations,
+            "startsAt": format_time(notice.started + offset),
+            "endsAt": format_time(ended + offset),
+            "generatorURL": self._generator,
+        }
+
+
+def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
+    # Labels are an alert's identity; localhost:8000 is the same in every pod.
+    labels = {
+        re.sub(r"[^a-zA-Z0-9_]", "_", name): value
+        for name, value in _unnamed(alert.labels)
+    }
+    labels.update(config.target_labels)
+    labels.update({"pod": config.pod_name, **dict(config.alert_labels)})
+    labels["alertname"] = rule.name
+    return tuple(sorted(labels.items()))
+
+
+def _annotations(status: RuleStatus, alert: Alert) -> dict[str, str]:
+    series = f"{format_series(alert.labels)} {format_float(alert.value)}"
+    return {
+        "summary": f"{status.rule.name}: {series}",
+        "description": f"The rule {format_rule(status.rule)} fires for {series}",
+        "value": format_float(alert.value),
+    }
+
+
+# --- 10. Serve: Verdict -> HTTP ------------------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
 PATIENCE = 5.0
+PATHS = ("/", "/health", "/livez", "/metrics")
 ALLOWED = ("GET", "HEAD")
+WORDS = {"firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass"}
 TEXT = "text/plain; charset=utf-8"
+# The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
+# section 3.2); it matches any text.
+_TARGET = re.compile(r"(?:https?://[^/?#]*)?([^?#]*)\??([^#]*)")
 
 
 class Answer(NamedTuple):
-    """A response: status, body and its type."""
+    """A response: status, body, its type, and headers of its own."""
 
     status: int
     body: str
     content_type: str = TEXT
+    headers: tuple[tuple[str, str], ...] = ()
 
 
-def answer_health(verdict: Verdict, query: str) -> Answer:
-    """Answer ``/health``: it fails closed, so only a healthy verdict is 200."""
-    word = "Healthy" if verdict.healthy else "Unhealthy"
-    status = 200 if verdict.healthy else 503
-    if "verbose" not in urllib.parse.parse_qs(query, keep_blank_values=True):
+def answer_health(verdict: Verdict, query: str = "") -> Answer:
+    """Answer ``/health``: it fails closed, so only a healthy verdict is 200.
+
+    ``verbose`` and ``exclude=Name`` are those of kube-apiserver, ``format=json`` is
+    draft-inadarei-api-health-check-06.
+    """
+    options = urllib.parse.parse_qs(query, keep_blank_values=True)
+    excluded = options.get("exclude", [])
+    failing = verdict.fault or ", ".join(verdict.failing(excluded))
+    status, word = (503, "Unhealthy") if failing else (200, "Healthy")
+    if options.get("format") == ["json"]:
+        document = json.dumps(_health_json(verdict, failing), indent=1)
+        return Answer(status, document + "\n", "application/health+json")
+    if "verbose" not in options:
         return Answer(status, f"{word}\n")
+    unknown = sorted(set(excluded) - {status.rule.name for status in verdict.rules})
     lines = [
-        f"[-]scrape of {target.instance} failed: {target.reason}: {target.message}"
-        for target in verdict.targets
-        if target.reason
+        *_target_lines(verdict),
+        *_rule_lines(verdict, excluded),
+        *(f"warn: no rule {quote(name)} to exclude" for name in unknown),
+        f"{word}: {failing}" if failing else word,
     ]
-    for rule in verdict.rules:
-        sign = "-" if rule.state in ("firing", "error") else "+"
-        lines.append(f"[{sign}]{rule.rule.name} {describe(rule, verdict.time)}")
-    lines.append(word + (f": {verdict.reason}" if verdict.reason else ""))
-    return Answer(status, "".join(escape_controls(line) + "\n" for line in lines))
+    return Answer(status, "".join(f"{escape_controls(line)}\n" for line in lines))
 
 
 def answer_rule(verdict: Verdict, name: str) -> Answer:
@@ -2622,8 +2909,274 @@ def answer_rule(verdict: Verdict, name: str) -> Answer:
     status = next((s for s in verdict.rules if s.rule.name == name), None)
     if status and status.state == "firing":
         return Answer(503, "Unhealthy\n")
-    unknown = status.error if status else verdict.reason
+    unknown = escape_controls(status.error if status else verdict.fault)
     return Answer(200, f"Healthy (unknown: {unknown})\n" if unknown else "Healthy\n")
+
+
+def _target_lines(verdict: Verdict) -> Iterator[str]:
+    for target in verdict.targets:
+        if target.reason:
+            since = format_duration(int(verdict.time - target.since))
+            what = f"failed for {since}: {target.reason}: {target.message}"
+            yield f"[-]scrape of {target.instance} {what}"
+
+
+def _rule_lines(verdict: Verdict, excluded: Sequence[str]) -> Iterator[str]:
+    for status in verdict.rules:
+        name, text = status.rule.name, describe(status, verdict.time)
+        if name in excluded:
+            yield f"[+]{name} excluded: {text}"
+        else:
+            yield f"[{'-' if status.failing else '+'}]{name} {text}"
+
+
+def _health_json(verdict: Verdict, failing: str) -> dict[str, Any]:
+    pending = any(status.state == "pending" for status in verdict.rules)
+    checks: dict[str, Any] = {
+        # A rule's name has no colon, so this is none.
+        "scrape:targets": [_target_json(target, verdict) for target in verdict.targets]
+    }
+    for status in verdict.rules:
+        checks[status.rule.name] = [_rule_json(status, verdict)]
+    return {
+        "status": "fail" if failing else "warn" if pending else "pass",
+        "version": "1",
+        "releaseId": __version__,
+        **({"output": failing} if failing else {}),
+        "checks": checks,
+    }
+
+
+def _target_json(target: TargetStatus, verdict: Verdict) -> dict[str, Any]:
+    return {
+        "componentId": target.instance,
+        "status": "fail" if target.reason else "pass",
+        "time": format_time(verdict.wall),
+        "since": format_time(verdict.wall_of(target.since)),
+        "observedValue": round(target.seconds, 6),
+        "observedUnit": "s",
+        "series": target.series,
+        "bytes": target.size,
+        **({"output": f"{target.reason}: {target.message}"} if target.reason else {}),
+    }
+
+
+def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
+    measured = {"observedValue": status.value, "limit": status.limit}
+    return {
+        "status": WORDS[status.state],
+        "state": status.state,
+        "time": format_time(verdict.wall),
+        "expression": format_rule(status.rule).partition(": ")[2],
+        "matched": status.matched,
+        **{k: _json_number(v) for k, v in measured.items() if v is not None},
+        "series": [
+            {
+                "labels": dict(alert.labels),
+                "value": _json_number(alert.value),
+                "state": alert.state,
+                "since": format_time(verdict.wall_of(alert.began)),
+            }
+            for alert in status.alerts
+        ],
+        **({"output": status.error} if status.error else {}),
+    }
+
+
+def _json_number(value: float) -> float | str:
+    # JSON has no NaN and no infinity.
+    return value if math.isfinite(value) else format_float(value)
+
+
+def answer_metrics(families: Iterable[Family]) -> Answer:
+    """Answer ``/metrics`` in the text format 0.0.4."""
+    lines = []
+    for name, kind, text, samples in families:
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        for suffix, labels, value in samples:
+            series = (("__name__", name + suffix), *labels.items())
+            lines.append(f"{format_series(series)} {format_float(value)}")
+    text_type = "text/plain; version=0.0.4; charset=utf-8"
+    return Answer(200, "\n".join(lines) + "\n", text_type)
+
+
+def verdict_families(verdict: Verdict) -> Iterator[Family]:
+    """Yield what the latest verdict says, as metrics."""
+    statuses = [({"rule": status.rule.name}, status) for status in verdict.rules]
+    yield Family(
+        "health_check_healthy", "gauge", "Whether the latest verdict is Healthy.",
+        [("", {}, verdict.healthy)],
+    )
+    yield Family(
+        "health_check_verdict_timestamp_seconds", "gauge", "When it was reached.",
+        [("", {}, verdict.wall)],
+    )
+    yield Family(
+        "health_check_rule_state", "gauge", "1 for the state that a rule is in.",
+        [
+            ("", {**rule, "state": state}, status.state == state)
+            for rule, status in statuses
+            for state in ("inactive", "pending", "firing", "error")
+        ],
+    )
+    yield Family(
+        "health_check_rule_series", "gauge", "Series that a rule's selectors matched.",
+        [("", rule, status.matched) for rule, status in statuses],
+    )
+    for name, text in (("value", "Worst value"), ("limit", "Limit")):
+        found = [(rule, getattr(status, name)) for rule, status in statuses]
+        yield Family(
+            f"health_check_rule_{name}", "gauge", f"{text} of a rule EXPR OP NUMBER.",
+            [("", rule, value) for rule, value in found if value is not None],
+        )
+    yield Family(
+        "health_check_target_up", "gauge", "Whether the last scrape succeeded.",
+        [("", {"instance": t.instance}, not t.reason) for t in verdict.targets],
+    )
+
+
+def process_families() -> Iterator[Family]:
+    """Yield what Prometheus' client libraries tell of a process."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    labels = {"version": __version__, "python": python}
+    yield Family(
+        "health_check_build_info", "gauge", "Versions, always 1.", [("", labels, 1)]
+    )
+    yield Family(
+        "process_start_time_seconds", "gauge", "When the process started, Unix time.",
+        [("", {}, STARTED)],
+    )
+    yield Family(
+        "process_cpu_seconds_total", "counter", "CPU time of the process.",
+        [("", {}, time.process_time())],
+    )
+    with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[1])
+        yield Family(
+            "process_resident_memory_bytes", "gauge", "Resident memory of the process.",
+            [("", {}, pages * os.sysconf("SC_PAGE_SIZE"))],
+        )
+
+
+def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answer:
+    """Answer ``/``: the verdict for people, from memory, without a script."""
+    age = format_duration(max(0, int(time.monotonic() - verdict.time)))
+    word = "Healthy" if verdict.healthy else "Unhealthy"
+    shown = f"checked {age} ago, at {format_time(verdict.wall)}"
+    reason = f": {verdict.reason}" if verdict.reason else ""
+    rules = "".join(_rule_html(s, verdict.time, trends) for s in verdict.rules)
+    targets = "".join(_target_html(target, verdict.time) for target in verdict.targets)
+    body = PAGE.format(
+        style=STYLE,
+        title=html.escape(word),
+        state="pass" if verdict.healthy else "fail",
+        verdict=html.escape(word + reason),
+        shown=html.escape(shown if verdict.sequence else "not checked yet"),
+        rules=rules,
+        targets=targets,
+        version=__version__,
+    )
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
+    policy += "form-action 'none'; frame-ancestors 'none'"
+    headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
+    return Answer(200, body, "text/html; charset=utf-8", headers)
+
+
+def _rule_html(
+    status: RuleStatus, now: float, trends: Mapping[str, Sequence[float]]
+) -> str:
+    state = WORDS[status.state]
+    text = html.escape(escape_controls(describe(status, now)))
+    rule = html.escape(format_rule(status.rule).partition(": ")[2])
+    graph = _graph(trends.get(status.rule.name, ()), status.limit)
+    name = html.escape(status.rule.name)
+    return (
+        f'<section class="{state}"><h2>{name}</h2>{graph}'
+        f"<p>{text}</p><details><summary>rule</summary><code>{rule}</code></details>"
+        "</section>\n"
+    )
+
+
+def _target_html(target: TargetStatus, now: float) -> str:
+    since = format_duration(int(now - target.since))
+    text = f"{target.size} bytes, {target.series} series, {target.seconds:.4f} s"
+    if target.reason:
+        text = f"failed for {since}: {target.reason}: {target.message}"
+    state = "fail" if target.reason else "pass"
+    text = html.escape(escape_controls(text))
+    return (
+        f'<section class="{state}"><h2>{html.escape(target.instance)}</h2>'
+        f"<p>{text}</p></section>\n"
+    )
+
+
+def _graph(values: Sequence[float], limit: float | None) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    levels = finite if limit is None else [*finite, limit]
+    low, high = min(0.0, *levels), max(levels)
+    scale = 36 / (high - low) if high > low else 0.0
+
+    def y(value: float) -> str:
+        return f"{38 - (value - low) * scale:.1f}"
+
+    points = " ".join(f"{2 * i},{y(value)}" for i, value in enumerate(finite))
+    line = ""
+    if limit is not None:
+        line = f'<line x1="0" x2="240" y1="{y(limit)}" y2="{y(limit)}"/>'
+    label = f"last {len(finite)} checks, {format_float(finite[-1])} now"
+    return (
+        f'<svg viewBox="0 0 240 40" role="img" aria-label="{label}">{line}'
+        f'<polyline points="{points}"/></svg>'
+    )
+
+
+STYLE = """
+:root { color-scheme: light dark; --pass: #1a7f37; --warn: #9a6700; --fail: #cf222e;
+  --line: #d0d7de; --soft: #59636e; }
+@media (prefers-color-scheme: dark) { :root { --pass: #3fb950; --warn: #d29922;
+  --fail: #f85149; --line: #3d444d; --soft: #9198a1; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto;
+  padding: 1rem; }
+h1 { margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
+h1.pass, .pass h2 { color: var(--pass); }
+.warn h2 { color: var(--warn); }
+h1.fail, .fail h2 { color: var(--fail); }
+section { border: 1px solid var(--line); border-left: 5px solid var(--pass);
+  border-radius: 6px; margin: .75rem 0; padding: .6rem .9rem; overflow: hidden; }
+section.warn { border-left-color: var(--warn); }
+section.fail { border-left-color: var(--fail); }
+section p { margin: .2rem 0; overflow-wrap: anywhere; }
+code { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
+summary { color: var(--soft); font-size: .8rem; cursor: pointer; }
+svg { display: block; float: right; width: 40%; max-width: 240px; height: 40px;
+  margin-left: 1rem; }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.5; }
+@media (max-width: 30rem) { svg { float: none; width: 100%; margin: .3rem 0; } }
+line { stroke: var(--fail); stroke-dasharray: 4 3; }
+header p, footer { color: var(--soft); margin: .2rem 0 1rem; }
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="5">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1 class="{state}">{verdict}</h1>
+<p>{shown}</p></header>
+<main>
+{rules}{targets}</main>
+<footer>health_check.py {version}</footer>
+</body>
+</html>
+"""
 
 
 class Request(http.server.BaseHTTPRequestHandler):
@@ -2663,8 +3216,8 @@ class Request(http.server.BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Connection", "close")
-        if answer.status == 405:
-            self.send_header("Allow", ", ".join(ALLOWED))
+        for name, value in answer.headers:
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
@@ -2690,7 +3243,8 @@ class Request(http.server.BaseHTTPRequestHandler):
         if self.request_version == "HTTP/0.9":
             return Answer(400, "HTTP/0.9 is not spoken here\n")
         if self.command not in ALLOWED:
-            return Answer(405, f"only {' and '.join(ALLOWED)}\n")
+            allow = (("Allow", ", ".join(ALLOWED)),)
+            return Answer(405, f"only {' and '.join(ALLOWED)}\n", TEXT, allow)
         length = self.headers.get_all("Content-Length", ["0"])
         if length != ["0"] or "Transfer-Encoding" in self.headers:
             return Answer(400, "a request has no body here\n")
@@ -2716,8 +3270,15 @@ class Server:
     to.  Each of the three has one patience, so the dicts are in order of deadline.
     """
 
-    def __init__(self, listener: socket.socket, monitor: Monitor) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        monitor: Monitor,
+        notifiers: Sequence[Notifier] = (),
+    ) -> None:
         self._monitor, self._listener = monitor, listener
+        self._notifiers = notifiers
+        self._requests: Counter[tuple[str, str]] = collections.Counter()
         self._selector = selectors.DefaultSelector()
         self._reading: dict[Connection, float] = {}
         self._parked: dict[Connection, float] = {}
@@ -2728,7 +3289,7 @@ class Server:
         self._woken.setblocking(False)
         self.waker.setblocking(False)
         listener.setblocking(False)
-        monitor.on_publish = self.wake
+        monitor.on_publish = self._published
 
     def serve(self) -> None:
         """Answer until stop() is called."""
@@ -2748,6 +3309,11 @@ class Server:
         """Make serve() return; safe in a signal handler and in any thread."""
         self._stopping = True
         self.wake()
+
+    def _published(self) -> None:
+        self.wake()
+        for notifier in self._notifiers:
+            notifier.publish(self._monitor.verdict)
 
     def wake(self) -> None:
         """Make the loop look for a new verdict; safe in any thread."""
@@ -2854,14 +3420,39 @@ class Server:
 
     def _route(self, request: Request, verdict: Verdict | None) -> Answer | None:
         path, query = _TARGET.findall(request.path)[0]
-        if path == "/livez":
-            return self._answer_livez()
+        latest = self._monitor.verdict
         if path == "/health":
             return answer_health(verdict, query) if verdict else None
         name = path[len("/health/") :] if path.startswith("/health/") else ""
-        if name in {rule.name for rule in self._monitor.config.rules}:
+        if name in self._monitor.trends:
             return answer_rule(verdict, name) if verdict else None
-        return Answer(404, "not found: try /health, /health/RULE or /livez\n")
+        if path == "/livez":
+            return self._answer_livez()
+        if path == "/metrics":
+            return answer_metrics([*verdict_families(latest), *self._families()])
+        if path == "/":
+            return answer_page(latest, self._monitor.trends)
+        return Answer(404, "not found: there is /health, /health/Rule, /livez\n")
+
+    def _families(self) -> Iterator[Family]:
+        yield from self._monitor.families()
+        yield Family(
+            "health_check_requests_total", "counter", "Requests by path and code.",
+            [
+                ("", {"path": path, "code": str(code)}, count)
+                for (path, code), count in self._requests.items()
+            ],
+        )
+        for name in ("sent", "failed"):
+            yield Family(
+                f"health_check_notifications_{name}_total", "counter",
+                f"Alerts {name}, by Alertmanager.",
+                [
+                    ("", {"alertmanager": notifier.instance}, getattr(notifier, name))
+                    for notifier in self._notifiers
+                ],
+            )
+        yield from process_families()
 
     def _answer_livez(self) -> Answer:
         if self._monitor.alive():
@@ -2898,8 +3489,8 @@ class Server:
             self._watch(self._listener, selectors.EVENT_READ, self._accept)
 
     def _overdue(self, now: float) -> Verdict:
-        reason = "no verdict within the deadline: the checker is stuck"
-        return Verdict(0, False, reason, now, time.time())
+        fault = "no verdict within the deadline: the checker is stuck"
+        return Verdict(0, fault, now, time.time())
 
     def _respond(self, connection: Connection, answer: Answer) -> None:
         if connection.request:
@@ -2907,6 +3498,7 @@ class Server:
             self._send(connection, connection.request.output)
 
     def _send(self, connection: Connection, output: bytes) -> None:
+        self._tally(cast(Request, connection.request).path, output)
         connection.owed = output
         self._move(connection, self._writing, PATIENCE)
         with suppress(BlockingIOError):
@@ -2922,6 +3514,13 @@ class Server:
             self._linger(connection)
         elif not connection.owed:
             self._close(connection)
+
+    def _tally(self, target: str, output: bytes) -> None:
+        # Only paths that are there, so that callers cannot grow the metrics.
+        path, code = _TARGET.findall(target)[0][0], output[9:12].decode()
+        name = path[len("/health/") :] if path.startswith("/health/") else ""
+        known = path in PATHS or name in self._monitor.trends
+        self._requests[path if known else "other", code] += 1
 
     def _linger(self, connection: Connection) -> None:
         # Closing with input unread would reset the connection, and the caller might
@@ -3046,17 +3645,25 @@ def serve(config: Config) -> int:
         where = f"{config.app_host or 'any address'}, port {config.app_port}"
         LOG.error("cannot listen on %s: %s", where, error.strerror or error)
         return 1
+    port = listener.getsockname()[1]
+    config = config._replace(pod_name=config.pod_name or socket.gethostname())
+    generator = f"http://{config.pod_name}:{port}/"
+    notifiers = [Notifier(config, url, generator) for url in config.alertmanager_url]
     monitor = Monitor(config)
-    server = Server(listener, monitor)
+    server = Server(listener, monitor, notifiers)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     # A signal that comes just before the loop sleeps would not wake it otherwise.
     signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
     monitor.start()
-    LOG.info("%s", _start_line(config, listener.getsockname()[1]))
+    for notifier in notifiers:
+        notifier.start()
+    LOG.info("%s", _start_line(config, port))
     server.serve()
     signal.set_wakeup_fd(-1)
     monitor.stop()
+    for notifier in notifiers:
+        notifier.stop()
     return 0
 
 

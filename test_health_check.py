@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import calendar
 import contextlib
 import doctest
 import io
@@ -32,18 +33,22 @@ from unittest import mock
 import health_check
 from health_check import (
     OPEN,
+    RETRY,
     SETTINGS,
     Access,
+    Alert,
     ConfigError,
     EvaluationError,
     Instant,
     Monitor,
+    Notifier,
     Points,
     PromQLError,
     RuleStatus,
     ScrapeError,
     Server,
     Stream,
+    Verdict,
     compile_regex,
     escape_controls,
     evaluate,
@@ -71,6 +76,7 @@ from health_check import (
 )
 
 NOW, WALL, WHOLE = 1000.0, 1700000000.0, 1 << 20
+TIMES = ("startsAt", "endsAt")
 
 RULES = """
   QueueFull:  vllm:num_requests_waiting > 10 for 30s
@@ -192,6 +198,11 @@ class Metrics(socketserver.ThreadingTCPServer):
             if not data:
                 return
             received += data
+        head, _, body = received.partition(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        while length and len(body) < int(length[1]):
+            body += sock.recv(65536)
+        received = head + b"\r\n\r\n" + body
         self.requests.append(received.decode())
         pieces = self.pieces
         for piece in pieces[0](received) if callable(pieces[0]) else pieces:
@@ -1880,6 +1891,128 @@ class MonitorTest(NetworkTest):
         self.assertTrue(wait_until(lambda: not monitor.alive()))
 
 
+class AlertmanagerTest(NetworkTest):
+    """A notifier, its clock moved by hand, and an Alertmanager that records."""
+
+    def setUp(self):
+        super().setUp()
+        self.clock, self.answer = Clock(), page()
+        self.received = []
+        self.server = self.metrics(self.take)
+        config = self.config(
+            "http://localhost:1",
+            UNHEALTHY_WHEN="Busy: q > 10 for 5s",
+            ALERTMANAGER_URL=self.server.url,
+            ALERT_LABELS="severity=critical",
+            TARGET_LABELS="job=vllm",
+            POD_NAME="pod-1",
+        )
+        self.rule = config.rules[0]
+        self.notifier = Notifier(config, self.server.url, "http://pod-1/", self.clock)
+
+    def take(self, request):
+        head, _, body = request.partition(b"\r\n\r\n")
+        self.received.append((head, body))
+        return [self.answer]
+
+    def publish(self, *alerts, rules=True):
+        now = self.clock()
+        status = RuleStatus(self.rule, tuple(alerts))
+        statuses = (status,) if rules else ()
+        self.notifier.publish(Verdict(1, "", now, WALL + now, statuses))
+
+    def alert(self, engine="0", state="firing"):
+        labels = (("__name__", "q"), ("a.b", "x"), ("engine", engine))
+        return Alert(labels, 23.0, state, 900.0, 905.0 if state == "firing" else None)
+
+    def sent(self):
+        """Return what has been sent since the last call: engine, start, end."""
+        posts, self.received = self.received, []
+        return [
+            (alert["labels"]["engine"], *(self.seconds(alert[key]) for key in TIMES))
+            for _, body in posts
+            for alert in json.loads(body)
+        ]
+
+    def seconds(self, text):
+        return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%S.000Z")) - WALL
+
+    def test_a_firing_series_is_an_alert_with_its_labels_and_its_reason(self):
+        self.publish(self.alert(), self.alert("1", "pending"))
+        self.notifier.work()
+        ((head, body),) = self.received
+        self.assertTrue(head.startswith(b"POST /metrics HTTP/1.1\r\n"), head)
+        self.assertIn(b"Content-Type: application/json\r\n", head)
+        (alert,) = json.loads(body)
+        labels = {"a_b": "x", "alertname": "Busy", "engine": "0", "job": "vllm"}
+        labels.update(pod="pod-1", severity="critical")
+        self.assertEqual(alert["labels"], labels)
+        self.assertEqual(alert["annotations"]["value"], "23")
+        self.assertIn("q > 10 for 5s", alert["annotations"]["description"])
+        self.assertIn('q{"a.b"="x", engine="0"} 23', alert["annotations"]["summary"])
+        self.assertEqual(alert["generatorURL"], "http://pod-1/")
+        self.assertEqual(self.sent(), [("0", 905, 1240)])
+
+    def test_it_is_sent_again_while_fresh_then_resolved_for_15_minutes(self):
+        self.publish(self.alert(), self.alert("1"))
+        self.notifier.work()
+        self.assertEqual(len(self.sent()), 2)
+        self.clock.now += 30
+        self.publish(self.alert(), self.alert("1"))
+        self.assertEqual(self.notifier.work(), 30)
+        self.assertEqual(self.sent(), [])
+        self.clock.now += 30
+        self.publish(self.alert())
+        self.notifier.work()
+        self.assertEqual(self.sent(), [("0", 905, 1300), ("1", 905, 1060)])
+        for _ in range(16):
+            self.clock.now += 60
+            self.publish()
+            self.notifier.work()
+        self.assertEqual(len(self.sent()), 16 + 15)
+        self.clock.now += 60
+        self.assertIsNone(self.notifier.work())
+
+    def test_without_fresh_verdicts_an_alert_ends_by_itself(self):
+        self.publish(self.alert())
+        self.notifier.work()
+        self.sent()
+        for _ in range(6):
+            self.clock.now += 60
+            self.publish(rules=False)
+            self.notifier.work()
+        ends = [end for _, _, end in self.sent()]
+        self.assertEqual(ends, [1300, 1360, 1420, 1480])
+
+    def test_one_that_was_away_gets_the_truth_when_it_comes_back(self):
+        for answer, problem in (
+            (page("no", status="400 Bad Request"), "HTTP 400: b'no'"),
+            (b"HTTP/1.1 ", "bad_http"),
+        ):
+            self.answer = answer
+            self.publish(self.alert())
+            self.assertEqual(self.notifier.work(), RETRY)
+            self.assertIn(problem, self.log[-1])
+            self.assertEqual(self.notifier.work(), RETRY)
+            self.publish()
+            self.answer, self.received = page(), []
+            self.clock.now += RETRY
+            self.notifier.work()
+            ended = self.clock.now - RETRY
+            self.assertEqual([end for _, _, end in self.sent()], [ended])
+            self.assertIn("takes alerts again", self.log[-1])
+        self.assertEqual((self.notifier.sent, self.notifier.failed), (2, 2))
+
+    def test_its_thread_sends_what_is_published_and_ends(self):
+        self.notifier.start()
+        self.publish(self.alert())
+        self.assertTrue(wait_until(lambda: self.received))
+        self.notifier.stop()
+        self.assertTrue(
+            wait_until(lambda: "notify" not in [t.name for t in threading.enumerate()])
+        )
+
+
 class ServeTest(NetworkTest):
     """Everything behind one port, from the request to the scrape."""
 
@@ -2057,7 +2190,7 @@ class ServeTest(NetworkTest):
             for line, start in itertools.zip_longest(
                 body.splitlines(),
                 (
-                    f"[-]scrape of {down} failed: refused: ",
+                    f"[-]scrape of {down} failed for 0s: refused: ",
                     f'[-]Q firing for 0s: q{{instance="{good.instance}"}} 11',
                     "[+]R ok: 3 (limit 2)",
                     "[+]S ok (no series)",
@@ -2067,6 +2200,89 @@ class ServeTest(NetworkTest):
                 ),
             ):
                 self.assertTrue(line.startswith(start), line)
+
+    def test_every_reason_is_told_in_json(self):
+        good, down = self.metrics(page("q NaN\nr 3\n")), f"127.0.0.1:{free_port()}"
+        rules = "Q: q != 10; R: r < 2; P: r > 2 for 1h; Down: up > 1"
+        port = self.serve(self.running(good, f"http://{down}/", UNHEALTHY_WHEN=rules))
+        status, body = get(port, "/health?format=json")
+        document = json.loads(body)
+        self.assertEqual((status, document["status"]), (503, "fail"))
+        self.assertEqual(document["output"], "Q")
+        checks = document["checks"]
+        statuses = {name: checks[name][0]["status"] for name in "QRP"}
+        self.assertEqual(statuses, {"Q": "fail", "R": "pass", "P": "warn"})
+        self.assertEqual(checks["Q"][0]["series"][0]["value"], "NaN")
+        self.assertEqual(checks["R"][0]["observedValue"], 3)
+        self.assertEqual(checks["P"][0]["expression"], "r > 2 for 1h")
+        targets = [target["status"] for target in checks["scrape:targets"]]
+        self.assertEqual(targets, ["pass", "fail"])
+        status, body = get(port, "/health?format=json&exclude=Q")
+        self.assertEqual((status, json.loads(body)["status"]), (200, "warn"))
+
+    def test_a_rule_can_be_excluded(self):
+        server = self.metrics(page("q 11\n"))
+        port = self.serve(self.running(server, UNHEALTHY_WHEN="Q: q > 1"))
+        self.assertEqual(get(port, "/health?exclude=Q"), (200, "Healthy\n"))
+        self.assertEqual(get(port, "/health?exclude=R")[0], 503)
+        status, body = get(port, "/health?verbose&exclude=Q&exclude=%1b")
+        self.assertEqual(status, 200)
+        self.assertTrue(body.startswith("[+]Q excluded: firing for 0s: q{"), body)
+        self.assertIn('\nwarn: no rule "\\u001b" to exclude\nHealthy\n', body)
+
+    def test_its_own_metrics_are_an_exposition(self):
+        server = self.metrics(page('q{a="\\"><script>"} 11\n'))
+        port = self.serve(self.running(server, UNHEALTHY_WHEN="Q: q > 10"))
+        for path in ("/health", "/health/Q", "/nope", "/nope2", "/livez", "/"):
+            get(port, path)
+        status, body = get(port, "/metrics")
+        self.assertEqual(status, 200)
+        self.assertEqual(body.count("# TYPE "), body.count("# HELP "))
+        of = f'instance="{server.instance}"'
+        for line in (
+            "health_check_healthy 0",
+            'health_check_rule_state{rule="Q", state="firing"} 1',
+            'health_check_rule_series{rule="Q"} 1',
+            'health_check_rule_value{rule="Q"} 11',
+            'health_check_rule_limit{rule="Q"} 10',
+            f"health_check_target_up{{{of}}} 1",
+            f'health_check_scrapes_total{{{of}, outcome="success"}} 2',
+            'health_check_scrape_duration_seconds_bucket{le="+Inf"} 2',
+            "health_check_scrape_duration_seconds_count 2",
+            'health_check_requests_total{path="/health", code="503"} 1',
+            'health_check_requests_total{path="other", code="404"} 2',
+        ):
+            self.assertIn(f"\n{line}\n", body)
+        if shutil.which("promtool"):
+            checked = subprocess.run(
+                ["promtool", "check", "metrics"],
+                input=body.encode(),
+                capture_output=True,
+                check=False,
+            )
+            self.assertEqual((checked.returncode, checked.stderr), (0, b""))
+
+    def test_the_page_shows_all_and_lets_nothing_through(self):
+        text = 'q{a="\\"><script>alert(1)</script>",b="</svg>"} %d\nr 1\n'
+        server = self.metrics(lambda _: [page(text % len(server.requests))])
+        rules = "Q: q > 1; R: r > 0; P: r > 0 for 1h; N: r / 0 > 1"
+        port = self.serve(self.running(server, UNHEALTHY_WHEN=rules))
+        self.assertIn("not checked yet", get(port, "/")[1])
+        for _ in range(3):
+            get(port)
+        answer = receive(send(port, request_for("/")))
+        policy = "-Security-Policy: default-src 'none'; style-src 'sha256-"
+        self.assertIn(policy, answer)
+        self.assertIn("&lt;script&gt;", answer)
+        self.assertIn("&lt;/svg&gt;", answer)
+        self.assertNotIn("<script", answer)
+        self.assertEqual(answer.count("</svg>"), answer.count("<svg"))
+        for part in '<polyline points="0,', '<line x1="0"', ": Q, R, N<", "&gt; 1":
+            self.assertIn(part, answer)
+        self.assertEqual(len(server.requests), 3)
+        server.close()
+        get(port)
+        self.assertIn("failed for 0s: refused", get(port, "/")[1])
 
     def test_a_rule_of_its_own_fails_open(self):
         server = self.metrics(page("q 11\nr 1\n"))
@@ -2391,7 +2607,7 @@ class MainTest(NetworkTest):
         server.pieces = (page(status="404 No"),)
         code, out, _ = self.run_main("--once", **environ)
         self.assertEqual(code, 1)
-        self.assertIn("failed: http_status: HTTP 404 Not Found\n", out)
+        self.assertIn("failed for 0s: http_status: HTTP 404 Not Found\n", out)
 
     def test_probe_exits_0_or_1(self):
         server = self.metrics(page("q 11\n"))
