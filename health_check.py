@@ -388,32 +388,29 @@ def format_name(name: str, colon: str = "") -> str:
 # position, and returns the position behind what it read and what that means.
 
 SCALAR, VECTOR, RANGE = "scalar", "instant vector", "range vector"
-OPERATORS_BY_PRECEDENCE = ("or", "and unless", "== != <= < >= >", "+ -", "* / %", "^")
-PRECEDENCE = {
-    name: level
-    for level, names in enumerate(OPERATORS_BY_PRECEDENCE)
-    for name in names.split()
-}
+_LEVELS = ("or", "and unless", "== != <= < >= >", "+ -", "* / %", "^")
+PRECEDENCE = {op: level for level, ops in enumerate(_LEVELS) for op in ops.split()}
 POWER = PRECEDENCE["^"]
 SET_OPERATORS = ("and", "or", "unless")
 COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
 AGGREGATORS = ("sum", "min", "max", "avg", "count", "group")
 SIGNATURES: dict[str, tuple[tuple[str, ...], str]] = {
-    **dict.fromkeys("rate increase irate delta idelta".split(), ((RANGE,), VECTOR)),
-    **dict.fromkeys("changes resets absent_over_time".split(), ((RANGE,), VECTOR)),
-    **{
-        f"{name}_over_time": ((RANGE,), VECTOR)
-        for name in ("avg", "min", "max", "sum", "count", "last", "present")
-    },
-    **dict.fromkeys("abs absent ceil floor timestamp".split(), ((VECTOR,), VECTOR)),
-    **dict.fromkeys("clamp_min clamp_max round".split(), ((VECTOR, SCALAR), VECTOR)),
-    **dict.fromkeys(AGGREGATORS, ((VECTOR,), VECTOR)),
-    "histogram_quantile": ((SCALAR, VECTOR), VECTOR),
-    "scalar": ((VECTOR,), SCALAR),
-    "vector": ((SCALAR,), VECTOR),
-    "time": ((), SCALAR),
+    name: (operands, result)
+    for names, operands, result in (
+        ("rate increase irate delta idelta changes resets", (RANGE,), VECTOR),
+        ("absent_over_time avg_over_time min_over_time", (RANGE,), VECTOR),
+        ("max_over_time sum_over_time count_over_time", (RANGE,), VECTOR),
+        ("last_over_time present_over_time", (RANGE,), VECTOR),
+        ("abs absent ceil floor timestamp", (VECTOR,), VECTOR),
+        ("clamp_min clamp_max round", (VECTOR, SCALAR), VECTOR),
+        (" ".join(AGGREGATORS), (VECTOR,), VECTOR),
+        ("histogram_quantile", (SCALAR, VECTOR), VECTOR),
+        ("scalar", (VECTOR,), SCALAR),
+        ("vector", (SCALAR,), VECTOR),
+        ("time", (), SCALAR),
+    )
+    for name in names.split()
 }
-DEFAULT_OPERANDS = {"round": Number(1.0)}
 REFUSED = {
     **dict.fromkeys(("@", "offset"), "every expression is about now"),
     **dict.fromkeys(("group_left", "group_right"), "aggregate one side to match 1:1"),
@@ -440,7 +437,8 @@ _TOKEN = re.compile(
     |(?P<number>(?:0x[0-9a-f]+|(?:\d+(?-i:ms|[smhdwy]))+
         |(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)(?![\w.]))
     |(?P<word>[a-z_:][\w:]*)
-    |(?P<op>=~|!~|==|!=|<=|>=|[-+*/%^<>=(){}\[\],;@:])""",
+    |(?P<op>=~|!~|==|!=|<=|>=|[-+*/%^<>=(){}\[\],;@:])
+    |(?P<wrong>.)""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
 _ESCAPES = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\"))
@@ -506,8 +504,7 @@ def parse_expression(text: str) -> Expr:
 def parse_at(tokens: Tokens, at: int) -> tuple[int, Expr]:
     """Return the expression that starts at a position; it ends where no operator is."""
     operators = 0
-    for index in range(at, len(tokens)):
-        token = tokens[index]
+    for token in map(tokens.__getitem__, range(at, len(tokens))):
         operators += token.key in PRECEDENCE or token.key == "("
         if operators > MAX_OPERATORS:
             raise token.error(f"more than {MAX_OPERATORS} operators and brackets")
@@ -523,35 +520,28 @@ def tokenize(text: str) -> list[Token]:
     out; where an expression cannot end yet, the parser skips it.  Raises PromQLError.
     """
     tokens: list[Token] = []
-    position = depth = 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if not match:
-            wrong = {'"': "unterminated string", "'": "unterminated string"}
-            message = wrong.get(text[position], "bad number, duration or character")
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        kind, found, position = str(match.lastgroup), match[0], match.start()
+        if kind == "wrong":
+            quotes = dict.fromkeys("\"'", "unterminated string")
+            message = quotes.get(found, "bad number, duration or character")
             raise PromQLError(message, text, position)
-        kind, found = str(match.lastgroup), match[0]
         depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
-        if kind != "blank" and not (kind == "newline" and depth > 0):
-            key = found.lower() if kind in ("word", "op") else ""
-            tokens.append(Token(kind, found, key, position, text))
-        position = match.end()
-    tokens.append(Token("end", "", "", position, text))
-    return [
-        token
-        for token, after in zip(tokens, tokens[1:] + tokens[-1:])
-        if token.kind != "newline" or after.key not in JOINERS
-    ]
+        if kind == "blank" or (kind == "newline" and depth > 0):
+            continue
+        key = found.lower() if kind in ("word", "op") else ""
+        if key in JOINERS and tokens and tokens[-1].kind == "newline":
+            tokens.pop()
+        tokens.append(Token(kind, found, key, position, text))
+    return [*tokens, Token("end", "", "", len(text), text)]
 
 
 def _binary(tokens: Tokens, at: int, floor: int = 0) -> tuple[int, Expr]:
     at, left = _unary(tokens, at)
     while PRECEDENCE.get(tokens[at].key, -1) >= floor:
-        token, grouping = tokens[at], None
-        returns_bool = tokens[at + 1].key == "bool"
-        at += 1 + returns_bool
-        if tokens[at].key in ("on", "ignoring"):
-            at, grouping = _grouping(tokens, at)
+        token, returns_bool = tokens[at], tokens[at + 1].key == "bool"
+        at, grouping = _grouping(tokens, at + 1 + returns_bool, "on", "ignoring")
         # Only the power is right-associative.
         at, right = _binary(tokens, at, PRECEDENCE[token.key] + (token.key != "^"))
         left = Operation(token.key, (left, right), grouping, returns_bool)
@@ -582,17 +572,15 @@ def _unary(tokens: Tokens, at: int) -> tuple[int, Expr]:
     if sign.key not in ("+", "-"):
         return _operand(tokens, at)
     at, operand = _binary(tokens, at + 1, POWER)
-    if type_of(operand) == RANGE:
-        raise sign.error(f"{sign.key!r} takes no range vector")
+    signed = Operation(sign.key, (operand,))
+    _check(signed, sign)
     if sign.key == "+":
         return at, operand
-    if isinstance(operand, Number):
-        return at, Number(-operand.value)
-    return at, Operation("-", (operand,))
+    return at, Number(-operand.value) if isinstance(operand, Number) else signed
 
 
 def _operand(tokens: Tokens, at: int) -> tuple[int, Expr]:
-    token, following = tokens[at], tokens[min(at + 1, len(tokens) - 1)].key
+    token, following = tokens[at], tokens[at : at + 2][-1].key
     expr: Expr
     if token.key == "(":
         at, expr = _binary(tokens, at + 1)
@@ -644,43 +632,39 @@ def _list(
     return at + 1, items
 
 
-def _grouping(tokens: Tokens, at: int) -> tuple[int, Grouping]:
-    end, labels = _list(tokens, at + 1, "()", _grouping_label)
+def _grouping(tokens: Tokens, at: int, *words: str) -> tuple[int, Grouping | None]:
+    if tokens[at].key not in words:
+        return at, None
+    label = partial(_label, besides=("inf", "nan", "without"))
+    end, labels = _list(tokens, at + 1, "()", label)
     return end, Grouping(tokens[at].key in ("by", "on"), tuple(labels))
 
 
-def _grouping_label(tokens: Tokens, at: int) -> tuple[int, str]:
-    if tokens[at].key in ("inf", "nan", "without"):
-        raise tokens[at].unexpected("a label name")
-    return _label(tokens, at)
-
-
-def _label(tokens: Tokens, at: int) -> tuple[int, str]:
+def _label(tokens: Tokens, at: int, besides: Sequence[str] = ()) -> tuple[int, str]:
     token = tokens[at]
-    if token.kind != "string" and (token.kind != "word" or ":" in token.text):
+    if token.kind == "string":
+        return at + 1, _unquote(token)
+    if token.kind != "word" or ":" in token.text or token.key in besides:
         raise token.unexpected("a label name")
-    return at + 1, _unquote(token) if token.kind == "string" else token.text
+    return at + 1, token.text
 
 
 def _aggregation(tokens: Tokens, at: int) -> tuple[int, Expr]:
-    token, at, grouping = tokens[at], at + 1, Grouping(True, ())
-    before = tokens[at].key in ("by", "without")
-    if before:
-        at, grouping = _grouping(tokens, at)
+    token = tokens[at]
+    at, grouping = _grouping(tokens, at + 1, "by", "without")
     at, operands = _operands(tokens, at, token)
-    if not before and tokens[at].key in ("by", "without"):
-        at, grouping = _grouping(tokens, at)
-    return at, Operation(token.key, operands, grouping)
+    if not grouping:
+        at, grouping = _grouping(tokens, at, "by", "without")
+    return at, Operation(token.key, operands, grouping or Grouping(True, ()))
 
 
 def _operands(tokens: Tokens, at: int, function: Token) -> tuple[int, tuple[Expr, ...]]:
     at, operands = _list(tokens, at, "()", _binary)
     if tokens[at - 2].key == ",":
         raise tokens[at - 1].unexpected("an argument")
-    types, _ = SIGNATURES[function.key]
-    if len(operands) == len(types) - 1 and function.key in DEFAULT_OPERANDS:
-        operands.append(DEFAULT_OPERANDS[function.key])
-    found = tuple(map(type_of, operands))
+    if function.key == "round" and len(operands) == 1:
+        operands.append(Number(1.0))
+    types, found = SIGNATURES[function.key][0], tuple(map(type_of, operands))
     if found != types:
         wanted, given = (" and ".join(kinds) or "nothing" for kinds in (types, found))
         raise function.error(f"{function.key} takes {wanted}, not {given}")
@@ -723,27 +707,27 @@ def _window(tokens: Tokens, at: int, expr: Expr) -> tuple[int, Expr]:
     length = tokens[at + 1]
     if length.kind != "number":
         raise length.unexpected("a duration")
-    if not MIN_RANGE <= _number(length) < math.inf:
+    seconds = _number(length)
+    if not MIN_RANGE <= seconds < math.inf:
         raise length.error("a range must be longer than 0")
     end = _expect(tokens, at + 2, "]")
     if not isinstance(expr, Selector) or tokens[at - 1].key == ")":
         raise tokens[at].error("only a selector can have a range")
-    return end, expr._replace(window=_number(length))
+    return end, expr._replace(window=seconds)
 
 
 def _unquote(token: Token) -> str:
     mark, body = token.text[0], token.text[1:-1]
     parts = [body] if mark == "`" else _ESCAPE.split(body)
     for index in range(1, len(parts), 2):
-        code = parts[index]
-        base, digits = (8 if code[0].isdigit() else 16), code.lstrip("xuU")
-        number = int(digits, base) if code[1:] else 0
-        if code[1:] and number <= sys.maxunicode and not 0xD800 <= number <= 0xDFFF:
-            parts[index] = chr(number)
-        elif code == mark or code in _ESCAPES:
+        code, base = parts[index], 8 if parts[index].isdigit() else 16
+        number = int(code.lstrip("xuU"), base) if code[1:] else sys.maxunicode + 1
+        if code == mark or code in _ESCAPES:
             parts[index] = _ESCAPES.get(code, mark)
-        else:
+        elif number > sys.maxunicode or 0xD800 <= number <= 0xDFFF:
             raise token.error(f"unknown escape \\{code}")
+        else:
+            parts[index] = chr(number)
     return "".join(parts)
 
 
@@ -769,6 +753,11 @@ def find_selectors(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Select
     elif isinstance(expr, Operation) and expr.name not in besides:
         for operand in expr.operands:
             yield from find_selectors(operand, besides)
+
+
+@lru_cache(maxsize=256)
+def _selectors(expr: Expr) -> tuple[Selector, ...]:
+    return tuple(find_selectors(expr))
 
 
 def format_expression(expr: Expr, floor: int = 0) -> str:
@@ -821,7 +810,7 @@ def _format_selector(expr: Selector) -> str:
 # their lengths multiplied.  An instruction tests a character, or an anchor, or jumps.
 
 Instruction = Tuple[Optional[Callable[[str], object]], str, Tuple[int, ...]]
-Program = Tuple[Instruction, ...]
+Program = Sequence[Instruction]
 
 END: Instruction = (None, "end", ())
 MAX_INSTRUCTIONS = 1000
@@ -879,44 +868,46 @@ def _closure(program: Program, starts: Iterable[int], anchors: str) -> frozenset
     return frozenset(states)
 
 
-def _alternatives(pattern: str, at: int, depth: int) -> tuple[int, Program]:
-    at, program = _sequence(pattern, at, depth)
-    while pattern[at : at + 1] == "|":
-        at, other = _sequence(pattern, at + 1, depth)
-        program = (_jump(1, len(program) + 2), *program, _jump(len(other) + 1), *other)
+def _jump(*offsets: int) -> Instruction:
+    return None, "", offsets
+
+
+def _alternatives(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
+    program: list[Instruction] = []
+    start, ends = 0, []
+    while pattern[at : at + 1] not in ("", ")"):
+        if pattern[at] == "|":
+            program.insert(start, _jump(1, len(program) - start + 2))
+            ends.append(len(program))
+            program.append(END)
+            at, start = at + 1, len(program)
+        else:
+            at, piece = _repeated(pattern, at, depth)
+            program += piece
         if len(program) > MAX_INSTRUCTIONS:
             raise ValueError("this regular expression is too large")
+    for end in ends:
+        program[end] = _jump(len(program) - end)
     return at, program
 
 
-def _sequence(pattern: str, at: int, depth: int) -> tuple[int, Program]:
-    program: Program = ()
-    while pattern[at : at + 1] not in ("", "|", ")"):
-        at, atom = _atom(pattern, at, depth)
-        repeat = _REPEAT.match(pattern, at)
-        if repeat:
-            at, atom = repeat.end(), _repeated(atom, *repeat.groups(""))
-        program += atom
-        if len(program) > MAX_INSTRUCTIONS:
-            raise ValueError("this regular expression is too large")
-    return at, program
-
-
-def _repeated(atom: Program, sign: str, low: str, comma: str, high: str) -> Program:
+def _repeated(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
+    at, atom = _atom(pattern, at, depth)
+    repeat = _REPEAT.match(pattern, at)
+    if not repeat:
+        return at, atom
+    sign, low, comma, high = repeat.groups("")
     least = int(low or sign == "+")
     unlimited = sign in ("*", "+") or bool(comma and not high)
     most = least if unlimited else int(high or low or 1)
     if most > MAX_REPEAT or most * len(atom) > MAX_INSTRUCTIONS or most < least:
         raise ValueError("bad repeat count in this regular expression")
-    star = (_jump(1, len(atom) + 2), *atom, _jump(-len(atom) - 1)) * unlimited
-    return atom * least + (_jump(1, len(atom) + 1), *atom) * (most - least) + star
+    star = [_jump(1, len(atom) + 2), *atom, _jump(-len(atom) - 1)] * unlimited
+    optional = [_jump(1, len(atom) + 1), *atom] * (most - least)
+    return repeat.end(), atom * least + optional + star
 
 
-def _jump(*offsets: int) -> Instruction:
-    return None, "", offsets
-
-
-def _atom(pattern: str, at: int, depth: int) -> tuple[int, Program]:
+def _atom(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
     if pattern[at] == "(" and depth < MAX_DEPTH:
         start = at + (3 if pattern.startswith("(?:", at) else 1)
         at, program = _alternatives(pattern, start, depth + 1)
@@ -927,12 +918,12 @@ def _atom(pattern: str, at: int, depth: int) -> tuple[int, Program]:
     if not match or _REPEAT.match(pattern, at) or _UNCOMMON.search(match[0]):
         raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
     if match[0] in ("^", "$"):
-        return match.end(), ((None, match[0], (1,)),)
+        return match.end(), [(None, match[0], (1,))]
     # Python's blanks have a vertical tab that RE2's have not.
     text = match[0].replace(r"\S", r"[^\t\n\f\r ]")
     text = text.replace(r"\s", r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]")
     try:
-        return match.end(), ((re.compile(text, re.ASCII | re.DOTALL).match, "", ()),)
+        return match.end(), [(re.compile(text, re.ASCII | re.DOTALL).match, "", ())]
     except re.error as error:
         raise ValueError(f"bad {text!r} in this regular expression: {error}") from None
 
@@ -960,23 +951,27 @@ class Instant(NamedTuple):
 
 
 Value = Union[float, Vector]
-Function = Callable[[Operation, Instant], Value]
 
 
 def evaluate(expr: Expr, instant: Instant) -> Value:
     """Return what an expression gives now: a number, or series and their values.
 
-    Raises EvaluationError where Prometheus does: two series with the same labels in a
-    result, or several partners for one series.
+    A range gives the last value of each series in it.  Raises EvaluationError where
+    Prometheus does: two series with the same labels in a result, or several partners
+    for one series.
     """
     if isinstance(expr, Number):
         return expr.value
+    if isinstance(expr, Selector) and expr.window:
+        return {k: p.values[-1] for k, p in select_range(expr, instant).items()}
     if isinstance(expr, Selector):
         found = select(expr, instant)
         return {k: p.values[-1] for k, p in found.items() if p.times[-1] == instant.now}
-    if expr.name in FUNCTIONS:
-        return FUNCTIONS[expr.name](expr, instant)
+    if expr.name in RANGE_FUNCTIONS:
+        return _over_range(expr, instant)
     values = [evaluate(operand, instant) for operand in expr.operands]
+    if expr.name in FUNCTIONS:
+        return FUNCTIONS[expr.name](expr, instant, *values)
     if len(values) == 1:
         # Unary minus is a multiplication, also in what becomes of the name.
         expr, values = Operation("*", expr.operands), [*values, -1.0]
@@ -995,12 +990,11 @@ def evaluate_vector(expr: Expr, instant: Instant) -> Vector:
 
 def select(selector: Selector, instant: Instant) -> dict[Labels, Points]:
     """Return the remembered series, fresh or not, that a selector matches."""
-    key = selector._replace(window=0.0)
+    key = selector._replace(window=0.0) if selector.window else selector
     if key not in instant.found:
-        series = instant.history.get(selector.name, {})
         instant.found[key] = {
             labels: points
-            for labels, points in series.items()
+            for labels, points in instant.history.get(selector.name, {}).items()
             if all(_fits(matcher, dict(labels)) for matcher in selector.matchers)
         }
     return instant.found[key]
@@ -1022,50 +1016,57 @@ def compare(expr: Operation, left: Value, right: Value) -> Vector:
 
     A comparison that is not ``bool`` keeps the series, its name and its value.
     """
-    apply, keeps = OPERATORS[expr.name], _filters(expr)
+    apply = OPERATORS[expr.name]
     if isinstance(left, dict):
         results = [(k, v, apply(v, cast(float, right))) for k, v in left.items()]
     else:
         results = [(k, v, apply(left, v)) for k, v in cast(Vector, right).items()]
-    if keeps:
-        return {labels: value for labels, value, result in results if result}
-    return _unique((_unnamed(labels), float(result)) for labels, _, result in results)
+    return _kept(expr, results)
 
 
 def _filters(expr: Operation) -> bool:
     return expr.name in COMPARISONS and not expr.returns_bool
 
 
+def _kept(expr: Operation, results: Iterable[tuple[Labels, float, float]]) -> Vector:
+    if _filters(expr):
+        return {labels: value for labels, value, result in results if result}
+    return _nameless((labels, float(result)) for labels, _, result in results)
+
+
+def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
+    vector: Vector = {}
+    for labels, value in items:
+        key = _unnamed(labels)
+        if key in vector:
+            problem = "vector cannot contain metrics with the same labelset"
+            raise EvaluationError(f"{problem}: {format_series(key)}")
+        vector[key] = value
+    return vector
+
+
 def _fits(matcher: Matcher, labels: Mapping[str, str]) -> bool:
-    value = labels.get(matcher.label, "")
+    value, wanted = labels.get(matcher.label, ""), matcher.value
     if "~" in matcher.op:
-        return regex_matches(matcher.value, value) == (matcher.op == "=~")
-    equal = value == matcher.value
-    if matcher.label == "le" and not equal:
+        fits = regex_matches(wanted, value)
+    else:
         # One exporter writes le="1" and another le="1.0".
-        equal = float_or_nan(value) == float_or_nan(matcher.value)
-    return equal == (matcher.op == "=")
+        numbers = matcher.label == "le" and float_or_nan(value) == float_or_nan(wanted)
+        fits = numbers or value == wanted
+    return fits == (matcher.op[0] == "=")
+
+
+def _only(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
+    return tuple(pair for pair in labels if (pair[0] in names) == keep)
 
 
 def _unnamed(labels: Labels) -> Labels:
-    return tuple(pair for pair in labels if pair[0] != "__name__")
+    return _only(labels, False, ("__name__",))
 
 
 def _key(labels: Labels, grouping: Grouping | None) -> Labels:
     keep, names = grouping or (False, ())
-    if keep:
-        return tuple(pair for pair in labels if pair[0] in names)
-    return tuple(p for p in labels if p[0] != "__name__" and p[0] not in names)
-
-
-def _unique(items: Iterable[tuple[Labels, float]]) -> Vector:
-    vector: Vector = {}
-    for labels, value in items:
-        if labels in vector:
-            problem = "vector cannot contain metrics with the same labelset"
-            raise EvaluationError(f"{problem}: {format_series(labels)}")
-        vector[labels] = value
-    return vector
+    return _only(labels, keep, names if keep else (*names, "__name__"))
 
 
 def _match(expr: Operation, left: Vector, right: Vector) -> Vector:
@@ -1075,37 +1076,32 @@ def _match(expr: Operation, left: Vector, right: Vector) -> Vector:
         if key in partners:
             raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
         partners[key] = value
-    matched, vector = set(), []
+    results: dict[Labels, tuple[Labels, float, float]] = {}
     for labels, value in left.items():
         key = _key(labels, expr.grouping)
         result = OPERATORS[expr.name](value, partners[key]) if key in partners else None
         if result is None or (_filters(expr) and not result):
             continue
-        if key in matched:
+        if key in results:
             raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
-        matched.add(key)
-        if not _filters(expr):
-            vector.append((_unnamed(key), float(result)))
-        else:
-            keep, names = expr.grouping or (False, ())
-            vector.append((tuple(p for p in labels if (p[0] in names) == keep), value))
-    return _unique(vector)
+        results[key] = (_only(labels, *(expr.grouping or (False, ()))), value, result)
+    return _kept(expr, results.values())
 
 
 def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
     wanted, other = (right, left) if expr.name == "or" else (left, right)
     there = {_key(labels, expr.grouping) for labels in other}
-    kept = [
-        (labels, value)
+    kept = {
+        labels: value
         for labels, value in wanted.items()
         if (_key(labels, expr.grouping) in there) == (expr.name == "and")
-    ]
-    return _unique([*left.items(), *kept] if expr.name == "or" else kept)
+    }
+    return {**left, **kept} if expr.name == "or" else kept
 
 
-def _aggregate(expr: Operation, instant: Instant) -> Vector:
+def _aggregate(expr: Operation, _: Instant, vector: Vector) -> Vector:
     groups: dict[Labels, list[float]] = {}
-    for labels, value in evaluate_vector(expr.operands[0], instant).items():
+    for labels, value in vector.items():
         groups.setdefault(_key(labels, expr.grouping), []).append(value)
     return {key: REDUCERS[expr.name](values) for key, values in groups.items()}
 
@@ -1156,12 +1152,42 @@ def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
     return lambda value: float(function(value)) if math.isfinite(value) else value
 
 
+def _round(value: float, nearest: float) -> float:
+    inverse = _divide(1.0, nearest)
+    return _divide(_whole(math.floor)(value * inverse + 0.5), inverse)
+
+
+def _greater(left: float, right: float) -> float:
+    # Go's math.Max: an infinity goes before NaN, and NaN before a number.
+    if math.inf in (left, right):
+        return math.inf
+    return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
+
+
+def _each(function: Callable[..., float]) -> Callable[..., Vector]:
+    return lambda expr, instant, vector, *others: _nameless(
+        (labels, function(value, *others)) for labels, value in vector.items()
+    )
+
+
+def _over_range(expr: Operation, instant: Instant) -> Vector:
+    if expr not in instant.ranges:
+        function = RANGE_FUNCTIONS[expr.name]
+        selector = cast(Selector, expr.operands[0])
+        results = {
+            labels: function(points, instant.now - selector.window, instant.now)
+            for labels, points in select_range(selector, instant).items()
+            if len(points.times) > 1 or expr.name not in DIFFERENCES
+        }
+        named = expr.name == "last_over_time"
+        instant.ranges[expr] = results if named else _nameless(results.items())
+    return instant.ranges[expr]
+
+
 def _extrapolated(
     points: Points, start: float, end: float, *, counter: bool, per_second: bool
-) -> float | None:
+) -> float:
     times, values = points
-    if len(values) < 2:
-        return None
     result = values[-1] - values[0]
     if counter:
         for before, value in zip(values, values[1:]):
@@ -1179,94 +1205,51 @@ def _extrapolated(
     return result / (end - start) if per_second else result
 
 
-def _last_two(points: Points, *_: float, counter: bool) -> float | None:
+def _irate(points: Points, *_: float) -> float:
     times, values = points
-    if len(values) < 2:
-        return None
-    if not counter:
-        return values[-1] - values[-2]
-    reset = values[-1] < values[-2]
-    return (values[-1] - (0.0 if reset else values[-2])) / (times[-1] - times[-2])
+    before = 0.0 if values[-1] < values[-2] else values[-2]
+    return (values[-1] - before) / (times[-1] - times[-2])
 
 
-def _changes(points: Points, *_: float) -> float:
+def _changes(values: Sequence[float]) -> float:
     # NaN differs from itself, but two of them in a row are no change.
-    texts = [str(value) if math.isnan(value) else value for value in points.values]
+    texts = [str(value) if math.isnan(value) else value for value in values]
     return float(sum(map(operator.ne, texts, texts[1:])))
 
 
-def _resets(points: Points, *_: float) -> float:
-    return float(sum(b < a for a, b in zip(points.values, points.values[1:])))
+def _resets(values: Sequence[float]) -> float:
+    return float(sum(map(operator.gt, values, values[1:])))
 
 
-def _over_range(function: Callable[..., float | None], named: bool = False) -> Function:
-    def call(expr: Operation, instant: Instant) -> Vector:
-        if expr not in instant.ranges:
-            selector = cast(Selector, expr.operands[0])
-            start, results = instant.now - selector.window, []
-            for labels, points in select_range(selector, instant).items():
-                value = function(points, start, instant.now)
-                if value is not None:
-                    results.append((labels if named else _unnamed(labels), value))
-            instant.ranges[expr] = _unique(results)
-        return instant.ranges[expr]
-
-    return call
+def _of_values(function: Callable[[Sequence[float]], float]) -> Callable[..., float]:
+    return lambda points, start, end: function(points.values)
 
 
-def _elementwise(function: Callable[..., float]) -> Function:
-    def call(expr: Operation, instant: Instant) -> Vector:
-        vector = evaluate_vector(expr.operands[0], instant)
-        extra = [evaluate(operand, instant) for operand in expr.operands[1:]]
-        return _unique((_unnamed(k), function(v, *extra)) for k, v in vector.items())
-
-    return call
-
-
-def _timestamp(expr: Operation, instant: Instant) -> Vector:
-    vector = evaluate_vector(expr.operands[0], instant)
-    return _unique((_unnamed(labels), instant.wall) for labels in vector)
-
-
-def _round(value: float, nearest: float) -> float:
-    inverse = _divide(1.0, nearest)
-    return _divide(_whole(math.floor)(value * inverse + 0.5), inverse)
-
-
-def _greater(left: float, right: float) -> float:
-    # Go's math.Max: an infinity goes before NaN, and NaN before a number.
-    if math.inf in (left, right):
-        return math.inf
-    return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
-
-
-def _scalar(expr: Operation, instant: Instant) -> float:
-    values = list(evaluate_vector(expr.operands[0], instant).values())
-    return values[0] if len(values) == 1 else math.nan
-
-
-def _vector(expr: Operation, instant: Instant) -> Vector:
-    return {(): cast(float, evaluate(expr.operands[0], instant))}
-
-
-def _absent(expr: Operation, instant: Instant) -> Vector:
-    operand = expr.operands[0]
-    selector = operand if isinstance(operand, Selector) else Selector("")
-    found = select_range if selector.window else evaluate
-    if cast(Any, found)(operand, instant):
+def _absent(expr: Operation, _: Instant, vector: Vector) -> Vector:
+    if vector:
         return {}
-    labels: dict[str, str] = {}
-    for label, op, value in selector.matchers:
+    selector, labels = expr.operands[0], {}
+    matchers = selector.matchers if isinstance(selector, Selector) else ()
+    for label, op, value in matchers:
         # What is said of a label after its first "=" takes that back for good.
         if op == "=" or label in labels:
             labels[label] = "" if label in labels else value
     return {tuple(sorted(pair for pair in labels.items() if pair[1])): 1.0}
 
 
-def _histogram_quantile(expr: Operation, instant: Instant) -> Vector:
-    quantile = cast(float, evaluate(expr.operands[0], instant))
+def _timestamp(_: Operation, instant: Instant, vector: Vector) -> Vector:
+    return _nameless((labels, instant.wall) for labels in vector)
+
+
+def _scalar(_: Operation, __: Instant, vector: Vector) -> float:
+    return next(iter(vector.values())) if len(vector) == 1 else math.nan
+
+
+def _histogram_quantile(
+    _: Operation, __: Instant, quantile: float, vector: Vector
+) -> Vector:
     groups: dict[Labels, dict[float, float]] = {}
-    for labels, value in evaluate_vector(expr.operands[1], instant).items():
+    for labels, value in vector.items():
         bound = float_or_nan(dict(labels).get("le", ""))
         if not math.isnan(bound):
             buckets = groups.setdefault(_key(labels, Grouping(False, ("le",))), {})
@@ -1278,37 +1261,31 @@ def _quantile(quantile: float, buckets: dict[float, float]) -> float:
     if not 0 <= quantile <= 1:
         return math.inf * quantile
     bounds = sorted(buckets)
-    counts, last = [buckets[bounds[0]]], len(bounds) - 1
-    for before, count in zip(counts, [buckets[bound] for bound in bounds[1:]]):
-        # A count may not fall, and what differs by rounding alone does not differ.
-        near = abs(count - before) < 1e-12 * (abs(count) + abs(before))
-        counts.append(before if near or count < before else count)
+    last = len(bounds) - 1
+    counts = list(itertools.accumulate((buckets[bound] for bound in bounds), _rising))
     if last < 1 or bounds[last] != math.inf or counts[last] == 0:
         return math.nan
+    rank = quantile * counts[last]
     # Go's binary search, which says where a rank falls when a count is NaN.
-    rank, low, high = quantile * counts[last], 0, last
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if counts[middle] >= rank else (middle + 1, high)
+    low = bisect_left([count >= rank for count in counts], True, 0, last)
     if low == last or (low == 0 and bounds[0] <= 0):
         return bounds[max(low - 1, 0)]
     start, before = (bounds[low - 1], counts[low - 1]) if low else (0.0, 0.0)
     return start + (bounds[low] - start) * _divide(rank - before, counts[low] - before)
 
 
+def _rising(before: float, count: float) -> float:
+    # A count may not fall, and what differs by rounding alone does not differ.
+    near = abs(count - before) < 1e-12 * (abs(count) + abs(before))
+    return before if near or count < before else count
+
+
+DIFFERENCES = ("rate", "increase", "irate", "delta", "idelta")
 OPERATORS: dict[str, Callable[[float, float], float]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": _divide,
-    "%": _modulo,
-    "^": _power,
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
+    "+": operator.add, "-": operator.sub, "*": operator.mul,
+    "/": _divide, "%": _modulo, "^": _power,
+    "==": operator.eq, "<": operator.lt, "<=": operator.le,
+    "!=": operator.ne, ">": operator.gt, ">=": operator.ge,
 }
 REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
     "avg": _average,
@@ -1320,34 +1297,31 @@ REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
     "present": lambda values: 1.0,
     "sum": _sum,
 }
-FUNCTIONS: dict[str, Function] = {
+RANGE_FUNCTIONS: dict[str, Callable[[Points, float, float], float]] = {
+    **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
+    "changes": _of_values(_changes),
+    "resets": _of_values(_resets),
+    "rate": partial(_extrapolated, counter=True, per_second=True),
+    "increase": partial(_extrapolated, counter=True, per_second=False),
+    "delta": partial(_extrapolated, counter=False, per_second=False),
+    "irate": _irate,
+    "idelta": _of_values(lambda values: values[-1] - values[-2]),
+}
+FUNCTIONS: dict[str, Callable[..., Value]] = {
     **dict.fromkeys(AGGREGATORS, _aggregate),
-    **{
-        f"{name}_over_time": _over_range(
-            lambda points, *_, to=reduce: to(points.values), named=name == "last"
-        )
-        for name, reduce in REDUCERS.items()
-        if name != "group"
-    },
-    "rate": _over_range(partial(_extrapolated, counter=True, per_second=True)),
-    "increase": _over_range(partial(_extrapolated, counter=True, per_second=False)),
-    "delta": _over_range(partial(_extrapolated, counter=False, per_second=False)),
-    "irate": _over_range(partial(_last_two, counter=True)),
-    "idelta": _over_range(partial(_last_two, counter=False)),
-    "changes": _over_range(_changes),
-    "resets": _over_range(_resets),
-    **dict.fromkeys(("absent", "absent_over_time"), _absent),
-    "abs": _elementwise(abs),
-    "ceil": _elementwise(_whole(math.ceil)),
-    "floor": _elementwise(_whole(math.floor)),
-    "round": _elementwise(_round),
-    "clamp_min": _elementwise(_greater),
-    "clamp_max": _elementwise(lambda value, end: -_greater(-value, -end)),
+    "absent": _absent,
+    "absent_over_time": _absent,
+    "abs": _each(abs),
+    "ceil": _each(_whole(math.ceil)),
+    "floor": _each(_whole(math.floor)),
+    "round": _each(_round),
+    "clamp_min": _each(_greater),
+    "clamp_max": _each(lambda value, most: -_greater(-value, -most)),
     "histogram_quantile": _histogram_quantile,
     "scalar": _scalar,
     "time": lambda expr, instant: instant.wall,
     "timestamp": _timestamp,
-    "vector": _vector,
+    "vector": lambda expr, instant, number: {(): number},
 }
 
 
@@ -1394,7 +1368,7 @@ def judge(rule: Rule, before: RuleStatus, instant: Instant) -> RuleStatus:
         value, limit, vector = _measure(rule.expr, instant)
         # An alert is known by the labels of its series without the name, and these
         # must differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
-        _unique((_unnamed(labels), 0.0) for labels in vector)
+        _nameless(vector.items())
     except EvaluationError as error:
         return before._replace(error=str(error), value=None)
     samples = {_unnamed(labels): Sample(labels, v) for labels, v in vector.items()}
@@ -1403,7 +1377,7 @@ def judge(rule: Rule, before: RuleStatus, instant: Instant) -> RuleStatus:
         _advance(rule, alerts.get(key), samples.get(key), instant.now)
         for key in {**alerts, **samples}
     )
-    matched = sum(len(select(s, instant)) for s in find_selectors(rule.expr))
+    matched = sum(len(select(s, instant)) for s in _selectors(rule.expr))
     return RuleStatus(rule, tuple(filter(None, advanced)), "", matched, value, limit)
 
 
@@ -1477,9 +1451,10 @@ DEFAULT_RULES = """
   # Requests run or wait, and nothing has moved.  delta() has no answer from a single
   # sample, where changes() would say 0; absent series never fire.
   Stalled: (vllm:num_requests_running > 0 or vllm:num_requests_waiting > 0)
-      and delta(vllm:generation_tokens_total[2m]) == 0
-      unless (changes(vllm:prompt_tokens_total[2m]) > 0
-        or changes(vllm:kv_cache_usage_perc[2m]) > 0)
+      and ignoring (pid) delta(vllm:generation_tokens_total[2m]) == 0
+      unless ignoring (pid) (changes(vllm:prompt_tokens_total[2m]) > 0
+        or changes(vllm:kv_cache_usage_perc[2m]) > 0
+        or changes(vllm:gpu_cache_usage_perc[2m]) > 0)
     or (sglang:num_running_reqs > 0 or sglang:num_queue_reqs > 0)
       and ignoring (mode, priority) delta(sglang:realtime_tokens_total[2m]) == 0
       unless ignoring (mode, priority) changes(sglang:realtime_tokens_total[2m]) > 0
@@ -2389,6 +2364,10 @@ class Monitor:
             fault = f"bug: {type(error).__name__}: {error}"
             verdict = Verdict(self.verdict.sequence + 1, fault, now, wall)
         self._count(verdict)
+        if threading.current_thread() is self._thread:
+            # Before anybody is answered, so that the log never lags behind.
+            for level, change in transitions(self.verdict, verdict):
+                LOG.log(level, "%s", change)
         self.verdict = verdict
         self.on_publish()
         return verdict
@@ -2433,8 +2412,7 @@ class Monitor:
                 self._idle.add(message.target)
             elif message is None or message >= self.verdict.sequence:
                 due = self._clock() + interval if interval else math.inf
-                for level, change in transitions(self.verdict, self.check()):
-                    LOG.log(level, "%s", change)
+                self.check()
 
     def _receive(self, seconds: float) -> int | Outcome | None:
         try:
@@ -2749,7 +2727,12 @@ class Notifier:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._changed.wait(self.work())
+            try:
+                rest = self.work()
+            except Exception:
+                LOG.exception("%s", BUG)
+                rest = RETRY
+            self._changed.wait(rest)
             self._changed.clear()
 
     def work(self) -> float | None:

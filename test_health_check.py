@@ -2003,6 +2003,23 @@ class AlertmanagerTest(NetworkTest):
             self.assertIn("takes alerts again", self.log[-1])
         self.assertEqual((self.notifier.sent, self.notifier.failed), (2, 2))
 
+    def test_a_bug_does_not_end_its_thread(self):
+        class Broken(Notifier):
+            calls = 0
+
+            def work(self):
+                self.calls += 1
+                raise RuntimeError("broken")
+
+        notifier = Broken(self.config("http://localhost:1"), "http://localhost:1/", "")
+        notifier.start()
+        self.assertTrue(wait_until(lambda: notifier.calls == 1))
+        status = RuleStatus(self.rule, (self.alert(),))
+        notifier.publish(Verdict(1, "", 0.0, 0.0, (status,)))
+        self.assertTrue(wait_until(lambda: notifier.calls == 2))
+        notifier.stop()
+        self.log[:] = [line for line in self.log if "this is a bug" not in line]
+
     def test_its_thread_sends_what_is_published_and_ends(self):
         self.notifier.start()
         self.publish(self.alert())
