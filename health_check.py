@@ -61,7 +61,6 @@ from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from types import MappingProxyType
 from typing import (
     Any,
     Callable,
@@ -1764,9 +1763,16 @@ SETTINGS = tuple(
 
 MAX_HEAD = 64 * 1024
 MAX_REDIRECTS = 3
+AGENT = f"health_check.py/{__version__}"
 ACCEPT = (
     "text/plain;version=0.0.4;q=1,application/openmetrics-text;version=1.0.0;q=0.7,"
     "*/*;q=0.1"
+)
+REASONS = (
+    (socket.timeout, "timeout"), (socket.gaierror, "dns"), (ssl.SSLError, "tls"),
+    (ConnectionRefusedError, "refused"), (ConnectionError, "reset"),
+    (http.client.IncompleteRead, "truncated"), (http.client.HTTPException, "bad_http"),
+    (OSError, "network"), (ValueError, "bad_http"),
 )
 
 
@@ -1801,18 +1807,17 @@ def open_stream(
     with _translated():
         response = _get(target, deadline, access)
     with response:
-        length = response.headers.get_all("Content-Length", [])
+        lengths = response.headers.get_all("Content-Length", [])
         encoding = response.headers.get("Content-Encoding", "identity")
         if response.status != 200:
             phrase = http.client.responses.get(response.status, "")
             raise ScrapeError("http_status", f"HTTP {response.status} {phrase}".strip())
         if encoding.lower() != "identity":
             raise ScrapeError("bad_http", f"unasked Content-Encoding {encoding[:40]!r}")
-        if len(set(length)) > 1 or not all(re.match(r"\d+\Z", n) for n in length):
-            raise ScrapeError(
-                "bad_http", f"bad Content-Length {', '.join(length)[:40]!r}"
-            )
-        framed = bool(length) or bool(response.chunked)
+        if len(set(lengths)) > 1 or not all(re.match(r"\d+\Z", n) for n in lengths):
+            shown = ", ".join(lengths)[:40]
+            raise ScrapeError("bad_http", f"bad Content-Length {shown!r}")
+        framed = bool(lengths or response.chunked)
         content_type = response.headers.get("Content-Type", "")
         yield Stream(content_type, framed, partial(_readinto, response))
 
@@ -1825,9 +1830,7 @@ def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
     return count
 
 
-def _get(
-    target: Target, deadline: float, access: Access
-) -> http.client.HTTPResponse:
+def _get(target: Target, deadline: float, access: Access) -> http.client.HTTPResponse:
     url = target.url + (f"?{target.query}" if target.query else "")
     for _ in range(MAX_REDIRECTS + 1):
         request = urllib.request.Request(url, headers={"Accept": ACCEPT})
@@ -1842,6 +1845,23 @@ def _get(
         if re.search("[^!-~]", url) or _origin(url) != _origin(target.url):
             raise ScrapeError("redirect", "redirected to another origin: not followed")
     raise ScrapeError("redirect", f"more than {MAX_REDIRECTS} redirects")
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        cause = getattr(error, "reason", error)
+        cause = cause if isinstance(cause, Exception) else error
+        reason = next(name for kind, name in REASONS if isinstance(cause, kind))
+        message = "timed out" if reason == "timeout" else str(cause)
+        raise ScrapeError(reason, message[:200] or type(cause).__name__) from error
 
 
 def send(
@@ -1862,8 +1882,9 @@ def send(
         problem = getattr(error, "strerror", None) or type(error).__name__
         name = getattr(error, "filename", None) or "a token, CA or certificate file"
         raise ScrapeError("credentials", f"{name}: {problem}") from None
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(_Handler(context))
+    opener, handler = urllib.request.OpenerDirector(), _Handler()
+    handler.context = context
+    opener.add_handler(handler)
     response = opener.open(request, timeout=_left(deadline))
     return cast(http.client.HTTPResponse, response)
 
@@ -1878,58 +1899,23 @@ def _tls_context(access: Access) -> ssl.SSLContext:
     return context
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        cause = getattr(error, "reason", error)
-        cause = cause if isinstance(cause, Exception) else error
-        reason = next(name for kind, name in REASONS if isinstance(cause, kind))
-        message = str(cause) or type(cause).__name__
-        message = "timed out" if reason == "timeout" else message
-        raise ScrapeError(reason, message[:200]) from error
-
-
-REASONS = (
-    (socket.timeout, "timeout"),
-    (socket.gaierror, "dns"),
-    (ssl.SSLError, "tls"),
-    (ConnectionRefusedError, "refused"),
-    (ConnectionError, "reset"),
-    (http.client.IncompleteRead, "truncated"),
-    (http.client.HTTPException, "bad_http"),
-    (OSError, "network"),
-    (ValueError, "bad_http"),
-)
-AGENT = f"health_check.py/{__version__}"
-
-
-class _Handler(urllib.request.AbstractHTTPHandler):
-    """The only handler of the opener: no proxy, no other scheme, no error pages."""
-
-    def __init__(self, context: ssl.SSLContext | None) -> None:
-        super().__init__()
-        self._connection = cast(Any, partial(_Connection, context=context))
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """Send a request and return its answer, whatever the status."""
-        return self.do_open(self._connection, request)
-
-    https_open = http_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
 def _left(deadline: float) -> float:
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise socket.timeout("timed out")
     return seconds
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    """The only handler of the opener: no proxy, no other scheme, no error pages."""
+
+    context: ssl.SSLContext | None = None
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request, context=self.context)
+
+    https_open = http_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
 class _Socket(socket.socket):
@@ -1938,11 +1924,10 @@ class _Socket(socket.socket):
     ``http.client`` would wait ``timeout`` seconds for each byte of a header.
     """
 
-    deadline = math.inf
-    allowance: float = MAX_HEAD
+    deadline: float
+    allowance: float
 
     def recv_into(self, *arguments: Any, **options: Any) -> int:
-        """Read as socket.recv_into does."""
         self.settimeout(_left(self.deadline))
         count = super().recv_into(*arguments, **options)
         self.allowance -= count
@@ -1955,48 +1940,36 @@ class _TLSSocket(_Socket, ssl.SSLSocket):
     """The same over TLS."""
 
 
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: _Socket, *arguments: Any, **options: Any) -> None:
-        super().__init__(sock, *arguments, **options)
-        self._socket = sock
-
-    def begin(self) -> None:
-        super().begin()
-        self._socket.allowance = math.inf
-
-
 class _Connection(http.client.HTTPConnection):
-    response_class = _Response
-
     def __init__(
-        self, host: str, timeout: float, context: ssl.SSLContext | None = None
+        self, host: str, *, context: ssl.SSLContext | None = None, **options: Any
     ) -> None:
         self.default_port = 443 if context else 80
-        super().__init__(host, timeout=timeout)
+        super().__init__(host, **options)
         self._context = context
 
     def connect(self) -> None:
-        deadline = time.monotonic() + float(self.timeout or 0)
-        sock = self._connected(deadline)
-        self.sock: socket.socket = sock
-        if self._context:
-            self.sock = self._context.wrap_socket(sock, server_hostname=self.host)
-            cast(_TLSSocket, self.sock).deadline = deadline
-
-    def _connected(self, deadline: float) -> _Socket:
-        problem: OSError = socket.gaierror("no address")
+        self._deadline = time.monotonic() + cast(float, self.timeout)
         found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
         for family, kind, protocol, _, address in found:
-            sock = _Socket(family, kind, protocol)
+            self.sock = _Socket(family, kind, protocol)
             try:
-                sock.deadline = deadline
-                sock.settimeout(_left(deadline))
-                sock.connect(address)
-                return sock
-            except OSError as error:
-                sock.close()
-                problem = error
-        raise problem
+                self.sock.settimeout(_left(self._deadline))
+                self.sock.connect(address)
+                break
+            except OSError:
+                self.sock.close()
+                if address is found[-1][4]:
+                    raise
+        if self._context:
+            self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        sock: Any = self.sock
+        sock.deadline, sock.allowance = self._deadline, MAX_HEAD
+        response = super().getresponse()
+        sock.allowance = math.inf
+        return response
 
 
 # --- 7. Exposition: bytes x wanted names -> samples -----------------------------------
@@ -2005,31 +1978,32 @@ class _Connection(http.client.HTTPConnection):
 
 CHUNK = 256 * 1024
 NEWLINE = ord("\n")
-MAX_SERIES = 5000
-MAX_SERIES_TEXT = 2 * 1024 * 1024
+MAX_SERIES, MAX_SERIES_TEXT = 5000, 2 * 1024 * 1024
 MAX_NAMES = 10000
-MAX_NULL = 64
 SYNTHETIC = ("up", "scrape_error", "scrape_duration_seconds", "scrape_body_size_bytes")
 
+# None of these can be slow: where two repeats meet, no text fits both.
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-_BRACES = re.compile(rb'[ \t]*\{[^"}\n]*(?:' + _STRING + rb'[^"}\n]*)*\}', re.DOTALL)
-_PAIR = re.compile(
-    rb"[ \t]*(?:([a-zA-Z_]\w*)|(" + _STRING + rb"))[ \t]*"
-    rb"(?:=[ \t]*(" + _STRING + rb"))?[ \t]*(,?)",
-    re.DOTALL,
+_BRACES = rb'[ \t]*\{[^"}\n]*(?:' + _STRING + rb'[^"}\n]*)*\}'
+_SERIES = re.compile(
+    rb"[a-zA-Z_:][\w:]*(?:" + _BRACES + rb")?|" + _BRACES, re.DOTALL
 )
-_VALUE = re.compile(rb"[ \t]*([^ \t\n]+)[ \t]*([^\n]*)\n")
-_NAME_TEXT = re.compile(rb"[a-zA-Z_:][\w:]*")
-_LISTED_NAME = re.compile(rb"\n([a-zA-Z_:][\w:]*)")
-_NOT_BLANK = re.compile(rb"[^\s]")
-_TIMESTAMP = re.compile(rb"(?:\d+)?[ \t]*\Z")
-_TIMESTAMP_OPENMETRICS = re.compile(
-    rb"(?:-?[\d.]+(?:[eE][-+]?\d+)?)?[ \t]*(?:# ?\{.*)?\Z"
+_PAIR = re.compile(
+    rb"[ \t]*(?:(?:([a-zA-Z_]\w*)|(" + _STRING + rb"))[ \t]*=[ \t]*)?"
+    rb"(" + _STRING + rb")[ \t]*,?", re.DOTALL
+)
+_NUMBER = rb"[ \t]*([^ \t\n]+)(?=[ \t\n])"
+_VALUE = re.compile(_NUMBER + rb"(?:[ \t]+\d+)?[ \t]*\n")
+_VALUE_OPENMETRICS = re.compile(
+    _NUMBER + rb"(?:[ \t]+-?[\d.]+(?:[eE][-+]?\d+)?)?[ \t]*(?:# ?\{[^\n]*)?\n"
 )
 _OPEN_STRING = re.compile(
     rb'[^"\n]*(?:' + _STRING + rb'[^"\n]*)*"[^"\\]*(?:\\.[^"\\]*)*\Z', re.DOTALL
 )
 _LABEL_ESCAPE = re.compile(rb'\\([\\"n])')
+_LISTED_NAME = re.compile(rb"\n([a-zA-Z_:][\w:]*)")
+_NOT_BLANK = re.compile(rb"\S")
+_NULL = re.compile(rb"\s*null\s*\Z")
 
 
 class Format(NamedTuple):
@@ -2052,11 +2026,11 @@ def _prefix_tree(names: Sequence[str]) -> str:
     # As an alternation, 36 names are matched at half the speed of a tree.
     branches = []
     for _, group in itertools.groupby(names, key=lambda name: name[:1]):
-        rest = list(group)
-        pairs = enumerate(zip(rest[0], rest[-1]))
-        shortest = min(len(rest[0]), len(rest[-1]))
-        stem = rest[0][: next((i for i, (a, b) in pairs if a != b), shortest)]
-        tails = [name[len(stem) :] for name in rest if name]
+        alike = list(group)
+        pairs = zip(alike[0], alike[-1])
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        stem = "".join(letter for letter, _ in same)
+        tails = [name[len(stem) :] for name in alike]
         branches.append(re.escape(stem) + (_prefix_tree(tails) if tails[1:] else ""))
     return "(?:" + "|".join(branches) + ")"
 
@@ -2070,105 +2044,89 @@ def read_samples(
     their text, from the scrape before.  Raises ScrapeError where Prometheus' scraper
     would, as far as the first line and the wanted ones show it.
     """
-    reading = Reading(format, known, "openmetrics" in stream.content_type)
+    openmetrics = "openmetrics" in stream.content_type
+    reading = Reading(format, known, _VALUE_OPENMETRICS if openmetrics else _VALUE)
     # A newline stands before the text, so that each line starts with one.
     buffer = bytearray(b"\n" * (CHUNK + 2))
-    filled, count, started = 1, 1, False
-    while count:
-        with memoryview(buffer) as view:
-            count = stream.readinto(view[filled:-1])
-        filled, reading.size = filled + count, reading.size + count
-        if not count and buffer[filled - 1] != NEWLINE:
-            if not stream.framed and (started or not _null(buffer, filled)):
+    view, filled = memoryview(buffer), 1
+    started = ended = final = False
+    while not final:
+        count = stream.readinto(view[filled:-1])
+        filled, reading.size, final = filled + count, reading.size + count, not count
+        if final and buffer[filled - 1] != NEWLINE:
+            if not stream.framed and (started or not _NULL.match(buffer, 0, filled)):
                 raise ScrapeError("truncated", "the last line has no end")
             buffer[filled] = NEWLINE
             filled += 1
         end = buffer.rfind(b"\n", 0, filled) + 1
-        started = started or _starts(buffer, end, stream.content_type, not count)
+        started = started or _starts(buffer, end, final, stream.content_type)
         if started:
-            kept = reading.scan(buffer, end, not count)
+            kept = reading.scan(buffer, end, final)
         else:
             kept = 0 if _NOT_BLANK.search(buffer, 0, end) else end - 1
+        if end > 1:
+            ended = buffer.endswith(b"\n# EOF\n", 0, end)
         if list_names and len(reading.names) < MAX_NAMES:
             reading.names.update(_LISTED_NAME.findall(buffer, 0, end))
-        buffer[: filled - kept] = buffer[kept:filled]
+        view[: filled - kept] = view[kept:filled]
         filled -= kept
         if filled > CHUNK:
             raise ScrapeError("too_large", f"a line of more than {CHUNK - 1} bytes")
-    if started and reading.openmetrics and not reading.ended:
+    if started and openmetrics and not ended:
         raise ScrapeError("truncated", "no # EOF at the end of OpenMetrics text")
     return reading
 
 
-def _null(buffer: bytearray, end: int) -> bool:
-    return end <= MAX_NULL and buffer[:end].strip() == b"null"
-
-
-def _starts(buffer: bytearray, end: int, content_type: str, final: bool) -> bool:
+def _starts(buffer: bytearray, end: int, final: bool, content_type: str) -> bool:
     first = _NOT_BLANK.search(buffer, 0, end)
-    if not first or _null(buffer, end):
+    if not first or _NULL.match(buffer, 0, end):
         return False
     media = content_type.partition(";")[0].strip().lower()
     if media.endswith(("html", "json", "+xml")):
         raise ScrapeError("not_metrics", f"Content-Type {media[:60]!r}")
-    if buffer[first.start()] != ord("#"):
-        try:
-            _line(buffer, first.start(), end, _TIMESTAMP_OPENMETRICS)
-        except ScrapeError:
-            if not final and _OPEN_STRING.match(buffer, first.start(), end):
-                return False
-            shown = bytes(buffer[first.start() : end]).partition(b"\n")[0][:40]
-            raise ScrapeError("not_metrics", f"it starts with {shown!r}") from None
-    return True
+    if first[0] == b"#":
+        return True
+    try:
+        return bool(_line(buffer, first.start(), end, final, _VALUE_OPENMETRICS))
+    except ScrapeError as error:
+        raise ScrapeError("not_metrics", f"the first line is {error}") from None
 
 
 class Reading:
-    """What has been read of a body: samples of wanted names, and what was noticed."""
+    """What has been read of a body: samples, and the labels of series by their text.
+
+    ``names`` are all there are, ``reserved`` those it may not have; ``size`` is bytes.
+    """
 
     def __init__(
-        self, format: Format, known: dict[bytes, Labels], openmetrics: bool
+        self, format: Format, known: dict[bytes, Labels], value: re.Pattern[bytes]
     ) -> None:
         self.samples: dict[Labels, float] = {}
         self.series: dict[bytes, Labels] = {}
-        self.reserved: set[str] = set()
         self.names: set[bytes] = set()
-        self.size = 0
-        self.openmetrics = openmetrics
-        self.ended = False
-        self._text = 0
-        self._format = format
-        self._known = known
+        self.reserved: set[str] = set()
+        self.size = self._text = 0
+        self._format, self._known, self._value = format, known, value
 
     def scan(self, buffer: bytearray, end: int, final: bool) -> int:
-        """Take the samples of whole lines; return where the rest to keep begins.
-
-        A quoted label value may hold a newline, so a line may go on behind the end.
-        """
-        at, after = 0, _TIMESTAMP_OPENMETRICS if self.openmetrics else _TIMESTAMP
-        if end > 1:
-            self.ended = buffer[max(0, end - 7) : end] == b"\n# EOF\n"
-        while True:
+        """Take the samples of whole lines; return where the rest to keep begins."""
+        match = self._format.lines.search(buffer, 0, end)
+        while match:
+            line = _line(buffer, match.start() + 1, end, final, self._value)
+            if not line:
+                return match.start()
+            text, value, at = line
+            labels = self._known[text] if text in self._known else self._labels(text)
+            self.series[text] = labels
+            if labels:
+                # Prometheus keeps the first of two samples of one series.
+                self.samples.setdefault(labels, value)
+            self._text += len(text)
+            if len(self.samples) > MAX_SERIES or self._text > MAX_SERIES_TEXT:
+                what = f"more than {MAX_SERIES} series are wanted"
+                raise ScrapeError("too_large", what)
             match = self._format.lines.search(buffer, at, end)
-            if not match:
-                return end - 1
-            start = match.start() + 1
-            try:
-                text, value, at = _line(buffer, start, end, after)
-            except ScrapeError:
-                if final or not _OPEN_STRING.match(buffer, start, end):
-                    raise
-                return start - 1
-            self._add(text, value)
-
-    def _add(self, text: bytes, value: float) -> None:
-        labels = self._known[text] if text in self._known else self._labels(text)
-        self.series[text] = labels
-        if labels:
-            # Prometheus keeps the first of two samples of one series.
-            self.samples.setdefault(labels, value)
-        self._text += len(text)
-        if len(self.samples) > MAX_SERIES or self._text > MAX_SERIES_TEXT:
-            raise ScrapeError("too_large", f"more than {MAX_SERIES} series are wanted")
+        return end - 1
 
     def _labels(self, text: bytes) -> Labels:
         own = parse_series(text)
@@ -2188,19 +2146,18 @@ class Reading:
 
 
 def _line(
-    buffer: bytearray, start: int, end: int, after: re.Pattern[bytes]
-) -> tuple[bytes, float, int]:
-    name = _NAME_TEXT.match(buffer, start, end)
-    at = name.end() if name else start
-    braces = _BRACES.match(buffer, at, end)
-    at = braces.end() if braces else at
-    rest = _VALUE.match(buffer, at, end)
+    buffer: bytearray, start: int, end: int, final: bool, value: re.Pattern[bytes]
+) -> tuple[bytes, float, int] | None:
+    series = _SERIES.match(buffer, start, end)
+    number = series and value.match(buffer, series.end(), end)
     try:
-        if (name or braces) and rest and after.match(rest[2]):
-            value = parse_float(rest[1].decode("ascii"))
-            return bytes(buffer[start:at]), value, rest.end() - 1
+        if series and number:
+            return series[0], parse_float(number[1].decode("ascii")), number.end() - 1
     except ValueError:
         pass
+    # A quoted label value may hold a newline, so a line may go on behind the end.
+    if not final and _OPEN_STRING.match(buffer, start, end):
+        return None
     shown = bytes(buffer[start : min(end, start + 80)]).partition(b"\n")[0]
     raise ScrapeError("bad_line", f"not a sample: {shown!r}")
 
@@ -2213,25 +2170,20 @@ def parse_series(text: bytes) -> dict[str, str]:
     >>> parse_series(b'x{a="b",}')
     {'__name__': 'x', 'a': 'b'}
     """
-    name, _, pairs = text.rstrip(b" \t").partition(b"{")
+    name, _, rest = text.rstrip(b" \t").partition(b"{")
+    pairs, at = rest[:-1].rstrip(b" \t"), 0
     labels = {"__name__": name.decode().strip()} if name else {}
-    pairs, at = pairs[:-1].rstrip(b" \t"), 0
     try:
         while at < len(pairs):
             match = _PAIR.match(pairs, at)
             if not match:
-                raise ValueError("no label")
-            plain, quoted, value, _ = match.groups()
-            # A quoted name without a value is the metric's own.
-            label = (
-                (plain.decode() if plain else _unescape(quoted))
-                if value
-                else "__name__"
-            )
-            if label in labels or (plain and not value):
-                raise ValueError("label twice, or without a value")
-            labels[label] = _unescape(value or quoted)
-            at = match.end()
+                raise ValueError("a label without a value")
+            plain, quoted, value = match.groups()
+            # A quoted text alone is the metric's own name.
+            label = _unescape(quoted) if quoted else (plain or b"__name__").decode()
+            if label in labels:
+                raise ValueError("a label twice")
+            labels[label], at = _unescape(value), match.end()
         if not labels.get("__name__"):
             raise ValueError("no name")
     except ValueError as error:
@@ -2266,14 +2218,12 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A worker's answer, ``samples`` being those of the wanted names."""
+    """A worker's answer; there is a reading if the scrape succeeded."""
 
     target: int
     sequence: int
     status: TargetStatus
-    samples: Mapping[Labels, float] = MappingProxyType({})
-    reserved: frozenset[str] = frozenset()
-    names: frozenset[str] = frozenset()
+    reading: Reading | None = None
 
 
 class Monitor:
@@ -2285,43 +2235,32 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        clock: Callable[[], float] = time.monotonic,
+        self, config: Config, *, clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.config = config
+        self.config, self._clock, self._wall = config, clock, wall
         self.verdict = Verdict(0, "never scraped", clock(), wall())
         self.on_publish: Callable[[], object] = lambda: None
-        self._clock, self._wall = clock, wall
+        self.patience = config.metrics_timeout + 2 * GRACE
         self._inbox: queue.SimpleQueue[int | Outcome] = queue.SimpleQueue()
         self._jobs: list[queue.SimpleQueue[Job | None]] = [
             queue.SimpleQueue() for _ in config.metrics_endpoint
         ]
         self._idle = set(range(len(self._jobs)))
-        self._history: History = {}
         self._windows = _windows(config.rules)
         self._formats = [
-            format_for(self._windows, _target_labels(target.instance, config))
-            for target in config.metrics_endpoint
+            format_for(self._windows, (("instance", t.instance), *config.target_labels))
+            for t in config.metrics_endpoint
         ]
-        self._access = Access(
-            config.metrics_bearer_token_file,
-            config.metrics_ca_file,
-            config.metrics_cert_file,
-            config.metrics_key_file,
-            config.metrics_tls_skip_verify,
-        )
-        self._statuses = [RuleStatus(rule) for rule in config.rules]
+        self._history: History = {}
+        self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._scraped = False
-        self.patience = config.metrics_timeout + 2 * GRACE
         self._unseen = _user_selectors(config.rules)
         self._reserved: set[str] = set()
         self._scrapes: Counter[tuple[str, str]] = collections.Counter()
         self._durations, self._seconds = [0] * (len(BUCKETS) + 1), 0.0
-        self.trends = {
-            rule.name: collections.deque([0.0][:0], TREND) for rule in config.rules
+        self.trends: dict[str, collections.deque[float]] = {
+            rule.name: collections.deque(maxlen=TREND) for rule in config.rules
         }
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
@@ -2332,12 +2271,9 @@ class Monitor:
 
     def start_workers(self) -> None:
         """Start the workers alone, for a caller that calls ``check`` itself."""
-        for index, jobs in enumerate(self._jobs):
-            arguments = (index, jobs)
-            name = f"scrape {self.config.metrics_endpoint[index].instance}"
-            threading.Thread(
-                target=self._work, args=arguments, name=name, daemon=True
-            ).start()
+        for index, target in enumerate(self.config.metrics_endpoint):
+            name, work = f"scrape {target.instance}", partial(self._work, index)
+            threading.Thread(target=work, name=name, daemon=True).start()
 
     def stop(self) -> None:
         """Ask all threads to end; a scrape that hangs ends with the process."""
@@ -2355,14 +2291,14 @@ class Monitor:
 
     def check(self) -> Verdict:
         """Scrape all targets, evaluate all rules, publish and return the verdict."""
-        now, wall = self._clock(), self._wall()
+        now, wall, sequence = self._clock(), self._wall(), self.verdict.sequence + 1
         try:
-            outcomes = self._scrape(self.verdict.sequence + 1)
-            verdict = self._judge(outcomes, now, wall)
+            fault, targets = self._judge(self._scrape(sequence), now, wall)
+            rules = self._statuses
         except Exception as error:
             LOG.exception("%s", BUG)
-            fault = f"bug: {type(error).__name__}: {error}"
-            verdict = Verdict(self.verdict.sequence + 1, fault, now, wall)
+            fault, rules, targets = f"bug: {type(error).__name__}: {error}", (), ()
+        verdict = Verdict(sequence, fault, now, wall, rules, targets)
         self._count(verdict)
         if threading.current_thread() is self._thread:
             # Before anybody is answered, so that the log never lags behind.
@@ -2372,23 +2308,25 @@ class Monitor:
         self.on_publish()
         return verdict
 
+    def instant(self) -> Instant:
+        """Return what expressions can be evaluated against, as of the latest check."""
+        return Instant(self.verdict.time, self.verdict.wall, self._history, {}, {})
+
     def families(self) -> Iterator[Family]:
         """Yield what has been counted of scrapes, as metrics."""
-        yield Family(
-            "health_check_scrapes_total", "counter", "Scrapes by target and outcome.",
-            [
-                ("", {"instance": instance, "outcome": outcome}, count)
-                for (instance, outcome), count in self._scrapes.items()
-            ],
-        )
+        outcomes = [
+            ("", {"instance": instance, "outcome": outcome}, count)
+            for (instance, outcome), count in self._scrapes.items()
+        ]
         total, buckets = 0, []
         for bound, count in zip((*BUCKETS, math.inf), self._durations):
             total += count
             buckets.append(("_bucket", {"le": format_float(bound)}, float(total)))
-        yield Family(
-            "health_check_scrape_duration_seconds", "histogram", "Time of a scrape.",
-            [*buckets, ("_sum", {}, self._seconds), ("_count", {}, total)],
-        )
+        histogram = [*buckets, ("_sum", {}, self._seconds), ("_count", {}, total)]
+        name, help = "health_check_scrapes_total", "Scrapes by target and outcome."
+        yield Family(name, "counter", help, outcomes)
+        name, help = "health_check_scrape_duration_seconds", "Time of a scrape."
+        yield Family(name, "histogram", help, histogram)
 
     def _count(self, verdict: Verdict) -> None:
         for target in verdict.targets:
@@ -2399,25 +2337,21 @@ class Monitor:
             value = float(len(status.alerts)) if status.value is None else status.value
             self.trends[status.rule.name].append(value)
 
-    def instant(self) -> Instant:
-        """Return what expressions can be evaluated against, as of the latest check."""
-        return Instant(self.verdict.time, self.verdict.wall, self._history, {}, {})
-
     def _run(self) -> None:
-        interval = self.config.scrape_interval
-        due = self._clock() if interval else math.inf
+        interval = self.config.scrape_interval or math.inf
+        due = self._clock() if self.config.scrape_interval else math.inf
         while True:
             message = self._receive(due - self._clock())
             if isinstance(message, Outcome):
                 self._idle.add(message.target)
             elif message is None or message >= self.verdict.sequence:
-                due = self._clock() + interval if interval else math.inf
+                due = self._clock() + interval
                 self.check()
 
     def _receive(self, seconds: float) -> int | Outcome | None:
         try:
-            patience = None if seconds == math.inf else max(seconds, 0.0)
-            message = self._inbox.get(timeout=patience)
+            timeout = None if seconds == math.inf else max(seconds, 0.0)
+            message = self._inbox.get(timeout=timeout)
         except queue.Empty:
             return None
         if message == STOP:
@@ -2425,99 +2359,95 @@ class Monitor:
             raise SystemExit
         return message
 
-    def _scrape(self, sequence: int) -> list[Outcome]:
+    def _scrape(self, sequence: int) -> Sequence[Outcome]:
         deadline = time.monotonic() + self.config.metrics_timeout
         job = Job(sequence, deadline, bool(self._unseen))
         for index in self._idle:
             self._jobs[index].put(job)
         self._idle.clear()
-        outcomes = [self._late(index, sequence) for index in range(len(self._jobs))]
-        missing = len(outcomes)
-        while missing:
+        late = f"no answer within {format_duration(self.config.metrics_timeout)}"
+        outcomes = [
+            Outcome(index, 0, TargetStatus(target.instance, "timeout", late))
+            for index, target in enumerate(self.config.metrics_endpoint)
+        ]
+        while any(outcome.sequence != sequence for outcome in outcomes):
             # A worker that keeps the deadline says more than that it passed.
             message = self._receive(deadline + GRACE - time.monotonic())
             if message is None:
                 break
-            if isinstance(message, Outcome) and message.sequence == sequence:
-                outcomes[message.target] = message
-                self._idle.add(message.target)
-                missing -= 1
-            elif isinstance(message, Outcome):
-                self._jobs[message.target].put(job)
+            if isinstance(message, Outcome):
+                if message.sequence == sequence:
+                    outcomes[message.target] = message
+                    self._idle.add(message.target)
+                else:
+                    self._jobs[message.target].put(job)
         return outcomes
 
-    def _late(self, index: int, sequence: int) -> Outcome:
-        timeout = format_duration(self.config.metrics_timeout)
-        instance = self.config.metrics_endpoint[index].instance
-        status = TargetStatus(instance, "timeout", f"no answer within {timeout}")
-        return Outcome(index, sequence, status)
-
-    def _work(self, index: int, jobs: queue.SimpleQueue[Job | None]) -> None:
-        target = self.config.metrics_endpoint[index]
-        known: dict[bytes, Labels] = {}
-        for job in iter(jobs.get, None):
+    def _work(self, index: int) -> None:
+        config, target = self.config, self.config.metrics_endpoint[index]
+        access = Access(
+            config.metrics_bearer_token_file, config.metrics_ca_file,
+            config.metrics_cert_file, config.metrics_key_file,
+            config.metrics_tls_skip_verify,
+        )
+        format, known = self._formats[index], cast(Dict[bytes, Labels], {})
+        for job in iter(self._jobs[index].get, None):
             started = time.monotonic()
             status, reading = TargetStatus(target.instance), None
             try:
-                with open_stream(target, job.deadline, self._access) as stream:
-                    reading = read_samples(
-                        stream, self._formats[index], known, job.list_names
-                    )
-                known = reading.series
+                with open_stream(target, job.deadline, access) as stream:
+                    reading = read_samples(stream, format, known, job.list_names)
+                known, count = reading.series, len(reading.samples)
+                status = status._replace(size=reading.size, series=count)
             except ScrapeError as error:
                 status = status._replace(reason=error.reason, message=str(error))
             except Exception as error:
                 LOG.exception("%s", BUG)
-                status = status._replace(reason="bug", message=f"{error!r}")
+                status = status._replace(reason="bug", message=repr(error))
             status = status._replace(seconds=time.monotonic() - started)
-            self._inbox.put(_outcome(index, job, status, reading))
+            self._inbox.put(Outcome(index, job.sequence, status, reading))
 
-    def _judge(self, outcomes: Sequence[Outcome], now: float, wall: float) -> Verdict:
+    def _judge(
+        self, outcomes: Sequence[Outcome], now: float, wall: float
+    ) -> tuple[str, tuple[TargetStatus, ...]]:
         if now - self.verdict.time > MAX_GAP:
-            self._statuses = [restart_clocks(status) for status in self._statuses]
+            self._statuses = tuple(map(restart_clocks, self._statuses))
         targets = tuple(self._record(outcome, now) for outcome in outcomes)
         self._forget(now)
-        self._scraped = self._scraped or any(not t.reason for t in targets)
+        self._scraped = self._scraped or not all(target.reason for target in targets)
         instant = Instant(now, wall, self._history, {}, {})
-        self._statuses = [_judged(status, instant) for status in self._statuses]
-        self._warn(outcomes, instant)
-        fault = "" if self._scraped else "never scraped"
-        sequence, rules = self.verdict.sequence + 1, tuple(self._statuses)
-        return Verdict(sequence, fault, now, wall, rules, targets)
+        self._statuses = tuple(_judged(status, instant) for status in self._statuses)
+        self._warn([o.reading for o in outcomes if o.reading], instant)
+        return "" if self._scraped else "never scraped", targets
 
     def _record(self, outcome: Outcome, now: float) -> TargetStatus:
-        status, samples = outcome.status, outcome.samples
+        status, own = outcome.status, self._formats[outcome.target].labels
+        samples = outcome.reading.samples if outcome.reading else {}
         remembered = sum(map(len, self._history.values()))
         if remembered + len(samples) > 2 * MAX_SERIES * len(self._jobs):
             message = "label values change with each scrape: too many series"
             status, samples = status._replace(reason="too_large", message=message), {}
-        before = next(
-            (t for t in self.verdict.targets if t.instance == status.instance), None
-        )
+        before = {t.instance: t for t in self.verdict.targets}.get(status.instance)
         same = before and bool(before.reason) == bool(status.reason)
         status = status._replace(since=before.since if before and same else now)
-        labels = _target_labels(status.instance, self.config)
-        for sample in (
-            *_synthetic(status, labels),
-            *itertools.starmap(Sample, samples.items()),
-        ):
-            self._remember(sample, now)
+        for labels, value in (*_synthetic(status, own), *samples.items()):
+            self._remember(labels, value, now)
         return status
 
-    def _remember(self, sample: Sample, now: float) -> None:
-        name = dict(sample.labels)["__name__"]
+    def _remember(self, labels: Labels, value: float, now: float) -> None:
+        name = dict(labels)["__name__"]
         window = self._windows.get(name, 0.0)
         series = self._history.setdefault(name, {})
-        if sample.labels not in series:
-            series[sample.labels] = Points(array("d"), array("d"))
-        times, values = series[sample.labels]
+        if labels not in series:
+            series[labels] = Points(array("d"), array("d"))
+        times, values = series[labels]
         # Of a storm of checks only the newest and well spaced older ones are kept.
         crowded = len(times) > 1 and times[-1] - times[-2] < window / POINTS_PER_RANGE
         if times and (crowded or not window):
-            times[-1], values[-1] = now, sample.value
+            times[-1], values[-1] = now, value
         else:
             times.append(now)
-            values.append(sample.value)
+            values.append(value)
 
     def _forget(self, now: float) -> None:
         for name, series in self._history.items():
@@ -2529,14 +2459,13 @@ class Monitor:
                 elif old < len(times):
                     del times[:old], values[:old]
 
-    def _warn(self, outcomes: Sequence[Outcome], instant: Instant) -> None:
-        for name in {name for outcome in outcomes for name in outcome.reserved}:
-            if name not in self._reserved:
-                self._reserved.add(name)
-                LOG.warning("the target serves %s, which is set here: dropped", name)
-        if any(o.status.reason or not o.names for o in outcomes):
+    def _warn(self, readings: Sequence[Reading], instant: Instant) -> None:
+        for name in {n for r in readings for n in r.reserved} - self._reserved:
+            self._reserved.add(name)
+            LOG.warning("the target serves %s, which is set here: dropped", name)
+        if len(readings) < len(self._jobs) or not all(r.names for r in readings):
             return
-        names = {name for outcome in outcomes for name in outcome.names}
+        names = {name.decode() for reading in readings for name in reading.names}
         for rule_name, selector in self._unseen:
             if not select(selector, instant):
                 near = difflib.get_close_matches(selector.name, names, 1)
@@ -2548,20 +2477,19 @@ class Monitor:
 
 def transitions(before: Verdict, after: Verdict) -> Iterator[tuple[int, str]]:
     """Yield what is worth a log line between two verdicts: level and message."""
-    known = {target.instance: target for target in before.targets}
+    reasons = {target.instance: target.reason for target in before.targets}
     for target in after.targets:
-        was = known.get(target.instance, TargetStatus(target.instance))
-        if target.reason and target.reason != was.reason:
+        reason = reasons.get(target.instance, "")
+        if target.reason and target.reason != reason:
             what = f"scrape failed: {target.reason}: {target.message}"
             yield logging.WARNING, f"{target.instance}: {what}"
-        elif was.reason and not target.reason:
+        elif reason and not target.reason:
             yield logging.INFO, f"{target.instance}: scraped again"
-    states = {status.rule.name: status for status in before.rules}
+    known = {status.rule.name: status for status in before.rules}
     for status in after.rules:
-        old = states.get(status.rule.name, RuleStatus(status.rule))
+        old = known.get(status.rule.name, RuleStatus(status.rule))
         if (status.state, status.error) != (old.state, old.error):
-            bad = status.state in ("firing", "error")
-            level = logging.WARNING if bad else logging.INFO
+            level = logging.WARNING if status.failing else logging.INFO
             yield level, f"{status.rule.name}: {describe(status, after.time)}"
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
         word = "Healthy" if after.healthy else f"Unhealthy: {after.reason}"
@@ -2577,19 +2505,14 @@ def describe(status: RuleStatus, now: float) -> str:
     if status.state == "error":
         return f"error: {status.error}"
     if status.state == "inactive":
-        if not status.matched:
-            return "ok (no series)"
-        margin = ""
-        if status.value is not None and status.limit is not None:
-            limit = format_float(status.limit)
-            margin = f": {format_float(status.value)} (limit {limit})"
-        return "ok" + margin
-    shown = [alert for alert in status.alerts if alert.state == status.state]
-    first = shown[0]
-    since = first.since if first.fired is None else first.fired
-    more = f" and {len(shown) - 1} more" if shown[1:] else ""
-    series = f"{format_series(first.labels)} {format_float(first.value)}"
-    return f"{status.state} for {format_duration(int(now - since))}: {series}{more}"
+        if status.matched and status.value is not None and status.limit is not None:
+            value, limit = format_float(status.value), format_float(status.limit)
+            return f"ok: {value} (limit {limit})"
+        return "ok" if status.matched else "ok (no series)"
+    first, *others = [a for a in status.alerts if a.state == status.state]
+    more = f" and {len(others)} more" if others else ""
+    series = f"{format_series(first.labels)} {format_float(first.value)}{more}"
+    return f"{status.state} for {format_duration(int(now - first.began))}: {series}"
 
 
 def _judged(status: RuleStatus, instant: Instant) -> RuleStatus:
@@ -2600,54 +2523,33 @@ def _judged(status: RuleStatus, instant: Instant) -> RuleStatus:
         return status._replace(error=f"bug: {type(error).__name__}: {error}")
 
 
-def _outcome(
-    index: int, job: Job, status: TargetStatus, reading: Reading | None
-) -> Outcome:
-    if reading is None:
-        return Outcome(index, job.sequence, status)
-    status = status._replace(size=reading.size, series=len(reading.samples))
-    names = frozenset(name.decode() for name in reading.names)
-    reserved = frozenset(reading.reserved)
-    return Outcome(index, job.sequence, status, reading.samples, reserved, names)
-
-
-def _target_labels(instance: str, config: Config) -> Labels:
-    return tuple(sorted((("instance", instance), *config.target_labels)))
-
-
-def _synthetic(status: TargetStatus, labels: Labels) -> Iterator[Sample]:
+def _synthetic(status: TargetStatus, own: Labels) -> Iterator[tuple[Labels, float]]:
     # What Prometheus adds to a scrape, and the reason of a failure.
     for name, value in (
         ("up", float(not status.reason)),
         ("scrape_duration_seconds", status.seconds),
         ("scrape_body_size_bytes", float(status.size)),
     ):
-        yield Sample(tuple(sorted((("__name__", name), *labels))), value)
+        yield tuple(sorted((("__name__", name), *own))), value
     if status.reason:
-        own = (("__name__", "scrape_error"), ("reason", status.reason))
-        yield Sample(tuple(sorted((*own, *labels))), 1.0)
+        error = ("__name__", "scrape_error"), ("reason", status.reason)
+        yield tuple(sorted((*error, *own))), 1.0
 
 
 def _windows(rules: Iterable[Rule]) -> dict[str, float]:
-    windows: dict[str, float] = {}
-    for rule in rules:
-        for selector in find_selectors(rule.expr):
-            windows[selector.name] = max(
-                windows.get(selector.name, 0.0), selector.window
-            )
-    return windows
+    selectors = [selector for rule in rules for selector in find_selectors(rule.expr)]
+    # The longest window of a name comes last, and stays.
+    selectors.sort(key=lambda selector: selector.window)
+    return {selector.name: selector.window for selector in selectors}
 
 
-def _user_selectors(rules: Iterable[Rule]) -> tuple[tuple[str, Selector], ...]:
-    return tuple(
+def _user_selectors(rules: Iterable[Rule]) -> Sequence[tuple[str, Selector]]:
+    return [
         (rule.name, selector)
-        for rule in rules
-        if not rule.builtin
-        for selector in find_selectors(
-            rule.expr, besides=("absent", "absent_over_time")
-        )
+        for rule in rules if not rule.builtin
+        for selector in find_selectors(rule.expr, ("absent", "absent_over_time"))
         if selector.name not in SYNTHETIC
-    )
+    ]
 
 
 # --- 9. Alertmanager: Verdict -> POST /api/v2/alerts ---------------------------------

@@ -982,6 +982,14 @@ class Evaluate(unittest.TestCase):
         """, 'b{a="x",le="1"} 0 5; b{a="x",le="Inf"} 0 5; b{a="y",le="1"} 7 7; '
              'b{a="y",le="Inf"} 7 7')
 
+    def test_a_clamp_takes_an_infinity_before_NaN_as_Go_does(self):
+        for expression, expected in (
+            ("clamp_min(vector(NaN), Inf)", math.inf),
+            ("clamp_max(vector(NaN), -Inf)", -math.inf),
+        ):
+            value = evaluate(parse_expression(expression), history(""))
+            self.assertEqual(value, {(): expected})
+
 
 class Rules(unittest.TestCase):
     def timeline(self, text, column, step=1.0):
@@ -1138,6 +1146,13 @@ class Config(unittest.TestCase):
         with self.assertRaises(ConfigError) as caught:
             load_config(environ)
         return [line for line in str(caught.exception).split("\n") if line[0] > " "]
+
+    def test_what_would_be_ignored_is_refused(self):
+        (problem,) = self.problems(UNHEALTHY_WHEN="# none")
+        self.assertIn("UNHEALTHY_WHEN has no rule", problem)
+        (problem,) = self.problems(ALERTMANAGER_URL="http://u:hush@host/")
+        self.assertIn("ALERTMANAGER_BEARER_TOKEN_FILE", problem)
+        self.assertNotIn("hush", problem)
 
     def test_nothing_set_is_a_whole_configuration(self):
         for environ in {}, {setting.name: " " for setting in SETTINGS}:
@@ -1883,10 +1898,9 @@ class MonitorTest(NetworkTest):
 
     def test_a_schedule_needs_no_request(self):
         server = self.metrics(page())
-        monitor = self.running(server, SCRAPE_INTERVAL="0.1", METRICS_TIMEOUT="0.1")
-        self.assertTrue(
-            wait_until(lambda: monitor.verdict.healthy and monitor.verdict.sequence > 2)
-        )
+        monitor = self.running(server, SCRAPE_INTERVAL="0.2", METRICS_TIMEOUT="0.2")
+        self.assertTrue(wait_until(lambda: monitor.verdict.sequence > 2, 10))
+        self.assertTrue(wait_until(lambda: monitor.verdict.healthy, 10))
         monitor.stop()
         self.assertTrue(wait_until(lambda: not monitor.alive()))
 
@@ -2509,6 +2523,21 @@ class MainTest(NetworkTest):
             except SystemExit as end:
                 code = end.code
         return code, out.getvalue(), err.getvalue()
+
+    def test_a_firing_rule_reaches_the_Alertmanager(self):
+        target, alertmanager = self.metrics(page("q 1\n")), self.metrics(page())
+        process = self.launch(
+            METRICS_ENDPOINT=target.url,
+            ALERTMANAGER_URL=alertmanager.url,
+            UNHEALTHY_WHEN="Q: q > 0",
+        )
+        port = self.port_of(process)
+        self.assertEqual(get(port)[0], 503)
+        self.assertTrue(wait_until(lambda: alertmanager.requests, 5))
+        self.assertIn('"alertname": "Q"', alertmanager.requests[0])
+        self.assertIn("notifications_sent_total{", get(port, "/metrics")[1])
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(5), 0)
 
     def test_SIGTERM_and_SIGINT_end_it_at_once_even_while_a_scrape_hangs(self):
         for number, hanging in ((signal.SIGTERM, True), (signal.SIGINT, False)):

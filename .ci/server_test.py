@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Tuple
 from unittest import mock
 
-import health_check as hc
 from prometheus_client.parser import text_string_to_metric_families
+
+import health_check as hc
 
 PROGRAM = Path(hc.__file__).resolve()
 README = (PROGRAM.parent / "README.md").read_text("utf-8")
