@@ -60,7 +60,7 @@ import urllib.request
 from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import (
     Any,
     Callable,
@@ -381,7 +381,132 @@ def format_name(name: str, colon: str = "") -> str:
     return name if plain else quote(name)
 
 
-# --- 2. PromQL: text -> Expr ---------------------------------------------------------
+# --- 2. Regex: pattern x text -> whether all of it matches ---------------------------
+# Python's re can take time exponential in the length of a label value, which comes from
+# outside.  Here a pattern becomes instructions that all states walk at once (Thompson's
+# construction), so a match takes at most the two lengths multiplied.  An instruction
+# tests a character, or is an anchor, or jumps.
+
+Instruction = Tuple[Optional[Callable[[str], object]], str, Tuple[int, ...]]
+Program = Sequence[Instruction]
+
+END: Instruction = (None, "end", ())
+MAX_INSTRUCTIONS = 1000
+MAX_REPEAT = 1000
+MAX_DEPTH = 50
+_ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
+_REPEAT = re.compile(r"(?:([*+?])|\{(\d{1,4})(,?)(\d{0,4})\})\??")
+_UNCOMMON = re.compile(
+    r"\\[^dDwWsSnrtfv\W_]|\[.*(?:(?<!\\)\[|--|&&|~~|\|\||\\S)", re.DOTALL
+)
+
+
+@lru_cache(maxsize=256)
+def compile_regex(pattern: str) -> Program:
+    r"""Return the program of an RE2 pattern; ValueError says what it may not contain.
+
+    Left out are flags, named groups, ``\b``, ``\p`` and POSIX classes.
+    """
+    at, program = _alternatives(pattern, 0, 0)
+    if at < len(pattern):
+        raise ValueError("unexpected ) in this regular expression")
+    return (*program, END)
+
+
+def regex_matches(pattern: str, text: str) -> bool:
+    """Tell whether the whole text matches, in time linear in its length.
+
+    >>> regex_matches("5..|4.*", "503"), regex_matches("5..", "5031")
+    (True, False)
+    """
+    program = compile_regex(pattern)
+    states = _closure(program, [0], "^" if text else "^$")
+    for character in text:
+        states = _step(pattern, states, character)
+    return len(program) - 1 in _closure(program, states, "$" if text else "^$")
+
+
+@lru_cache(maxsize=1024)
+def _step(pattern: str, states: frozenset[int], character: str) -> frozenset[int]:
+    program = compile_regex(pattern)
+    tests = ((state, program[state][0]) for state in states)
+    return _closure(program, [at + 1 for at, test in tests if test and test(character)])
+
+
+def _closure(
+    program: Program, starts: Iterable[int], anchors: str = ""
+) -> frozenset[int]:
+    states, todo = set(), list(starts)
+    while todo:
+        state = todo.pop()
+        if state not in states:
+            states.add(state)
+            _, anchor, jumps = program[state]
+            if anchor in anchors:
+                todo.extend(state + jump for jump in jumps)
+    return frozenset(states)
+
+
+def _jump(*offsets: int) -> Instruction:
+    return None, "", offsets
+
+
+def _alternatives(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
+    branches: list[list[Instruction]] = [[]]
+    while pattern[at : at + 1] not in ("", ")"):
+        if pattern[at] == "|":
+            branches.append([])
+            at += 1
+        else:
+            at, piece = _repeated(pattern, at, depth)
+            branches[-1] += piece
+        if sum(map(len, branches)) + len(branches) > MAX_INSTRUCTIONS:
+            raise ValueError("this regular expression is too large")
+    program = branches.pop()
+    for branch in reversed(branches):
+        either, skip = _jump(1, len(branch) + 2), _jump(len(program) + 1)
+        program = [either, *branch, skip, *program]
+    return at, program
+
+
+def _repeated(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
+    at, atom = _atom(pattern, at, depth)
+    repeat = _REPEAT.match(pattern, at)
+    if not repeat:
+        return at, atom
+    sign, low, comma, high = repeat.groups("")
+    least = int(low or sign == "+")
+    unlimited = sign in ("*", "+") or bool(comma and not high)
+    most = least if unlimited else int(high or low or 1)
+    if most > MAX_REPEAT or most * len(atom) > MAX_INSTRUCTIONS or most < least:
+        raise ValueError("bad repeat count in this regular expression")
+    star = [_jump(1, len(atom) + 2), *atom, _jump(-len(atom) - 1)] * unlimited
+    optional = [_jump(1, len(atom) + 1), *atom] * (most - least)
+    return repeat.end(), atom * least + optional + star
+
+
+def _atom(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
+    if pattern[at] == "(" and depth < MAX_DEPTH:
+        start = at + (3 if pattern.startswith("(?:", at) else 1)
+        at, program = _alternatives(pattern, start, depth + 1)
+        if pattern[at : at + 1] != ")":
+            raise ValueError("missing ) in this regular expression")
+        return at + 1, program
+    match = _ATOM.match(pattern, at)
+    if not match or _REPEAT.match(pattern, at) or _UNCOMMON.search(match[0]):
+        raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
+    if match[0] in ("^", "$"):
+        return match.end(), [(None, match[0], (1,))]
+    # Python's blanks have a vertical tab that RE2's have not.
+    text = match[0].replace(r"\S", r"[^\t\n\f\r ]")
+    text = text.replace(r"\s", r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]")
+    try:
+        return match.end(), [(re.compile(text, re.ASCII | re.DOTALL).match, "", ())]
+    except re.error as error:
+        raise ValueError(f"bad {text!r} in this regular expression: {error}") from None
+
+
+# --- 3. PromQL: text -> Expr ---------------------------------------------------------
 # The language is that of Prometheus 3 (promql/parser/lex.go, generated_parser.y), less
 # what REFUSED and SIGNATURES leave out.  A parse function takes the tokens and a
 # position, and returns the position behind what it read and what that means.
@@ -449,15 +574,6 @@ _ESCAPE = re.compile(
 class PromQLError(ValueError):
     """A text that is no rule: says what is wrong, and shows where with a caret."""
 
-    def __init__(self, message: str, text: str, position: int) -> None:
-        line = text.count("\n", 0, position) + 1
-        start = text.rfind("\n", 0, position) + 1
-        left = max(start, position - 60)
-        shown = re.sub("[^ -~]", " ", text[left : position + 30].partition("\n")[0])
-        where = f"(at line {line}, column {position - start + 1})"
-        caret = "^".rjust(position - left + 1)
-        super().__init__(f"{message} {where}\n    {shown}\n    {caret}")
-
 
 class Token(NamedTuple):
     """A piece of ``source``; ``key`` is its text where its case does not matter."""
@@ -470,7 +586,14 @@ class Token(NamedTuple):
 
     def error(self, message: str) -> PromQLError:
         """Return an error that points at this token."""
-        return PromQLError(message, self.source, self.position)
+        line = self.source.count("\n", 0, self.position) + 1
+        start = self.source.rfind("\n", 0, self.position) + 1
+        left = max(start, self.position - 60)
+        shown = self.source[left : self.position + 30].partition("\n")[0]
+        where = f"(at line {line}, column {self.position - start + 1})"
+        caret = "^".rjust(self.position - left + 1)
+        shown = re.sub("[^ -~]", " ", shown)
+        return PromQLError(f"{message} {where}\n    {shown}\n    {caret}")
 
     def unexpected(self, expected: str) -> PromQLError:
         """Return the error for this token in the place of ``expected``."""
@@ -503,7 +626,7 @@ def parse_expression(text: str) -> Expr:
 def parse_at(tokens: Tokens, at: int) -> tuple[int, Expr]:
     """Return the expression that starts at a position; it ends where no operator is."""
     operators = 0
-    for token in map(tokens.__getitem__, range(at, len(tokens))):
+    for token in itertools.islice(tokens, at, None):
         operators += token.key in PRECEDENCE or token.key == "("
         if operators > MAX_OPERATORS:
             raise token.error(f"more than {MAX_OPERATORS} operators and brackets")
@@ -521,18 +644,18 @@ def tokenize(text: str) -> list[Token]:
     tokens: list[Token] = []
     depth = 0
     for match in _TOKEN.finditer(text):
-        kind, found, position = str(match.lastgroup), match[0], match.start()
+        kind, found = str(match.lastgroup), match[0]
+        key = found.lower() if kind in ("word", "op") else ""
+        token = Token(kind, found, key, match.start(), text)
         if kind == "wrong":
             quotes = dict.fromkeys("\"'", "unterminated string")
-            message = quotes.get(found, "bad number, duration or character")
-            raise PromQLError(message, text, position)
+            raise token.error(quotes.get(found, "bad number, duration or character"))
         depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
         if kind == "blank" or (kind == "newline" and depth > 0):
             continue
-        key = found.lower() if kind in ("word", "op") else ""
         if key in JOINERS and tokens and tokens[-1].kind == "newline":
             tokens.pop()
-        tokens.append(Token(kind, found, key, position, text))
+        tokens.append(token)
     return [*tokens, Token("end", "", "", len(text), text)]
 
 
@@ -549,20 +672,19 @@ def _binary(tokens: Tokens, at: int, floor: int = 0) -> tuple[int, Expr]:
 
 
 def _check(expr: Operation, token: Token) -> None:
-    types, comparison = set(map(type_of, expr.operands)), expr.name in COMPARISONS
-    problem = ""
-    if RANGE in types:
-        problem = f"{expr.name!r} takes no range vector"
-    elif SCALAR in types and expr.name in SET_OPERATORS:
-        problem = f"{expr.name!r} takes no scalar"
-    elif SCALAR in types and expr.grouping and expr.grouping.labels:
-        problem = "on and ignoring stand between two instant vectors"
-    elif expr.returns_bool and not comparison:
-        problem = "bool stands after a comparison"
-    elif comparison and types == {SCALAR} and not expr.returns_bool:
-        problem = "comparisons between scalars must use bool"
-    if problem:
-        raise token.error(problem)
+    types, comparison = set(map(type_of, expr.operands)), token.key in COMPARISONS
+    for wrong, problem in (
+        (RANGE in types, f"{token.key!r} takes no range vector"),
+        (SCALAR in types and token.key in SET_OPERATORS,
+         f"{token.key!r} takes no scalar"),
+        (SCALAR in types and expr.grouping and expr.grouping.labels,
+         "on and ignoring stand between two instant vectors"),
+        (expr.returns_bool and not comparison, "bool stands after a comparison"),
+        (comparison and types == {SCALAR} and not expr.returns_bool,
+         "comparisons between scalars must use bool"),
+    ):
+        if wrong:
+            raise token.error(problem)
 
 
 def _unary(tokens: Tokens, at: int) -> tuple[int, Expr]:
@@ -571,11 +693,16 @@ def _unary(tokens: Tokens, at: int) -> tuple[int, Expr]:
     if sign.key not in ("+", "-"):
         return _operand(tokens, at)
     at, operand = _binary(tokens, at + 1, POWER)
-    signed = Operation(sign.key, (operand,))
-    _check(signed, sign)
-    if sign.key == "+":
-        return at, operand
-    return at, Number(-operand.value) if isinstance(operand, Number) else signed
+    if type_of(operand) == RANGE:
+        raise sign.error(f"{sign.key!r} takes no range vector")
+    return at, operand if sign.key == "+" else _negative(operand)
+
+
+def _negative(operand: Expr) -> Expr:
+    # A minus is a multiplication, also in what becomes of the metric's name.
+    if isinstance(operand, Number):
+        return Number(-operand.value)
+    return Operation("*", (Number(-1.0), operand))
 
 
 def _operand(tokens: Tokens, at: int) -> tuple[int, Expr]:
@@ -587,12 +714,9 @@ def _operand(tokens: Tokens, at: int) -> tuple[int, Expr]:
     elif token.kind == "number" or token.key in ("inf", "nan"):
         at, expr = at + 1, Number(_number(token))
     elif token.key in AGGREGATORS and following in ("(", "by", "without"):
-        at, expr = _aggregation(tokens, at)
+        at, expr = _call(tokens, at, token.key)
     elif token.kind == "word" and following == "(":
-        if token.text not in SIGNATURES:
-            raise token.unexpected(f"a function ({', '.join(SIGNATURES)})")
-        at, operands = _operands(tokens, at + 1, token)
-        expr = Operation(token.text, operands)
+        at, expr = _call(tokens, at, token.text)
     elif token.key == "{" or (token.kind == "word" and token.key not in MODIFIERS):
         at, expr = _selector(tokens, at)
     else:
@@ -613,7 +737,6 @@ def _number(token: Token) -> float:
 
 
 def _expect(tokens: Tokens, at: int, key: str) -> int:
-    at += tokens[at].kind == "newline"
     if tokens[at].key != key:
         raise tokens[at].unexpected(repr(key))
     return at + 1
@@ -622,6 +745,7 @@ def _expect(tokens: Tokens, at: int, key: str) -> int:
 def _list(
     tokens: Tokens, at: int, brackets: str, item: Callable[[Tokens, int], tuple[int, T]]
 ) -> tuple[int, list[T]]:
+    at += tokens[at].kind == "newline"
     at, items = _expect(tokens, at, brackets[0]), []
     while tokens[at].key != brackets[1]:
         at, value = item(tokens, at)
@@ -648,26 +772,24 @@ def _label(tokens: Tokens, at: int, besides: Sequence[str] = ()) -> tuple[int, s
     return at + 1, token.text
 
 
-def _aggregation(tokens: Tokens, at: int) -> tuple[int, Expr]:
-    token = tokens[at]
+def _call(tokens: Tokens, at: int, name: str) -> tuple[int, Expr]:
+    token, grouping = tokens[at], None
+    if name not in SIGNATURES:
+        raise token.unexpected(f"a function ({', '.join(SIGNATURES)})")
     at, grouping = _grouping(tokens, at + 1, "by", "without")
-    at, operands = _operands(tokens, at, token)
-    if not grouping:
-        at, grouping = _grouping(tokens, at, "by", "without")
-    return at, Operation(token.key, operands, grouping or Grouping(True, ()))
-
-
-def _operands(tokens: Tokens, at: int, function: Token) -> tuple[int, tuple[Expr, ...]]:
     at, operands = _list(tokens, at, "()", _binary)
     if tokens[at - 2].key == ",":
         raise tokens[at - 1].unexpected("an argument")
-    if function.key == "round" and len(operands) == 1:
+    if name == "round" and len(operands) == 1:
         operands.append(Number(1.0))
-    types, found = SIGNATURES[function.key][0], tuple(map(type_of, operands))
+    types, found = SIGNATURES[name][0], tuple(map(type_of, operands))
     if found != types:
         wanted, given = (" and ".join(kinds) or "nothing" for kinds in (types, found))
-        raise function.error(f"{function.key} takes {wanted}, not {given}")
-    return at, tuple(operands)
+        raise token.error(f"{name} takes {wanted}, not {given}")
+    if name in AGGREGATORS and not grouping:
+        at, grouping = _grouping(tokens, at, "by", "without")
+        grouping = grouping or Grouping(True, ())
+    return at, Operation(name, tuple(operands), grouping)
 
 
 def _selector(tokens: Tokens, at: int) -> tuple[int, Expr]:
@@ -754,11 +876,6 @@ def find_selectors(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Select
             yield from find_selectors(operand, besides)
 
 
-@lru_cache(maxsize=256)
-def _selectors(expr: Expr) -> tuple[Selector, ...]:
-    return tuple(find_selectors(expr))
-
-
 def format_expression(expr: Expr, floor: int = 0) -> str:
     """Return the canonical text of an expression; it parses to the same tree.
 
@@ -772,27 +889,25 @@ def format_expression(expr: Expr, floor: int = 0) -> str:
         level = POWER + (-1 if text.startswith("-") else 1)
     elif expr.name in SIGNATURES:
         operands = ", ".join(map(format_expression, expr.operands))
-        return f"{expr.name}{_format_grouping(expr, ' ')}({operands})"
-    elif len(expr.operands) == 1:
-        (operand,), level = expr.operands, POWER - 1
-        again = isinstance(operand, Operation) and len(operand.operands) == 1
-        text = "-" + format_expression(operand, POWER - again)
+        grouping = _format_grouping(expr.grouping, "by", "without")
+        return f"{expr.name}{grouping and grouping + ' '}({operands})"
+    elif expr == _negative(expr.operands[1]):
+        level, text = POWER - 1, "-" + format_expression(expr.operands[1], POWER)
     else:
         level, power = PRECEDENCE[expr.name], expr.name == "^"
         left = format_expression(expr.operands[0], level + power)
         right = format_expression(expr.operands[1], level + (not power))
-        modifier = " bool" * expr.returns_bool + _format_grouping(expr, "")
-        text = f"{left} {expr.name}{modifier} {right}"
+        modifiers = " bool" * expr.returns_bool
+        modifiers += _format_grouping(expr.grouping, "on", "ignoring")
+        text = f"{left} {expr.name}{modifiers} {right}"
     return f"({text})" if level < floor else text
 
 
-def _format_grouping(expr: Operation, after: str) -> str:
-    aggregates = expr.name in AGGREGATORS
-    if not expr.grouping or (aggregates and expr.grouping == (True, ())):
+def _format_grouping(grouping: Grouping | None, keep: str, drop: str) -> str:
+    if not grouping or (keep == "by" and grouping == (True, ())):
         return ""
-    words = ("without", "by") if aggregates else ("ignoring", "on")
-    labels = ", ".join(map(format_name, expr.grouping.labels))
-    return f" {words[expr.grouping.keep]} ({labels}){after}"
+    labels = ", ".join(map(format_name, grouping.labels))
+    return f" {keep if grouping.keep else drop} ({labels})"
 
 
 def _format_selector(expr: Selector) -> str:
@@ -804,130 +919,7 @@ def _format_selector(expr: Selector) -> str:
     return name + ("{" + ", ".join(pairs) + "}" if pairs else "") + window
 
 
-# A regular expression becomes instructions that all states walk at once (Thompson's
-# construction), so that no pattern and no label value makes a match take longer than
-# their lengths multiplied.  An instruction tests a character, or an anchor, or jumps.
-
-Instruction = Tuple[Optional[Callable[[str], object]], str, Tuple[int, ...]]
-Program = Sequence[Instruction]
-
-END: Instruction = (None, "end", ())
-MAX_INSTRUCTIONS = 1000
-MAX_REPEAT = 1000
-MAX_DEPTH = 50
-_ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
-_REPEAT = re.compile(r"(?:([*+?])|\{(\d{1,4})(,?)(\d{0,4})\})\??")
-_UNCOMMON = re.compile(
-    r"\\[^dDwWsSnrtfv\W_]|\[.*(?:(?<!\\)\[|--|&&|~~|\|\||\\S)", re.DOTALL
-)
-
-
-@lru_cache(maxsize=256)
-def compile_regex(pattern: str) -> Program:
-    r"""Return the program of an RE2 pattern; ValueError says what it may not contain.
-
-    Left out are flags, named groups, ``\b``, ``\p`` and POSIX classes.
-    """
-    at, program = _alternatives(pattern, 0, 0)
-    if at < len(pattern):
-        raise ValueError("unexpected ) in this regular expression")
-    return (*program, END)
-
-
-def regex_matches(pattern: str, text: str) -> bool:
-    """Tell whether the whole text matches, in time linear in its length.
-
-    >>> regex_matches("5..|4.*", "503"), regex_matches("5..", "5031")
-    (True, False)
-    """
-    program = compile_regex(pattern)
-    states = _closure(program, [0], "^" if text else "^$")
-    for character in text:
-        states = _step(pattern, states, character)
-    return len(program) - 1 in _closure(program, states, "$" if text else "^$")
-
-
-@lru_cache(maxsize=1024)
-def _step(pattern: str, states: frozenset[int], character: str) -> frozenset[int]:
-    program = compile_regex(pattern)
-    tests = ((state, program[state][0]) for state in states)
-    moved = [state + 1 for state, test in tests if test and test(character)]
-    return _closure(program, moved, "")
-
-
-def _closure(program: Program, starts: Iterable[int], anchors: str) -> frozenset[int]:
-    states, todo = set(), list(starts)
-    while todo:
-        state = todo.pop()
-        if state not in states:
-            states.add(state)
-            _, anchor, jumps = program[state]
-            if anchor in anchors:
-                todo.extend(state + jump for jump in jumps)
-    return frozenset(states)
-
-
-def _jump(*offsets: int) -> Instruction:
-    return None, "", offsets
-
-
-def _alternatives(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
-    program: list[Instruction] = []
-    start, ends = 0, []
-    while pattern[at : at + 1] not in ("", ")"):
-        if pattern[at] == "|":
-            program.insert(start, _jump(1, len(program) - start + 2))
-            ends.append(len(program))
-            program.append(END)
-            at, start = at + 1, len(program)
-        else:
-            at, piece = _repeated(pattern, at, depth)
-            program += piece
-        if len(program) > MAX_INSTRUCTIONS:
-            raise ValueError("this regular expression is too large")
-    for end in ends:
-        program[end] = _jump(len(program) - end)
-    return at, program
-
-
-def _repeated(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
-    at, atom = _atom(pattern, at, depth)
-    repeat = _REPEAT.match(pattern, at)
-    if not repeat:
-        return at, atom
-    sign, low, comma, high = repeat.groups("")
-    least = int(low or sign == "+")
-    unlimited = sign in ("*", "+") or bool(comma and not high)
-    most = least if unlimited else int(high or low or 1)
-    if most > MAX_REPEAT or most * len(atom) > MAX_INSTRUCTIONS or most < least:
-        raise ValueError("bad repeat count in this regular expression")
-    star = [_jump(1, len(atom) + 2), *atom, _jump(-len(atom) - 1)] * unlimited
-    optional = [_jump(1, len(atom) + 1), *atom] * (most - least)
-    return repeat.end(), atom * least + optional + star
-
-
-def _atom(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
-    if pattern[at] == "(" and depth < MAX_DEPTH:
-        start = at + (3 if pattern.startswith("(?:", at) else 1)
-        at, program = _alternatives(pattern, start, depth + 1)
-        if pattern[at : at + 1] != ")":
-            raise ValueError("missing ) in this regular expression")
-        return at + 1, program
-    match = _ATOM.match(pattern, at)
-    if not match or _REPEAT.match(pattern, at) or _UNCOMMON.search(match[0]):
-        raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
-    if match[0] in ("^", "$"):
-        return match.end(), [(None, match[0], (1,))]
-    # Python's blanks have a vertical tab that RE2's have not.
-    text = match[0].replace(r"\S", r"[^\t\n\f\r ]")
-    text = text.replace(r"\s", r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]")
-    try:
-        return match.end(), [(re.compile(text, re.ASCII | re.DOTALL).match, "", ())]
-    except re.error as error:
-        raise ValueError(f"bad {text!r} in this regular expression: {error}") from None
-
-
-# --- 3. Evaluate: Expr x History -> Vector -------------------------------------------
+# --- 4. Evaluate: Expr x History -> Vector -------------------------------------------
 # What an operator or a function gives is what engine.go, functions.go and quantile.go
 # of Prometheus 3 (promql/) give.  The tables stand at the end of the section.
 
@@ -939,14 +931,13 @@ class EvaluationError(ValueError):
 class Instant(NamedTuple):
     """The moment an expression is about, in monotonic and in Unix seconds.
 
-    ``found`` and ``ranges`` keep what selectors and range functions gave at it.
+    ``found`` keeps what selectors and range functions gave at it, for all rules.
     """
 
     now: float
     wall: float
     history: History
-    found: dict[Selector, dict[Labels, Points]]
-    ranges: dict[Operation, Vector]
+    found: dict[Expr, Any]
 
 
 Value = Union[float, Vector]
@@ -961,25 +952,19 @@ def evaluate(expr: Expr, instant: Instant) -> Value:
     """
     if isinstance(expr, Number):
         return expr.value
-    if isinstance(expr, Selector) and expr.window:
-        return {k: p.values[-1] for k, p in select_range(expr, instant).items()}
     if isinstance(expr, Selector):
-        found = select(expr, instant)
-        return {k: p.values[-1] for k, p in found.items() if p.times[-1] == instant.now}
+        found = (select_range if expr.window else select)(expr, instant)
+        return {
+            labels: values[-1]
+            for labels, (times, values) in found.items()
+            if expr.window or times[-1] == instant.now
+        }
     if expr.name in RANGE_FUNCTIONS:
         return _over_range(expr, instant)
     values = [evaluate(operand, instant) for operand in expr.operands]
     if expr.name in FUNCTIONS:
         return FUNCTIONS[expr.name](expr, instant, *values)
-    if len(values) == 1:
-        # Unary minus is a multiplication, also in what becomes of the name.
-        expr, values = Operation("*", expr.operands), [*values, -1.0]
-    left, right = values
-    if isinstance(left, float) and isinstance(right, float):
-        return float(OPERATORS[expr.name](left, right))
-    if isinstance(left, dict) and isinstance(right, dict):
-        return (_combine if expr.name in SET_OPERATORS else _match)(expr, left, right)
-    return compare(expr, left, right)
+    return operate(expr, *values)
 
 
 def evaluate_vector(expr: Expr, instant: Instant) -> Vector:
@@ -996,95 +981,72 @@ def select(selector: Selector, instant: Instant) -> dict[Labels, Points]:
             for labels, points in instant.history.get(selector.name, {}).items()
             if all(_fits(matcher, dict(labels)) for matcher in selector.matchers)
         }
-    return instant.found[key]
+    return cast(Dict[Labels, Points], instant.found[key])
 
 
 def select_range(selector: Selector, instant: Instant) -> dict[Labels, Points]:
     """Return the series of a range selector and their samples within its window."""
     start, found = instant.now - selector.window, {}
-    for labels, (times, values) in select(selector, instant).items():
+    for labels, points in select(selector, instant).items():
         # The window is left-open since Prometheus 3.
-        first = bisect_right(times, start)
-        if first < len(times):
-            found[labels] = Points(times[first:], values[first:])
+        first = bisect_right(points.times, start)
+        if first == 0:
+            found[labels] = points
+        elif first < len(points.times):
+            found[labels] = Points(points.times[first:], points.values[first:])
     return found
 
 
-def compare(expr: Operation, left: Value, right: Value) -> Vector:
-    """Return what an operator gives between a vector and a number, in either order.
+def operate(expr: Operation, left: Value, right: Value) -> Value:
+    """Return what an operator gives; series that a comparison filters keep their name.
 
-    A comparison that is not ``bool`` keeps the series, its name and its value.
+    Raises EvaluationError.
     """
-    apply = OPERATORS[expr.name]
-    if isinstance(left, dict):
-        results = [(k, v, apply(v, cast(float, right))) for k, v in left.items()]
-    else:
-        results = [(k, v, apply(left, v)) for k, v in cast(Vector, right).items()]
-    return _kept(expr, results)
+    if expr.name in SET_OPERATORS:
+        return _combine(expr, cast(Vector, left), cast(Vector, right))
+    apply, filters = OPERATORS[expr.name], is_filter(expr)
+    results: dict[Labels, tuple[Labels, float]] = {}
+    if isinstance(left, float) and isinstance(right, float):
+        return float(apply(left, right))
+    for key, labels, value, one, other in _pairs(expr, left, right):
+        result = apply(one, other)
+        if filters and not result:
+            continue
+        if key in results:
+            raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
+        results[key] = (labels, value) if filters else (labels, float(result))
+    return dict(results.values()) if filters else _nameless(results.values())
 
 
-def _filters(expr: Operation) -> bool:
+def is_filter(expr: Operation) -> bool:
+    """Tell whether an operator only keeps series or drops them."""
     return expr.name in COMPARISONS and not expr.returns_bool
 
 
-def _kept(expr: Operation, results: Iterable[tuple[Labels, float, float]]) -> Vector:
-    if _filters(expr):
-        return {labels: value for labels, value, result in results if result}
-    return _nameless((labels, float(result)) for labels, _, result in results)
-
-
-def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
-    vector: Vector = {}
-    for labels, value in items:
-        key = _unnamed(labels)
-        if key in vector:
-            problem = "vector cannot contain metrics with the same labelset"
-            raise EvaluationError(f"{problem}: {format_series(key)}")
-        vector[key] = value
-    return vector
-
-
-def _fits(matcher: Matcher, labels: Mapping[str, str]) -> bool:
-    value, wanted = labels.get(matcher.label, ""), matcher.value
-    if "~" in matcher.op:
-        fits = regex_matches(wanted, value)
-    else:
-        # One exporter writes le="1" and another le="1.0".
-        numbers = matcher.label == "le" and float_or_nan(value) == float_or_nan(wanted)
-        fits = numbers or value == wanted
-    return fits == (matcher.op[0] == "=")
-
-
-def _only(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
-    return tuple(pair for pair in labels if (pair[0] in names) == keep)
-
-
-def _unnamed(labels: Labels) -> Labels:
-    return _only(labels, False, ("__name__",))
-
-
-def _key(labels: Labels, grouping: Grouping | None) -> Labels:
-    keep, names = grouping or (False, ())
-    return _only(labels, keep, names if keep else (*names, "__name__"))
-
-
-def _match(expr: Operation, left: Vector, right: Vector) -> Vector:
+def _pairs(
+    expr: Operation, left: Value, right: Value
+) -> Iterator[tuple[Labels, Labels, float, float, float]]:
+    # What must be unique on the left, the labels of the result, the value that a
+    # filter keeps, and the two operands.
+    if isinstance(right, float):
+        for labels, value in cast(Vector, left).items():
+            yield labels, labels, value, value, right
+        return
+    if isinstance(left, float):
+        for labels, value in right.items():
+            yield labels, labels, value, left, value
+        return
     partners: Vector = {}
     for labels, value in right.items() if left else ():
         key = _key(labels, expr.grouping)
         if key in partners:
             raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
         partners[key] = value
-    results: dict[Labels, tuple[Labels, float, float]] = {}
     for labels, value in left.items():
         key = _key(labels, expr.grouping)
-        result = OPERATORS[expr.name](value, partners[key]) if key in partners else None
-        if result is None or (_filters(expr) and not result):
-            continue
-        if key in results:
-            raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
-        results[key] = (_only(labels, *(expr.grouping or (False, ()))), value, result)
-    return _kept(expr, results.values())
+        if key in partners:
+            kept = _only(labels, *(expr.grouping or (False, ())))
+            yield key, kept, value, value, partners[key]
 
 
 def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
@@ -1096,6 +1058,42 @@ def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
         if (_key(labels, expr.grouping) in there) == (expr.name == "and")
     }
     return {**left, **kept} if expr.name == "or" else kept
+
+
+def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
+    vector: Vector = {}
+    for labels, value in items:
+        key = unnamed(labels)
+        if key in vector:
+            problem = "vector cannot contain metrics with the same labelset"
+            raise EvaluationError(f"{problem}: {format_series(key)}")
+        vector[key] = value
+    return vector
+
+
+def unnamed(labels: Labels) -> Labels:
+    """Return the labels of a series without its metric's name."""
+    return _only(labels, False, ("__name__",))
+
+
+def _only(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
+    return tuple(pair for pair in labels if (pair[0] in names) == keep)
+
+
+def _key(labels: Labels, grouping: Grouping | None) -> Labels:
+    keep, names = grouping or (False, ())
+    return _only(labels, keep, names if keep else (*names, "__name__"))
+
+
+def _fits(matcher: Matcher, labels: Mapping[str, str]) -> bool:
+    value, wanted = labels.get(matcher.label, ""), matcher.value
+    if "~" in matcher.op:
+        fits = regex_matches(wanted, value)
+    else:
+        # One exporter writes le="1" and another le="1.0".
+        numbers = matcher.label == "le" and float_or_nan(value) == float_or_nan(wanted)
+        fits = numbers or value == wanted
+    return fits == (matcher.op[0] == "=")
 
 
 def _aggregate(expr: Operation, _: Instant, vector: Vector) -> Vector:
@@ -1170,7 +1168,7 @@ def _each(function: Callable[..., float]) -> Callable[..., Vector]:
 
 
 def _over_range(expr: Operation, instant: Instant) -> Vector:
-    if expr not in instant.ranges:
+    if expr not in instant.found:
         function = RANGE_FUNCTIONS[expr.name]
         selector = cast(Selector, expr.operands[0])
         results = {
@@ -1179,8 +1177,8 @@ def _over_range(expr: Operation, instant: Instant) -> Vector:
             if len(points.times) > 1 or expr.name not in DIFFERENCES
         }
         named = expr.name == "last_over_time"
-        instant.ranges[expr] = results if named else _nameless(results.items())
-    return instant.ranges[expr]
+        instant.found[expr] = results if named else _nameless(results.items())
+    return cast(Vector, instant.found[expr])
 
 
 def _extrapolated(
@@ -1189,8 +1187,9 @@ def _extrapolated(
     times, values = points
     result = values[-1] - values[0]
     if counter:
-        for before, value in zip(values, values[1:]):
-            result += before if value < before else 0.0
+        resets = itertools.compress(values, map(operator.lt, values[1:], values))
+        # One by one, as Prometheus rounds; sum() would not since Python 3.12.
+        result = reduce(operator.add, resets, result)
     covered = times[-1] - times[0]
     interval = covered / (len(times) - 1)
     # A series that begins or ends inside the window is extended by half an interval.
@@ -1212,12 +1211,9 @@ def _irate(points: Points, *_: float) -> float:
 
 def _changes(values: Sequence[float]) -> float:
     # NaN differs from itself, but two of them in a row are no change.
-    texts = [str(value) if math.isnan(value) else value for value in values]
-    return float(sum(map(operator.ne, texts, texts[1:])))
-
-
-def _resets(values: Sequence[float]) -> float:
-    return float(sum(map(operator.gt, values, values[1:])))
+    nans = list(map(math.isnan, values))
+    alike = sum(map(operator.and_, nans, nans[1:]))
+    return float(sum(map(operator.ne, values, values[1:])) - alike)
 
 
 def _of_values(function: Callable[[Sequence[float]], float]) -> Callable[..., float]:
@@ -1234,14 +1230,6 @@ def _absent(expr: Operation, _: Instant, vector: Vector) -> Vector:
         if op == "=" or label in labels:
             labels[label] = "" if label in labels else value
     return {tuple(sorted(pair for pair in labels.items() if pair[1])): 1.0}
-
-
-def _timestamp(_: Operation, instant: Instant, vector: Vector) -> Vector:
-    return _nameless((labels, instant.wall) for labels in vector)
-
-
-def _scalar(_: Operation, __: Instant, vector: Vector) -> float:
-    return next(iter(vector.values())) if len(vector) == 1 else math.nan
 
 
 def _histogram_quantile(
@@ -1299,7 +1287,7 @@ REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
 RANGE_FUNCTIONS: dict[str, Callable[[Points, float, float], float]] = {
     **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
     "changes": _of_values(_changes),
-    "resets": _of_values(_resets),
+    "resets": _of_values(lambda vs: float(sum(map(operator.gt, vs, vs[1:])))),
     "rate": partial(_extrapolated, counter=True, per_second=True),
     "increase": partial(_extrapolated, counter=True, per_second=False),
     "delta": partial(_extrapolated, counter=False, per_second=False),
@@ -1317,14 +1305,18 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "clamp_min": _each(_greater),
     "clamp_max": _each(lambda value, most: -_greater(-value, -most)),
     "histogram_quantile": _histogram_quantile,
-    "scalar": _scalar,
+    "scalar": lambda expr, instant, vector: (
+        next(iter(vector.values())) if len(vector) == 1 else math.nan
+    ),
     "time": lambda expr, instant: instant.wall,
-    "timestamp": _timestamp,
+    "timestamp": lambda expr, instant, vector: _nameless(
+        (labels, instant.wall) for labels in vector
+    ),
     "vector": lambda expr, instant, number: {(): number},
 }
 
 
-# --- 4. Rules: text -> Rules; Vector -> inactive, pending, firing --------------------
+# --- 5. Rules: text -> Rules; Vector -> inactive, pending, firing --------------------
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
 
@@ -1367,11 +1359,12 @@ def judge(rule: Rule, before: RuleStatus, instant: Instant) -> RuleStatus:
         value, limit, vector = _measure(rule.expr, instant)
         # An alert is known by the labels of its series without the name, and these
         # must differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
-        _nameless(vector.items())
+        samples = {unnamed(labels): Sample(labels, v) for labels, v in vector.items()}
+        if len(samples) < len(vector):
+            raise EvaluationError("two series differ in nothing but their name")
     except EvaluationError as error:
         return before._replace(error=str(error), value=None)
-    samples = {_unnamed(labels): Sample(labels, v) for labels, v in vector.items()}
-    alerts = {_unnamed(alert.labels): alert for alert in before.alerts}
+    alerts = {unnamed(alert.labels): alert for alert in before.alerts}
     advanced = (
         _advance(rule, alerts.get(key), samples.get(key), instant.now)
         for key in {**alerts, **samples}
@@ -1386,8 +1379,13 @@ def restart_clocks(status: RuleStatus) -> RuleStatus:
     return status._replace(alerts=firing)
 
 
+@lru_cache(maxsize=256)
+def _selectors(expr: Expr) -> tuple[Selector, ...]:
+    return tuple(find_selectors(expr))
+
+
 def _measure(expr: Expr, instant: Instant) -> tuple[float | None, float | None, Vector]:
-    if not isinstance(expr, Operation) or not _filters(expr):
+    if not isinstance(expr, Operation) or not is_filter(expr):
         return None, None, evaluate_vector(expr, instant)
     left, right = expr.operands
     if not isinstance(right, Number):
@@ -1395,7 +1393,7 @@ def _measure(expr: Expr, instant: Instant) -> tuple[float | None, float | None, 
     measured = evaluate_vector(left, instant)
     worst = REDUCERS["min" if expr.name in ("<", "<=") else "max"]
     value = worst(list(measured.values())) if measured else None
-    return value, right.value, compare(expr, measured, right.value)
+    return value, right.value, cast(Vector, operate(expr, measured, right.value))
 
 
 def _advance(
@@ -2310,7 +2308,7 @@ class Monitor:
 
     def instant(self) -> Instant:
         """Return what expressions can be evaluated against, as of the latest check."""
-        return Instant(self.verdict.time, self.verdict.wall, self._history, {}, {})
+        return Instant(self.verdict.time, self.verdict.wall, self._history, {})
 
     def families(self) -> Iterator[Family]:
         """Yield what has been counted of scrapes, as metrics."""
@@ -2415,7 +2413,7 @@ class Monitor:
         targets = tuple(self._record(outcome, now) for outcome in outcomes)
         self._forget(now)
         self._scraped = self._scraped or not all(target.reason for target in targets)
-        instant = Instant(now, wall, self._history, {}, {})
+        instant = Instant(now, wall, self._history, {})
         self._statuses = tuple(_judged(status, instant) for status in self._statuses)
         self._warn([o.reading for o in outcomes if o.reading], instant)
         return "" if self._scraped else "never scraped", targets
@@ -2724,7 +2722,7 @@ def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
     # Labels are an alert's identity; localhost:8000 is the same in every pod.
     labels = {
         re.sub(r"[^a-zA-Z0-9_]", "_", name): value
-        for name, value in _unnamed(alert.labels)
+        for name, value in unnamed(alert.labels)
     }
     labels.update(config.target_labels)
     labels.update({"pod": config.pod_name, **dict(config.alert_labels)})

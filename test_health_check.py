@@ -110,7 +110,7 @@ def history(text, step=1.0, now=NOW):
         times = array("d", [now - age * step for age, _ in known])
         points = Points(times, array("d", [value for _, value in known]))
         remembered.setdefault(dict(labels)["__name__"], {})[labels] = points
-    return Instant(now, WALL, remembered, {}, {})
+    return Instant(now, WALL, remembered, {})
 
 
 def shown(value):

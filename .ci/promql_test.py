@@ -227,7 +227,7 @@ class Recording(NamedTuple):
                 name: {k: blur(points, noise) for k, points in series.items()}
                 for name, series in history.items()
             }
-        return hc.Instant(now / 1000, (self.start + now) / 1000, history, {}, {})
+        return hc.Instant(now / 1000, (self.start + now) / 1000, history, {})
 
     def history(self, now: int) -> History:
         """Return all that was scraped until then."""
@@ -1659,7 +1659,7 @@ def our_alerts(timeline: Timeline) -> Iterator[dict[Labels, str]]:
         }
         now = step * STEP
         history = remember(samples, now * 1000)
-        status = hc.judge(rule, status, hc.Instant(now, now, history, {}, {}))
+        status = hc.judge(rule, status, hc.Instant(now, now, history, {}))
         if status.error:
             raise AssertionError(status.error)
         yield {
@@ -1830,7 +1830,7 @@ class WhatPrometheusThreeDoesDifferently(unittest.TestCase):
             label, _, value = pair.partition("=")
             labels: Labels = (("__name__", metric), *[(label, value)] * bool(pair))
             series[labels] = {int(at * 1000): float(v) for at, v in points.items()}
-        instant = hc.Instant(30.0, 30.0, remember(series, 30_000), {}, {})
+        instant = hc.Instant(30.0, 30.0, remember(series, 30_000), {})
         return ours(text, instant)
 
     def test_answers(self) -> None:
