@@ -1928,6 +1928,9 @@ class _Socket(socket.socket):
     def recv_into(self, *arguments: Any, **options: Any) -> int:
         self.settimeout(_left(self.deadline))
         count = super().recv_into(*arguments, **options)
+        if not count and self.allowance < math.inf:
+            # ``http.client`` would take a head that is cut for a whole one.
+            raise ConnectionResetError("closed before the end of the head")
         self.allowance -= count
         if self.allowance < 0:
             raise ScrapeError("too_large", f"a head of more than {MAX_HEAD} bytes")

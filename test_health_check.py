@@ -1403,6 +1403,9 @@ class ScrapeTest(NetworkTest):
             ([b"HTTP/1.1 200 OK\r\nA: b\r\n" + b"A: bbbb" * 9999], "too_large|bad_htt"),
             ([b"HTTP/1.1 100 Go\r\n\r\n" * 9999, page("x 1\n")], "too_large: "),
             ([b""], "reset: "),
+            ([b"HTTP/1.1 200"], "reset: "),
+            ([b"HTTP/1.1 200 OK\r\n"], "reset: "),
+            ([b"HTTP/1.1 200 OK\r\nContent-Le"], "reset: "),
         ):
             with self.subTest(expected):
                 self.assertRegex(self.failure(self.metrics(*pieces)), f"^{expected}")
