@@ -1980,6 +1980,8 @@ class _Connection(http.client.HTTPConnection):
 CHUNK = 256 * 1024
 NEWLINE = ord("\n")
 MAX_SERIES, MAX_SERIES_TEXT = 5000, 2 * 1024 * 1024
+# A regex takes up to 160 bytes of memory for each of a text whose strings it repeats.
+MAX_LABELS = 32 * 1024
 MAX_NAMES = 10000
 SYNTHETIC = ("up", "scrape_error", "scrape_duration_seconds", "scrape_body_size_bytes")
 
@@ -2149,7 +2151,8 @@ class Reading:
 def _line(
     buffer: bytearray, start: int, end: int, final: bool, value: re.Pattern[bytes]
 ) -> tuple[bytes, float, int] | None:
-    series = _SERIES.match(buffer, start, end)
+    stop = min(end, start + MAX_LABELS)
+    series = _SERIES.match(buffer, start, stop)
     number = series and value.match(buffer, series.end(), end)
     try:
         if series and number:
@@ -2157,8 +2160,11 @@ def _line(
     except ValueError:
         pass
     # A quoted label value may hold a newline, so a line may go on behind the end.
-    if not final and _OPEN_STRING.match(buffer, start, end):
-        return None
+    if _OPEN_STRING.match(buffer, start, stop):
+        if stop < end:
+            raise ScrapeError("too_large", f"labels of more than {MAX_LABELS} bytes")
+        if not final:
+            return None
     shown = bytes(buffer[start : min(end, start + 80)]).partition(b"\n")[0]
     raise ScrapeError("bad_line", f"not a sample: {shown!r}")
 

@@ -258,6 +258,14 @@ def wait_until(condition, seconds=2.0):
     return condition()
 
 
+def highest_memory(reset=False):
+    """Return the most bytes that this process has held; reset begins anew."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+
+
 class Clock:
     """A clock that stands until a test moves it."""
 
@@ -1692,15 +1700,26 @@ class Exposition(unittest.TestCase):
         blanks, digits = " " * many, "1" * many
         for line, expected in (
             (f"x{blanks}5\t\t", "x 5"), (f"x 5{blanks}", "x 5"), (f"{blanks}z", ""),
-            (f"x{blanks}{{}}  5", "x 5"), (f"x{{{blanks}}} 5", "x 5"),
-            (f'x{{a="b"{blanks}}} 5', 'x{a="b"} 5'), (f"x 5 {blanks}z", "bad_line"),
-            (f'x{{a{blanks}="b"}} 5', 'x{a="b"} 5'), (f"x{{a{blanks}b}} 5", "bad_line"),
+            (f"x{blanks[:30000]}{{}}  5", "x 5"), (f"x{{{blanks[:30000]}}} 5", "x 5"),
+            (f"x{blanks}{{}} 5", "bad_line"), (f"x{{{blanks}}} 5", "bad_line"),
+            (f"x 5 {blanks}z", "bad_line"), (f"x{{a{blanks}b}} 5", "bad_line"),
+            (f'x{{a{blanks[:30000]}="b"}} 5', 'x{a="b"} 5'),
             (f"x 5 {digits}z", "bad_line"), (f"x {digits}z", "bad_line"),
             ("x{" + '"a"' * (many // 3), "bad_line"), ("x" + "{" * many, "bad_line"),
             ('x{a="' + "\\" * many, "bad_line"), ('x{"' + '\\"' * 99999, "bad_line"),
         ):
             with self.subTest(line[:9] + line[-9:]):
                 self.assertEqual(self.result(f"# a\n{line}\n"), expected)
+
+    def test_hostile_labels_are_read_in_constant_memory(self):
+        if not Path("/proc/self/clear_refs").exists():
+            self.skipTest("no way to see the highest use of memory")
+        for hostile in '"', '\\"', "\\\\", 'a="b",', 'a="\\n",':
+            text = "# a\nx{" + hostile * (250000 // len(hostile)) + "} 5\n"
+            with self.subTest(hostile):
+                before = highest_memory(reset=True)
+                self.assertIn(self.result(text), ("bad_line", "too_large"))
+                self.assertLess(highest_memory() - before, 8 << 20)
 
     def test_the_text_of_a_series_gives_its_labels(self):
         for text, labels in (
@@ -2403,11 +2422,12 @@ class ServeTest(NetworkTest):
         self.assert_any("went away", self.log)
 
     def test_a_caller_that_does_not_read_is_given_up(self):
-        label = "x" * 200000
+        label = "x" * 30000
+        rules = ";".join(f"Q{number}: q > 0" for number in range(8))
         server = self.metrics(page(f'q{{a="{label}"}} 1\n'))
         listener = listen("127.0.0.1", 0)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        port = self.serve(self.running(server, UNHEALTHY_WHEN="Q: q > 0"), listener)
+        port = self.serve(self.running(server, UNHEALTHY_WHEN=rules), listener)
 
         def lazy():
             sock = socket.socket()
@@ -2417,7 +2437,7 @@ class ServeTest(NetworkTest):
             time.sleep(0.1)
             return sock
 
-        self.assertIn(label, receive(lazy()))
+        self.assertEqual(receive(lazy()).count(label), 8)
         with mock.patch.object(health_check, "PATIENCE", 0.15):
             sock = lazy()
             given_up = "did not read its answer in time"
