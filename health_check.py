@@ -1812,7 +1812,9 @@ def open_stream(
             raise ScrapeError("http_status", f"HTTP {response.status} {phrase}".strip())
         if encoding.lower() != "identity":
             raise ScrapeError("bad_http", f"unasked Content-Encoding {encoding[:40]!r}")
-        if len(set(lengths)) > 1 or not all(re.match(r"\d+\Z", n) for n in lengths):
+        # ``http.client`` ignores a length of more digits than int() takes.
+        plain = all(re.match(r"\d{1,18}\Z", length) for length in lengths)
+        if len(set(lengths)) > 1 or not plain:
             shown = ", ".join(lengths)[:40]
             raise ScrapeError("bad_http", f"bad Content-Length {shown!r}")
         framed = bool(lengths or response.chunked)
