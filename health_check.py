@@ -61,6 +61,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
+from pathlib import Path
 from typing import (
     Any,
     Callable,
@@ -1890,6 +1891,15 @@ def send(
 
 
 def _tls_context(access: Access) -> ssl.SSLContext:
+    files = filter(None, (access.ca_file, access.cert_file, access.key_file))
+    states = [Path(file).stat() for file in files]
+    versions = tuple((state.st_ino, state.st_mtime_ns) for state in states)
+    return _loaded_context(access, ssl.get_default_verify_paths(), versions)
+
+
+# The certificates of a system take 8 MB and 20 ms to load.
+@lru_cache(maxsize=4)
+def _loaded_context(access: Access, *_: object) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=access.ca_file or None)
     context.sslsocket_class = _TLSSocket
     if access.cert_file:
