@@ -1877,6 +1877,9 @@ def send(
         if access.token_file:
             with open(access.token_file, encoding="ascii") as file:
                 token = file.read(MAX_HEAD).strip()
+            if not re.match(r"[!-~]+\Z", token):
+                # Python would show it in the error of a header that it cannot send.
+                raise OSError(errno.EINVAL, "expected one token", access.token_file)
             request.add_header("Authorization", f"Bearer {token}")
         context = _tls_context(access) if request.type == "https" else None
     except (OSError, ValueError) as error:

@@ -1498,6 +1498,10 @@ class ScrapeTest(NetworkTest):
                 self.scrape(server, access=access)
             token.write_text("t\u00f6ken")
             self.assertRegex(self.failure(server, access=access), "^credentials: ")
+            expected = f"credentials: {token}: expected one token"
+            for text in ("", "hush\nhush", "hush hush", "hush\0"):
+                token.write_text(text)
+                self.assertEqual(self.failure(server, access=access), expected)
         sent = re.findall("Authorization: (.*)\r\n", "".join(server.requests))
         self.assertEqual(sent, ["Bearer first", "Bearer second"])
         expected = f"credentials: {token}: No such file or directory"
