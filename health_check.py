@@ -3152,6 +3152,9 @@ class Request(http.server.BaseHTTPRequestHandler):
         if self.command not in ALLOWED:
             allow = (("Allow", ", ".join(ALLOWED)),)
             return Answer(405, f"only {' and '.join(ALLOWED)}\n", TEXT, allow)
+        if self.headers.defects:
+            # What stands behind a malformed line, such as a length, is not among them.
+            return Answer(400, "a header is malformed\n")
         length = self.headers.get_all("Content-Length", ["0"])
         if length != ["0"] or "Transfer-Encoding" in self.headers:
             return Answer(400, "a request has no body here\n")

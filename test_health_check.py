@@ -2225,6 +2225,8 @@ class ServeTest(NetworkTest):
             ("GET /health HTTP/1.1\r\n" + body, 400),
             ("GET /health HTTP/1.1\r\n" + chunked, 400),
             ("GET /health HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+            ("GET /health HTTP/1.1\r\nContent-Length : 5\r\n\r\nhello", 400),
+            ("GET /health HTTP/1.1\r\nnothing\r\n" + body, 400),
             ("GET /health\r\n\r\n", 400),
             ("GET /health HTTP/1.1 x\r\n\r\n", 400),
             ("GET /health HTTP/x\r\n\r\n", 400),
