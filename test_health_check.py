@@ -2479,6 +2479,17 @@ class ServeTest(NetworkTest):
                 self.assertIn("200 OK", receive(sock))
         self.assertEqual(get(port)[0], 200)
 
+    def test_callers_cannot_use_up_the_descriptors_that_a_scrape_needs(self):
+        process = self.launch(
+            command=("sh", "-c", f"ulimit -n 40; exec {sys.executable} {PROGRAM}"),
+            METRICS_ENDPOINT=self.metrics(page()).url,
+        )
+        port = self.port_of(process)
+        idle = [send(port, "GET") for _ in range(60)]
+        self.assertEqual(get(port), (200, "Healthy\n"))
+        for sock in idle:
+            sock.close()
+
     def test_without_a_file_descriptor_the_oldest_idle_caller_makes_room(self):
         port = self.serve(self.running(self.metrics(page())))
         idle, caller = send(port, "GET"), socket.socket()
