@@ -3249,7 +3249,7 @@ class Server:
         self._move(connection, self._reading, PATIENCE)
         self._watch(sock, selectors.EVENT_READ, partial(self._read, connection))
         held = sum(map(len, (self._reading, self._parked, self._writing)))
-        # Half of the descriptors there are, or callers could keep a scrape from its own.
+        # Half the descriptors at most, or callers could leave none for a scrape.
         if held > min(MAX_CONNECTIONS, os.sysconf("SC_OPEN_MAX") // 2):
             self._close(next(iter(self._reading)))
 
