@@ -2226,7 +2226,7 @@ POINTS_PER_RANGE = 512
 MAX_GAP = 300.0
 TREND = 120
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-GRACE = 0.05
+GRACE, MAX_LATE = 0.05, 0.25
 STOP = -1
 BUG = "this is a bug in health_check.py: please report it"
 
@@ -2314,8 +2314,14 @@ class Monitor:
     def check(self) -> Verdict:
         """Scrape all targets, evaluate all rules, publish and return the verdict."""
         now, wall, sequence = self._clock(), self._wall(), self.verdict.sequence + 1
+        begun = time.monotonic()
         try:
-            fault, targets = self._judge(self._scrape(sequence), now, wall)
+            outcomes = self._scrape(sequence)
+            if time.monotonic() - begun > self.patience + MAX_LATE:
+                # This process was suspended meanwhile: what it has seen is old.
+                now, wall, sequence = self._clock(), self._wall(), sequence + 1
+                outcomes = self._scrape(sequence)
+            fault, targets = self._judge(outcomes, now, wall)
             rules = self._statuses
         except Exception as error:
             LOG.exception("%s", BUG)

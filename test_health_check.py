@@ -1928,6 +1928,22 @@ class MonitorTest(NetworkTest):
                 for line, start in zip(lines, expected):
                     self.assertTrue(line.startswith(start), line)
 
+    def test_after_a_suspension_the_first_answer_is_of_a_new_check(self):
+        server = self.metrics(0.1, page())
+        process = self.launch(
+            METRICS_ENDPOINT=server.url, METRICS_TIMEOUT="0.3", SCRAPE_INTERVAL="0.3"
+        )
+        port = self.port_of(process)
+        self.assertTrue(wait_until(lambda: get(port)[0] == 200, 5))
+        for _ in range(2):
+            seen = len(server.requests)
+            # Suspended while a scrape is in flight, whose deadline passes.
+            self.assertTrue(wait_until(lambda seen=seen: len(server.requests) > seen))
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.9)
+            process.send_signal(signal.SIGCONT)
+            self.assertEqual(get(port), (200, "Healthy\n"))
+
     def test_a_schedule_needs_no_request(self):
         server = self.metrics(page())
         monitor = self.running(server, SCRAPE_INTERVAL="0.2", METRICS_TIMEOUT="0.2")
