@@ -1803,7 +1803,7 @@ def open_stream(
 
     Name lookup is the one part that cannot be interrupted.  Raises ScrapeError.
     """
-    with _translated():
+    with _Translated():
         response = _get(target, deadline, access)
     with response:
         lengths = response.headers.get_all("Content-Length", [])
@@ -1824,7 +1824,7 @@ def open_stream(
 
 
 def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
-    with _translated():
+    with _Translated():
         count = response.readinto(view)
     if not count and response.length:
         raise ScrapeError("truncated", f"{response.length} bytes less than announced")
@@ -1853,16 +1853,23 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        cause = getattr(error, "reason", error)
-        cause = cause if isinstance(cause, Exception) else error
-        reason = next(name for kind, name in REASONS if isinstance(cause, kind))
-        message = "timed out" if reason == "timeout" else str(cause)
-        raise ScrapeError(reason, message[:200] or type(cause).__name__) from error
+class _Translated:
+    """Raises what urllib raises as a ScrapeError.
+
+    As a generator it would be part of a cycle that keeps the buffer of the body.
+    """
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Raise a ScrapeError for what is known."""
+        if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
+            cause = getattr(error, "reason", error)
+            cause = cause if isinstance(cause, Exception) else error
+            reason = next(name for kind, name in REASONS if isinstance(cause, kind))
+            message = "timed out" if reason == "timeout" else str(cause)
+            raise ScrapeError(reason, message[:200] or type(cause).__name__) from error
 
 
 def send(
@@ -2716,7 +2723,7 @@ class Notifier:
         request.add_header("Content-Type", "application/json")
         problem = ""
         try:
-            with _translated(), send(
+            with _Translated(), send(
                 request, time.monotonic() + SEND_TIMEOUT, self._access
             ) as response:
                 if not 200 <= response.status < 300:

@@ -6,6 +6,7 @@ import base64
 import calendar
 import contextlib
 import doctest
+import gc
 import io
 import itertools
 import json
@@ -1426,6 +1427,21 @@ class ScrapeTest(NetworkTest):
         ):
             with self.subTest(url):
                 self.assertRegex(self.failure(url), f"^{expected}")
+
+    def test_a_failure_leaves_no_buffer_for_the_garbage_collector(self):
+        def views():
+            return sum(isinstance(thing, memoryview) for thing in gc.get_objects())
+
+        server = self.metrics()
+        for last in b"2\r\nx", b"q\r\n", FOREVER:
+            server.pieces = CHUNKED, last
+            gc.collect()
+            gc.disable()
+            self.addCleanup(gc.enable)
+            before = views()
+            with contextlib.suppress(ScrapeError):
+                self.scrape(server, 0.1)
+            self.assertEqual(views(), before)
 
     def test_one_deadline_covers_every_part(self):
         for name, pieces in (
