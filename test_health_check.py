@@ -2065,7 +2065,7 @@ class AlertmanagerTest(NetworkTest):
     def test_one_that_was_away_gets_the_truth_when_it_comes_back(self):
         for answer, problem in (
             (page("no", status="400 Bad Request"), "HTTP 400: b'no'"),
-            (b"HTTP/1.1 ", "bad_http"),
+            (b"HTTP/1.1 ", "reset"),
         ):
             self.answer = answer
             self.publish(self.alert())
