@@ -2712,7 +2712,7 @@ class Notifier:
 
     def _due(self, notice: Notice, now: float) -> bool:
         # Without fresh verdicts nobody knows whether an alert still fires.
-        stale = self._verdict is None or now - self._verdict.time > LIFETIME
+        stale = self._verdict is None or now - self._verdict.time >= LIFETIME
         if notice.ended is None and stale:
             return False
         return notice.sent is None or now - notice.sent >= RESEND
@@ -2745,7 +2745,7 @@ class Notifier:
     def _payload(self, notice: Notice) -> dict[str, Any]:
         verdict = cast(Verdict, self._verdict)
         offset = verdict.wall - verdict.time
-        ended = self._clock() + LIFETIME if notice.ended is None else notice.ended
+        ended = verdict.time + LIFETIME if notice.ended is None else notice.ended
         return {
             "labels": dict(notice.labels),
             "annotations": notice.annotations,

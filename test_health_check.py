@@ -2060,7 +2060,7 @@ class AlertmanagerTest(NetworkTest):
             self.publish(rules=False)
             self.notifier.work()
         ends = [end for _, _, end in self.sent()]
-        self.assertEqual(ends, [1300, 1360, 1420, 1480])
+        self.assertEqual(ends, [1240, 1240, 1240])
 
     def test_one_that_was_away_gets_the_truth_when_it_comes_back(self):
         for answer, problem in (
