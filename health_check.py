@@ -2758,7 +2758,7 @@ class Notifier:
 def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
     # Labels are an alert's identity; localhost:8000 is the same in every pod.
     labels = {
-        re.sub(r"[^a-zA-Z0-9_]", "_", name): value
+        re.sub(r"^(?=\d)|[^a-zA-Z0-9_]", "_", name): value
         for name, value in unnamed(alert.labels)
     }
     labels.update(config.target_labels)

@@ -2000,7 +2000,7 @@ class AlertmanagerTest(NetworkTest):
         self.notifier.publish(Verdict(1, "", now, WALL + now, statuses))
 
     def alert(self, engine="0", state="firing"):
-        labels = (("__name__", "q"), ("a.b", "x"), ("engine", engine))
+        labels = (("0", "z"), ("__name__", "q"), ("a.b", "x"), ("engine", engine))
         return Alert(labels, 23.0, state, 900.0, 905.0 if state == "firing" else None)
 
     def sent(self):
@@ -2023,11 +2023,12 @@ class AlertmanagerTest(NetworkTest):
         self.assertIn(b"Content-Type: application/json\r\n", head)
         (alert,) = json.loads(body)
         labels = {"a_b": "x", "alertname": "Busy", "engine": "0", "job": "vllm"}
-        labels.update(pod="pod-1", severity="critical")
+        labels.update(_0="z", pod="pod-1", severity="critical")
         self.assertEqual(alert["labels"], labels)
         self.assertEqual(alert["annotations"]["value"], "23")
         self.assertIn("q > 10 for 5s", alert["annotations"]["description"])
-        self.assertIn('q{"a.b"="x", engine="0"} 23', alert["annotations"]["summary"])
+        series = 'q{"0"="z", "a.b"="x", engine="0"} 23'
+        self.assertIn(series, alert["annotations"]["summary"])
         self.assertEqual(alert["generatorURL"], "http://pod-1/")
         self.assertEqual(self.sent(), [("0", 905, 1240)])
 
