@@ -2709,6 +2709,9 @@ class Notifier:
                 self._notices[labels] = notice._replace(ended=now, sent=None)
             elif notice.ended is not None and self._clock() - notice.ended > RETENTION:
                 del self._notices[labels]
+        ended = [n.labels for n in self._notices.values() if n.ended is not None]
+        for labels in ended[:-MAX_ALERTS]:
+            del self._notices[labels]
 
     def _due(self, notice: Notice, now: float) -> bool:
         # Without fresh verdicts nobody knows whether an alert still fires.

@@ -33,6 +33,7 @@ from unittest import mock
 
 import health_check
 from health_check import (
+    MAX_ALERTS,
     OPEN,
     RETRY,
     SETTINGS,
@@ -2062,6 +2063,18 @@ class AlertmanagerTest(NetworkTest):
             self.notifier.work()
         ends = [end for _, _, end in self.sent()]
         self.assertEqual(ends, [1240, 1240, 1240])
+
+    def test_label_values_that_change_with_each_check_cannot_grow_its_memory(self):
+        for check in range(4):
+            names = (f"{check}-{number}" for number in range(MAX_ALERTS))
+            self.publish(*map(self.alert, names))
+            self.notifier.work()
+        self.sent()
+        self.clock.now += 60
+        self.publish()
+        self.notifier.work()
+        last = {f"3-{number}" for number in range(MAX_ALERTS)}
+        self.assertEqual({engine for engine, _, _ in self.sent()}, last)
 
     def test_one_that_was_away_gets_the_truth_when_it_comes_back(self):
         for answer, problem in (
