@@ -2350,7 +2350,7 @@ class Monitor:
     def families(self) -> Iterator[Family]:
         """Yield what has been counted of scrapes, as metrics."""
         outcomes = [
-            ("", {"instance": instance, "outcome": outcome}, count)
+            ("", {"target": instance, "outcome": outcome}, count)
             for (instance, outcome), count in self._scrapes.items()
         ]
         total, buckets = 0, []
@@ -2954,7 +2954,7 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
         )
     yield Family(
         "health_check_target_up", "gauge", "Whether the last scrape succeeded.",
-        [("", {"instance": t.instance}, not t.reason) for t in verdict.targets],
+        [("", {"target": t.instance}, not t.reason) for t in verdict.targets],
     )
 
 

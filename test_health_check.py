@@ -2349,7 +2349,7 @@ class ServeTest(NetworkTest):
         status, body = get(port, "/metrics")
         self.assertEqual(status, 200)
         self.assertEqual(body.count("# TYPE "), body.count("# HELP "))
-        of = f'instance="{server.instance}"'
+        of = f'target="{server.instance}"'
         for line in (
             "health_check_healthy 0",
             'health_check_rule_state{rule="Q", state="firing"} 1',
