@@ -2369,7 +2369,8 @@ class Monitor:
             self._durations[bisect_left(BUCKETS, target.seconds)] += 1
             self._seconds += target.seconds
         for status in verdict.rules:
-            value = float(len(status.alerts)) if status.value is None else status.value
+            missing = float(len(status.alerts)) if status.limit is None else math.nan
+            value = missing if status.value is None else status.value
             self.trends[status.rule.name].append(value)
 
     def _run(self) -> None:
@@ -2985,7 +2986,7 @@ def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answ
     """Answer ``/``: the verdict for people, from memory, without a script."""
     age = format_duration(max(0, int(time.monotonic() - verdict.time)))
     word = "Healthy" if verdict.healthy else "Unhealthy"
-    shown = f"checked {age} ago, at {format_time(verdict.wall)}"
+    moment = f"<time>{format_time(verdict.wall)}</time>"
     reason = f": {verdict.reason}" if verdict.reason else ""
     rules = "".join(_rule_html(s, verdict.time, trends) for s in verdict.rules)
     targets = "".join(_target_html(target, verdict.time) for target in verdict.targets)
@@ -2994,7 +2995,7 @@ def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answ
         title=html.escape(word),
         state="pass" if verdict.healthy else "fail",
         verdict=html.escape(word + reason),
-        shown=html.escape(shown if verdict.sequence else "not checked yet"),
+        shown=f"checked {age} ago, {moment}" if verdict.sequence else "not checked yet",
         rules=rules,
         targets=targets,
         version=__version__,
@@ -3016,27 +3017,26 @@ def _rule_html(
     name = html.escape(status.rule.name)
     return (
         f'<section class="{state}"><h2>{name}</h2>{graph}'
-        f"<p>{text}</p><details><summary>rule</summary><code>{rule}</code></details>"
-        "</section>\n"
+        f"<p>{text}</p><code>{rule}</code></section>\n"
     )
 
 
 def _target_html(target: TargetStatus, now: float) -> str:
     since = format_duration(int(now - target.since))
-    text = f"{target.size} bytes, {target.series} series, {target.seconds:.4f} s"
+    text = f"ok: {target.series} series, {target.size} bytes, {target.seconds:.4f} s"
     if target.reason:
         text = f"failed for {since}: {target.reason}: {target.message}"
     state = "fail" if target.reason else "pass"
     text = html.escape(escape_controls(text))
     return (
-        f'<section class="{state}"><h2>{html.escape(target.instance)}</h2>'
+        f'<section class="{state}"><h2>scrape of {html.escape(target.instance)}</h2>'
         f"<p>{text}</p></section>\n"
     )
 
 
 def _graph(values: Sequence[float], limit: float | None) -> str:
     finite = [value for value in values if math.isfinite(value)]
-    if len(finite) < 2:
+    if len(values) < 2 or not finite:
         return ""
     levels = finite if limit is None else [*finite, limit]
     low, high = min(0.0, *levels), max(levels)
@@ -3045,14 +3045,17 @@ def _graph(values: Sequence[float], limit: float | None) -> str:
     def y(value: float) -> str:
         return f"{38 - (value - low) * scale:.1f}"
 
-    points = " ".join(f"{2 * i},{y(value)}" for i, value in enumerate(finite))
-    line = ""
-    if limit is not None:
-        line = f'<line x1="0" x2="240" y1="{y(limit)}" y2="{y(limit)}"/>'
-    label = f"last {len(finite)} checks, {format_float(finite[-1])} now"
+    path, pen = "", "M"
+    # The newest is at the right; a check without a value leaves a gap.
+    for x, value in enumerate(values, TREND - len(values)):
+        if math.isfinite(value):
+            path += f"{pen}{2 * x} {y(value)}h2"
+        pen = "L" if math.isfinite(value) else "M"
+    line = "" if limit is None else f'<path class="limit" d="M0 {y(limit)}h240"/>'
+    what = "series" if limit is None else f"values, limit {format_float(limit)}"
     return (
-        f'<svg viewBox="0 0 240 40" role="img" aria-label="{label}">{line}'
-        f'<polyline points="{points}"/></svg>'
+        '<svg viewBox="0 0 240 40" preserveAspectRatio="none" role="img" '
+        f'aria-label="{what}, last {len(values)} checks">{line}<path d="{path}"/></svg>'
     )
 
 
@@ -3062,9 +3065,9 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --pass: #3fb950; --warn: #d29922;
   --fail: #f85149; --line: #3d444d; --soft: #9198a1; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto;
-  padding: 1rem; }
-h1 { margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
+  padding: 1rem; overflow-wrap: anywhere; }
+h1 { line-height: 1.25; margin: 0; }
+h2 { font-size: 1rem; margin: 0; }
 h1.pass, .pass h2 { color: var(--pass); }
 .warn h2 { color: var(--warn); }
 h1.fail, .fail h2 { color: var(--fail); }
@@ -3072,14 +3075,15 @@ section { border: 1px solid var(--line); border-left: 5px solid var(--pass);
   border-radius: 6px; margin: .75rem 0; padding: .6rem .9rem; overflow: hidden; }
 section.warn { border-left-color: var(--warn); }
 section.fail { border-left-color: var(--fail); }
-section p { margin: .2rem 0; overflow-wrap: anywhere; }
-code { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
-summary { color: var(--soft); font-size: .8rem; cursor: pointer; }
-svg { display: block; float: right; width: 40%; max-width: 240px; height: 40px;
-  margin-left: 1rem; }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.5; }
-@media (max-width: 30rem) { svg { float: none; width: 100%; margin: .3rem 0; } }
-line { stroke: var(--fail); stroke-dasharray: 4 3; }
+section p { margin: .2rem 0; }
+code { color: var(--soft); display: block; font-size: .8rem; max-height: 8em;
+  overflow-y: auto; }
+svg { float: right; width: 240px; height: 40px; margin: .3rem 0 .3rem 1rem; }
+@media (max-width: 40rem) { svg { float: none; width: 100%; margin: .3rem 0; } }
+path { fill: none; stroke: currentColor; stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; }
+.limit { stroke: var(--fail); stroke-dasharray: 4 3; }
+time { white-space: nowrap; }
 header p, footer { color: var(--soft); margin: .2rem 0 1rem; }
 """
 PAGE = """<!DOCTYPE html>

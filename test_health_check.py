@@ -2388,12 +2388,21 @@ class ServeTest(NetworkTest):
         self.assertIn("&lt;/svg&gt;", answer)
         self.assertNotIn("<script", answer)
         self.assertEqual(answer.count("</svg>"), answer.count("<svg"))
-        for part in '<polyline points="0,', '<line x1="0"', ": Q, R, N<", "&gt; 1":
+        for part in (
+            ": Q, R, N</h1>\n<p>checked 0s ago, <time>20",
+            '<path class="limit" d="M0 26.0h240"/>',
+            '<path d="M234 26.0h2L236 14.0h2L238 2.0h2"/>',
+            "<code>r &gt; 0 for 1h</code>",
+            f"<h2>scrape of {server.instance}</h2><p>ok: 2 series, 53 bytes, ",
+        ):
             self.assertIn(part, answer)
         self.assertEqual(len(server.requests), 3)
         server.close()
         get(port)
-        self.assertIn("failed for 0s: refused", get(port, "/")[1])
+        shown = get(port, "/")[1]
+        self.assertIn("failed for 0s: refused", shown)
+        # A check without a value is a gap, not a nought.
+        self.assertIn('<path d="M232 26.0h2L234 14.0h2L236 2.0h2"/>', shown)
 
     def test_a_rule_of_its_own_fails_open(self):
         server = self.metrics(page("q 11\nr 1\n"))
