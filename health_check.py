@@ -2337,8 +2337,9 @@ class Monitor:
         self._count(verdict)
         if threading.current_thread() is self._thread:
             # Before anybody is answered, so that the log never lags behind.
-            for level, change in transitions(self.verdict, verdict):
-                LOG.log(level, "%s", change)
+            for level, change, fields in transitions(self.verdict, verdict):
+                log(level, change, **fields)
+            LOG.debug("check %s: %s", sequence, verdict.reason or "Healthy")
         self.verdict = verdict
         self.on_publish()
         return verdict
@@ -2498,7 +2499,8 @@ class Monitor:
     def _warn(self, readings: Sequence[Reading], instant: Instant) -> None:
         for name in {n for r in readings for n in r.reserved} - self._reserved:
             self._reserved.add(name)
-            LOG.warning("the target serves %s, which is set here: dropped", name)
+            text = f"the target serves {name}, which is set here: dropped"
+            log(logging.WARNING, text, metric=name)
         if len(readings) < len(self._jobs) or not all(r.names for r in readings):
             return
         names = {name.decode() for reading in readings for name in reading.names}
@@ -2507,29 +2509,41 @@ class Monitor:
                 near = difflib.get_close_matches(selector.name, names, 1)
                 hint = f"; {near[0]} is" if near else ""
                 text = format_expression(selector)
-                LOG.warning("%s: no series of %s is there%s", rule_name, text, hint)
+                message = f"{rule_name}: no series of {text} is there{hint}"
+                log(logging.WARNING, message, rule=rule_name, selector=text)
         self._unseen = ()
 
 
-def transitions(before: Verdict, after: Verdict) -> Iterator[tuple[int, str]]:
-    """Yield what is worth a log line between two verdicts: level and message."""
+def log(level: int, message: str, **fields: object) -> None:
+    """Log a message; with LOG_FORMAT=json the fields are keys beside it."""
+    LOG.log(level, "%s", message, extra={"fields": fields})
+
+
+def transitions(
+    before: Verdict, after: Verdict
+) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Yield what is worth a log line between two verdicts: level, message, fields."""
     reasons = {target.instance: target.reason for target in before.targets}
     for target in after.targets:
         reason = reasons.get(target.instance, "")
+        fields = {"target": target.instance, "reason": target.reason}
         if target.reason and target.reason != reason:
             what = f"scrape failed: {target.reason}: {target.message}"
-            yield logging.WARNING, f"{target.instance}: {what}"
+            yield logging.WARNING, f"{target.instance}: {what}", fields
         elif reason and not target.reason:
-            yield logging.INFO, f"{target.instance}: scraped again"
+            yield logging.INFO, f"{target.instance}: scraped again", fields
     known = {status.rule.name: status for status in before.rules}
     for status in after.rules:
         old = known.get(status.rule.name, RuleStatus(status.rule))
         if (status.state, status.error) != (old.state, old.error):
             level = logging.WARNING if status.failing else logging.INFO
-            yield level, f"{status.rule.name}: {describe(status, after.time)}"
+            fields = {"rule": status.rule.name, "state": status.state}
+            yield level, f"{status.rule.name}: {describe(status, after.time)}", fields
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
-        word = "Healthy" if after.healthy else f"Unhealthy: {after.reason}"
-        yield logging.INFO if after.healthy else logging.WARNING, word
+        word = "Healthy" if after.healthy else "Unhealthy"
+        level = logging.INFO if after.healthy else logging.WARNING
+        message = f"{word}: {after.reason}" if after.reason else word
+        yield level, message, {"verdict": word, "reason": after.reason}
 
 
 def describe(status: RuleStatus, now: float) -> str:
@@ -2737,14 +2751,18 @@ class Notifier:
         if problem:
             self.failed += len(batch)
             if self._retry is None:
-                LOG.warning("Alertmanager %s: %s", self.instance, problem)
+                self._log(logging.WARNING, problem, reason=problem)
             self._retry = now + RETRY
             return False
         self.sent += len(batch)
         if self._retry is not None:
-            LOG.info("Alertmanager %s: takes alerts again", self.instance)
+            self._log(logging.INFO, "takes alerts again", reason="")
         self._retry = None
         return True
+
+    def _log(self, level: int, what: str, *, reason: str) -> None:
+        message = f"Alertmanager {self.instance}: {what}"
+        log(level, message, alertmanager=self.instance, reason=reason)
 
     def _payload(self, notice: Notice) -> dict[str, Any]:
         verdict = cast(Verdict, self._verdict)
@@ -3525,7 +3543,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JSONFormatter(TextFormatter):
-    """One JSON object a line: time, level, message, and a traceback if there is one."""
+    """One JSON object a line: time, level, message, fields, a traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -3533,6 +3551,7 @@ class JSONFormatter(TextFormatter):
             "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
@@ -3589,7 +3608,7 @@ def serve(config: Config) -> int:
     monitor.start()
     for notifier in notifiers:
         notifier.start()
-    LOG.info("%s", _start_line(config, port))
+    _log_start(config, port)
     server.serve()
     signal.set_wakeup_fd(-1)
     monitor.stop()
@@ -3687,16 +3706,18 @@ def _range_text(expr: Expr) -> str:
     return f"range of {format_duration(_longest_range(expr))}"
 
 
-def _start_line(config: Config, port: int) -> str:
+def _log_start(config: Config, port: int) -> None:
     settings = {
         "port": str(port),
         "metrics": " ".join(target.url for target in config.metrics_endpoint),
         "timeout": format_duration(config.metrics_timeout),
         "interval": format_duration(config.scrape_interval),
+        "alertmanager": " ".join(_target(url).url for url in config.alertmanager_url),
     }
-    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-    rules = "; ".join(map(format_rule, config.rules))
-    return f"health_check.py {__version__} is up: {shown}, rules: {rules}"
+    shown = ", ".join(f"{name} {value or 'none'}" for name, value in settings.items())
+    rules = [format_rule(rule) for rule in config.rules]
+    message = f"health_check.py {__version__} is up: {shown}, rules: {'; '.join(rules)}"
+    log(logging.INFO, message, version=__version__, **settings, rules=rules)
 
 
 def _log_to_stderr(config: Config) -> None:

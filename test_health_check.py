@@ -1940,7 +1940,7 @@ class MonitorTest(NetworkTest):
                 server.pieces = (answer,)
                 get(port)
                 get(port, "/livez")
-                lines = [line for line in self.log if "HTTP/1.1" not in line]
+                lines = [x for x in self.log if not re.search(r"HTTP/1.1|^check", x)]
                 self.assertEqual(len(lines), len(expected), lines)
                 for line, start in zip(lines, expected):
                     self.assertTrue(line.startswith(start), line)
@@ -2704,12 +2704,39 @@ class MainTest(NetworkTest):
                 for line in [warning, *log.splitlines()]:
                     if log_format == "json":
                         fields = json.loads(line)
-                        self.assertEqual({*fields}, {"time", "level", "message"})
+                        self.assertLessEqual({"time", "level", "message"}, {*fields})
                         stamp = fields["time"]
                     else:
                         stamp = line.split()[0]
                         self.assertRegex(line, " (DEBUG|INFO|WARNING) ")
                     self.assertRegex(stamp, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+    def test_a_line_of_JSON_has_its_facts_in_fields(self):
+        target, gone = self.metrics(page("q 11\n")), f"127.0.0.1:{free_port()}"
+        process = self.launch(
+            METRICS_ENDPOINT=f"{target.url},http://{gone}/",
+            ALERTMANAGER_URL=f"http://{gone}/api/v2/alerts?token=hush",
+            UNHEALTHY_WHEN="Q: q > 10; N: none > 1; Down: up > 1",
+            LOG_FORMAT="json",
+        )
+        start = json.loads(process.stderr.readline())
+        self.assertEqual(start["rules"][0], "Q: q > 10")
+        self.assertEqual(start["version"], health_check.__version__)
+        self.assertEqual(start["alertmanager"], f"http://{gone}/api/v2/alerts")
+        self.assertEqual(get(int(start["port"]))[0], 503)
+        lines = [json.loads(process.stderr.readline()) for _ in range(4)]
+        alert = next(line for line in lines if "alertmanager" in line)
+        self.assertEqual((alert["level"], alert["alertmanager"]), ("warning", gone))
+        self.assertIn("refused", alert["reason"])
+        for line, fields in zip(
+            (line for line in lines if line is not alert),
+            (
+                {"target": gone, "reason": "refused"},
+                {"rule": "Q", "state": "firing"},
+                {"verdict": "Unhealthy", "reason": "Q"},
+            ),
+        ):
+            self.assertEqual({**line, **fields}, line)
 
     def test_a_formatter_keeps_a_traceback_and_makes_it_harmless(self):
         try:
