@@ -2715,7 +2715,8 @@ class Notifier:
         }
         for labels, (status, alert) in itertools.islice(firing.items(), MAX_ALERTS):
             old = self._notices.get(labels)
-            notice = Notice(labels, _annotations(status, alert), alert.fired or now)
+            annotations = _annotations(status, alert, verdict.targets)
+            notice = Notice(labels, annotations, alert.fired or now)
             if old and old.ended is None:
                 notice = notice._replace(sent=old.sent)
             self._notices[labels] = notice
@@ -2789,11 +2790,19 @@ def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
     return tuple(sorted(labels.items()))
 
 
-def _annotations(status: RuleStatus, alert: Alert) -> dict[str, str]:
+def _annotations(
+    status: RuleStatus, alert: Alert, targets: Sequence[TargetStatus]
+) -> dict[str, str]:
     series = f"{format_series(alert.labels)} {format_float(alert.value)}"
+    what = [f"The rule {format_rule(status.rule)} fires for {series}"]
+    # No series of Down: up == 0 has the reason.
+    for target in targets:
+        if target.reason:
+            problem = f"{target.reason}: {escape_controls(target.message)}"
+            what.append(f"the scrape of {target.instance} failed: {problem}")
     return {
         "summary": f"{status.rule.name}: {series}",
-        "description": f"The rule {format_rule(status.rule)} fires for {series}",
+        "description": "; ".join(what),
         "value": format_float(alert.value),
     }
 

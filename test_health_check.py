@@ -50,6 +50,7 @@ from health_check import (
     ScrapeError,
     Server,
     Stream,
+    TargetStatus,
     Verdict,
     compile_regex,
     escape_controls,
@@ -1998,7 +1999,8 @@ class AlertmanagerTest(NetworkTest):
         now = self.clock()
         status = RuleStatus(self.rule, tuple(alerts))
         statuses = (status,) if rules else ()
-        self.notifier.publish(Verdict(1, "", now, WALL + now, statuses))
+        targets = (TargetStatus("a:1"), TargetStatus("b:1", "refused", "no\n"))
+        self.notifier.publish(Verdict(1, "", now, WALL + now, statuses, targets))
 
     def alert(self, engine="0", state="firing"):
         labels = (("0", "z"), ("__name__", "q"), ("a.b", "x"), ("engine", engine))
@@ -2027,7 +2029,10 @@ class AlertmanagerTest(NetworkTest):
         labels.update(_0="z", pod="pod-1", severity="critical")
         self.assertEqual(alert["labels"], labels)
         self.assertEqual(alert["annotations"]["value"], "23")
-        self.assertIn("q > 10 for 5s", alert["annotations"]["description"])
+        description = alert["annotations"]["description"]
+        self.assertIn("q > 10 for 5s fires for q{", description)
+        failed = "23; the scrape of b:1 failed: refused: no\\u000a"
+        self.assertTrue(description.endswith(failed), description)
         series = 'q{"0"="z", "a.b"="x", engine="0"} 23'
         self.assertIn(series, alert["annotations"]["summary"])
         self.assertEqual(alert["generatorURL"], "http://pod-1/")
