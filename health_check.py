@@ -1392,9 +1392,11 @@ def _measure(expr: Expr, instant: Instant) -> tuple[float | None, float | None, 
     if not isinstance(right, Number):
         return None, None, evaluate_vector(expr, instant)
     measured = evaluate_vector(left, instant)
+    found = cast(Vector, operate(expr, measured, right.value))
     worst = REDUCERS["min" if expr.name in ("<", "<=") else "max"]
-    value = worst(list(measured.values())) if measured else None
-    return value, right.value, cast(Vector, operate(expr, measured, right.value))
+    # With == and != the worst is neither the greatest nor the least.
+    value = worst(list((found or measured).values())) if measured else None
+    return value, right.value, found
 
 
 def _advance(

@@ -1137,6 +1137,7 @@ class Rules(unittest.TestCase):
         for text, value, limit in (
             ("x > 10", 7, 10), ("x < 1", 3, 1), ("sum(x) >= -2", 10, -2),
             ("x > bool 1", None, None), ("x", None, None), ("z > 5", None, 5),
+            ("x == 3", 3, 3), ("x != 7", 3, 7),
             ("10 < x", None, None), ("x > y", None, None),
         ):
             with self.subTest(text):
