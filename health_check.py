@@ -3528,7 +3528,9 @@ def _bound_socket(family: int, address: tuple[Any, ...]) -> socket.socket:
         if family == socket.AF_INET6 and address[0] == "::":
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(address)
-        sock.listen(MAX_CONNECTIONS)
+        # All that the kernel grants: of a burst it drops what finds no room, and the
+        # caller, a probe perhaps, tries again after a second.
+        sock.listen(65535)
     except OSError:
         sock.close()
         raise

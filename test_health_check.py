@@ -2540,6 +2540,15 @@ class ServeTest(NetworkTest):
                 self.assertIn("200 OK", receive(sock))
         self.assertEqual(get(port)[0], 200)
 
+    def test_a_burst_of_callers_finds_room_before_it_is_accepted(self):
+        most = Path("/proc/sys/net/core/somaxconn")
+        if not most.exists() or int(most.read_text()) < 1000:
+            self.skipTest("the kernel grants less")
+        with listen("127.0.0.1", 0) as listener, contextlib.ExitStack() as stack:
+            for _ in range(700):
+                caller = socket.create_connection(listener.getsockname(), 0.9)
+                stack.enter_context(caller)
+
     def test_callers_cannot_use_up_the_descriptors_that_a_scrape_needs(self):
         process = self.launch(
             command=("sh", "-c", f"ulimit -n 40; exec {sys.executable} {PROGRAM}"),
