@@ -2079,8 +2079,9 @@ class AlertmanagerTest(NetworkTest):
         self.clock.now += 60
         self.publish()
         self.notifier.work()
-        last = {f"3-{number}" for number in range(MAX_ALERTS)}
-        self.assertEqual({engine for engine, _, _ in self.sent()}, last)
+        ended = [engine for engine, _, _ in self.sent()]
+        self.assertLessEqual({f"3-{n}" for n in range(MAX_ALERTS)}, {*ended})
+        self.assertLessEqual(len(ended), 2 * MAX_ALERTS)
 
     def test_one_that_was_away_gets_the_truth_when_it_comes_back(self):
         for answer, problem in (
