@@ -1,12 +1,11 @@
-"""health_check.py beside the servers it watches, and beside its README.
+"""health_check.py beside the servers it watches.
 
-The captured expositions are read by prometheus_client's parser too, stalls happen to a
-Monitor whose clock the tests move, and the README is run.
+The captured expositions are read by prometheus_client's parser too, and stalls happen
+to a Monitor whose clock the tests move.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import http.client
@@ -16,13 +15,9 @@ import json
 import logging
 import os
 import re
-import shlex
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unittest
@@ -35,7 +30,6 @@ from prometheus_client.parser import text_string_to_metric_families
 import health_check as hc
 
 PROGRAM = Path(hc.__file__).resolve()
-README = (PROGRAM.parent / "README.md").read_text("utf-8")
 CAPTURES = PROGRAM.parent.parent / "shared" / "expositions"
 FILES = sorted(CAPTURES.glob("*.prom"))
 needs_captures = unittest.skipUnless(FILES, "../shared/expositions is not there")
@@ -982,294 +976,7 @@ class StallsOfOtherServers(StalledTest):
         )
 
 
-# -- 3. README.md ---------------------------------------------------------------------
-
-
-def table(*header: str) -> list[list[str]]:
-    """Return the rows of the README's table with a header."""
-    start = re.escape(f"| {' | '.join(header)} |".replace("|  |", "| |"))
-    found = re.findall(rf"(?m)^{start}\n\|[-:|]+\|\n((?:\|.*\n)+)", README)
-    if len(found) != 1:
-        raise AssertionError(f"{len(found)} tables have the header {header}")
-    return [
-        [cell.strip().replace("\\|", "|") for cell in cells[1:-1]]
-        for cells in map(re.compile(r"(?<!\\)\|").split, found[0].splitlines())
-    ]
-
-
-def code(text: str) -> list[str]:
-    """Return what is in backticks."""
-    return re.findall(r"`([^`]+)`", text)
-
-
-def blocks(language: str) -> list[str]:
-    """Return the code blocks of a language."""
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", README)
-
-
-def words(text: str) -> str:
-    """Return a text with each blank one space."""
-    return " ".join(text.split())
-
-
-def assignments(text: str) -> tuple[dict[str, str], list[str]]:
-    """Return the variables that a command sets, and the rest of it."""
-    parts, environ = shlex.split(text, comments=True), {}
-    while parts and re.match("[A-Z_]+=", parts[0]):
-        name, _, value = parts.pop(0).partition("=")
-        environ[name] = value
-    return environ, parts
-
-
-CLAUSES = re.compile(r"(?:\s+(?:for|keep_firing_for)\s+\w+)+\s*\Z")
-
-
-def documented_rules() -> list[tuple[str, hc.Rule]]:
-    """Return the expression of each rule in the README, as written, and the rule."""
-    texts = [text for row in table("for", "rule") for text in code(row[-1])]
-    for block in blocks("sh"):
-        rules = assignments(block)[0].get("UNHEALTHY_WHEN", "")
-        texts += [line.strip() for line in rules.splitlines() if line.strip()]
-    found = []
-    for text in texts:
-        (rule,) = hc.parse_rules(text)
-        bare = CLAUSES.sub("", re.sub(r"\A\w+:\s+", "", text))
-        found.append((bare, rule))
-    return found
-
-
-def expressions(text: str) -> Iterator[str]:
-    """Yield what can be the reason of a failed scrape, in the program's own source."""
-    for node in ast.walk(ast.parse(text)):
-        candidates: list[ast.expr] = []
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            if name == "ScrapeError":
-                candidates += node.args[:1]
-            elif name == "TargetStatus":
-                candidates += node.args[1:2]
-            candidates += [
-                k.value for k in node.keywords
-                if k.arg == "reason" and name in ("_replace", "TargetStatus")
-            ]  # fmt: skip
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REASONS":
-            pairs = (n for n in ast.walk(node.value) if isinstance(n, ast.Tuple))
-            candidates += [pair.elts[1] for pair in pairs]
-        for found in candidates:
-            if isinstance(found, ast.Constant) and found.value:
-                yield str(found.value)
-
-
-class ReadmeTest(ServerTest):
-    """Runs the program as a process."""
-
-    def launch(self, *argv: str) -> tuple[subprocess.Popen[bytes], int]:
-        """Start the program; return it and its port when it answers."""
-        port = free_port()
-        # The demo's queue follows the clock: begin where it is about to rise.
-        begin = (
-            "import runpy, sys, time; clock, start = time.monotonic, time.monotonic();"
-            "time.monotonic = lambda: clock() - start + 4000; sys.argv = sys.argv[1:];"
-            "runpy.run_path(sys.argv[0], run_name='__main__')"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", begin, str(PROGRAM), *argv],
-            env={**os.environ, "APP_PORT": str(port), "APP_HOST": "127.0.0.1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if get(port, "/livez")[0] == 200:
-                    break
-            time.sleep(0.02)
-        return process, port
-
-
-class Readme(ReadmeTest):
-    """What the README says is so."""
-
-    def test_rules_parse(self) -> None:
-        rules = documented_rules()
-        self.assertGreater(len(rules), 15)
-        for text, rule in rules:
-            with self.subTest(text):
-                self.assertEqual(hc.parse_expression(text), rule.expr)
-                self.assertEqual(hc.parse_rules(hc.format_rule(rule)), (rule,))
-
-    def test_the_block_of_rules_is_a_configuration(self) -> None:
-        found = [assignments(block)[0] for block in blocks("sh")]
-        given = [environ for environ in found if "UNHEALTHY_WHEN" in environ]
-        self.assertTrue(given)
-        for environ in given:
-            status, out, err = run_main("--check-config", **environ)
-            self.assertEqual((status, err), (0, ""))
-            for rule in hc.parse_rules(environ["UNHEALTHY_WHEN"]):
-                self.assertIn(hc.format_rule(rule), out)
-
-    @unittest.skipUnless(shutil.which("promtool"), "promtool is not on the PATH")
-    def test_promtool_accepts_the_rules(self) -> None:
-        defaults = hc.load_config({}).rules
-        rules = [
-            *documented_rules(),
-            *((hc.format_expression(rule.expr), rule) for rule in defaults),
-        ]
-        self.assertEqual([r.name for r in defaults], ["QueueFull", "Stalled", "Down"])
-        alerts = [
-            {
-                "alert": f"Rule{number}",
-                "expr": text,
-                "for": hc.format_duration(rule.hold),
-                "keep_firing_for": hc.format_duration(rule.keep_firing_for),
-            }
-            for number, (text, rule) in enumerate(rules)
-        ]
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory, "rules")
-            groups = {"groups": [{"name": "readme", "rules": alerts}]}
-            file.write_text(json.dumps(groups))
-            ran = subprocess.run(
-                ["promtool", "check", "rules", str(file)],
-                check=False, capture_output=True, text=True, timeout=60,
-            )  # fmt: skip
-        self.assertEqual(ran.returncode, 0, ran.stdout + ran.stderr)
-        self.assertIn(f"{len(rules)} rules found", ran.stdout + ran.stderr)
-
-    def test_settings(self) -> None:
-        documented = [
-            (*code(name), "".join(code(default)), help)
-            for name, default, help in table("variable", "default", "")
-        ]
-        self.assertEqual(documented, [(s.name, s.default, s.help) for s in hc.SETTINGS])
-
-    def test_help_mentions_every_setting_and_every_option(self) -> None:
-        status, out, _ = run_main("--help")
-        self.assertEqual(status, 0)
-        for setting in hc.SETTINGS:
-            default = f" (default {setting.default})" if setting.default else ""
-            line = f"{setting.name} {setting.help}{default}"
-            self.assertIn(line, words(out))
-        for command, _ in table("command", "exit status"):
-            for option in re.findall(r"--[a-z-]+", command):
-                self.assertIn(option, out)
-
-    def test_reasons_of_failed_scrapes(self) -> None:
-        pattern = r'`scrape_error\{reason="\.\.\."\}`: ([^.]*)\.'
-        (sentence,) = re.findall(pattern, README)
-        source = set(expressions(PROGRAM.read_text("utf-8")))
-        self.assertGreater(len(source), 10)
-        self.assertEqual(sorted(code(sentence)), sorted(source))
-
-    def test_exit_statuses(self) -> None:
-        healthy = self.metrics(b"tgi_queue_size 1\n")
-        busy = self.metrics(b"tgi_queue_size 11\n")
-        port = self.serve(METRICS_ENDPOINT=healthy.url)
-        good, bad = {"METRICS_ENDPOINT": healthy.url}, {"METRICS_TIMEOUT": "soon"}
-        refused = {"METRICS_ENDPOINT": f"http://127.0.0.1:{free_port()}/metrics"}
-        taken = {**good, "APP_PORT": str(port), "APP_HOST": "127.0.0.1"}
-        sick = {"APP_PORT": str(self.serve(METRICS_ENDPOINT=busy.url))}
-        runs = {
-            "health_check.py": [(1, [], taken), (2, [], bad)],
-            "--once": [
-                (0, [], good),
-                (1, [], {"METRICS_ENDPOINT": busy.url}),
-                (1, [], refused),
-                (2, [], bad),
-            ],
-            "--probe [PATH]": [
-                (0, [], taken),
-                (0, ["/health/QueueFull"], taken),
-                (1, [], sick),
-                (1, ["/health/QueueFull"], sick),
-                (1, [], {"APP_PORT": str(free_port())}),
-                (1, [], {"APP_PORT": "none"}),
-            ],
-            "--query EXPR": [
-                (0, ["tgi_queue_size"], good),
-                (0, ["nothing"], good),
-                (1, ["up"], refused),
-                (2, ["tgi_queue_size >"], good),
-            ],
-            "--check-config": [(0, [], good), (2, [], bad)],
-        }
-        rows = {code(row[0])[0]: row[1] for row in table("command", "exit status")}
-        self.assertEqual(set(rows), set(runs))
-        for command, cases in runs.items():
-            option = [] if command == "health_check.py" else command.split()[:1]
-            for expected, arguments, environ in cases:
-                with self.subTest(command, arguments=arguments, environ=environ):
-                    status, _, err = run_main(*option, *arguments, **environ)
-                    self.assertEqual(status, expected, err)
-                    self.assertNotIn("Traceback", err)
-            said = {int(n) for n in re.findall(r"(?<!\w)[0-2](?!\w)", rows[command])}
-            seen = {expected for expected, *_ in cases} | (set() if option else {0})
-            if command == "--probe [PATH]":
-                self.assertRegex(rows[command], "0 .* else 1")
-            self.assertEqual(said, seen, command)
-
-    def test_a_signal_ends_it_with_0(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            process, _ = self.launch()
-            process.send_signal(number)
-            self.assertEqual(process.wait(5), 0)
-
-
-SHOWN = re.compile(r"(?m)^\$ (.*)\n((?:(?!\$ ).*\n)*)")
-
-
-class ReadmeCommands(ReadmeTest):
-    """The commands of the README print what it shows; digits may differ."""
-
-    def test_commands(self) -> None:
-        idle = b'vllm:num_requests_waiting{engine="0",model_name="m"} 0\n'
-        server, demo, ran = self.metrics(idle, PYTHON), 0, []
-        for block in blocks("console"):
-            for command, shown in SHOWN.findall(block):
-                environ, argv = assignments(command)
-                if argv[:2] == ["python3", "health_check.py"] and "--demo" in argv:
-                    demo = self.launch("--demo")[1]
-                elif argv[:2] == ["python3", "health_check.py"]:
-                    self.run_here(argv[2:], environ, server.url, shown)
-                elif argv[0] == "curl" and demo:
-                    self.ask(demo, argv[1:], shown)
-                else:
-                    continue
-                ran.append(argv)
-        kinds = {argv[0] for argv in ran}
-        self.assertEqual(kinds, {"python3", "curl"}, ran)
-
-    def run_here(
-        self, argv: list[str], environ: dict[str, str], url: str, shown: str
-    ) -> None:
-        """Run a command against a server that is idle."""
-        self.assertLessEqual(set(environ), {setting.name for setting in hc.SETTINGS})
-        status, out, err = run_main(*argv, **{**environ, "METRICS_ENDPOINT": url})
-        self.assertEqual((status, err), (0, ""))
-        if shown:
-            self.assertEqual(undated(out), undated(shown))
-
-    def ask(self, port: int, argv: list[str], shown: str) -> None:
-        """Ask until the answer is the one that is shown."""
-        url = next(part for part in argv if not part.startswith("-"))
-        path, answers, deadline = "/" + url.partition("/")[2], [], time.monotonic() + 15
-        while time.monotonic() < deadline:
-            _, head, body = get(port, path)
-            answers.append(undated(head + body if "-i" in argv else body))
-            if not shown or answers[-1] == undated(shown):
-                return
-            time.sleep(0.1)
-        self.assertIn(undated(shown), sorted(set(answers)))
-
-
-def undated(text: str) -> str:
-    """Return a text with each number 0."""
-    return re.sub(r"\d+(?:\.\d+)*", "0", text)
-
-
-# -- 4. A storm -----------------------------------------------------------------------
+# -- 3. A storm -----------------------------------------------------------------------
 
 STORM_CHECKS, STORM_RULES = 100_000, (
     "last_over_time(queue[5m]) > 1e9; count_over_time(tokens_total[5m]) > 1e9"
