@@ -53,6 +53,7 @@ import signal
 import socket
 import ssl
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -3745,8 +3746,12 @@ def _log_to_stderr(config: Config) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     width = max(len(setting.name) for setting in SETTINGS)
-    settings = "".join(
-        f"  {name:{width}}  {help}{f' (default {default})' if default else ''}\n"
+    wrap = partial(
+        textwrap.fill, width=79, subsequent_indent=" " * (width + 4),
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
+    settings = "\n".join(
+        wrap(f"  {name:{width}}  {help}{f' (default {default})' if default else ''}")
         for name, _, default, help in SETTINGS
     )
     parser = argparse.ArgumentParser(
@@ -3775,10 +3780,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 EXAMPLES = """
+
+answers on APP_PORT:
+  /health       200 Healthy or 503 Unhealthy, for readiness; ?verbose says why
+  /health/NAME  503 only while that rule fires, for liveness
+  /livez        200 while this program works
+  /metrics, /   its own metrics, and a page for people
+
 examples:
   METRICS_ENDPOINT=http://localhost:8000/metrics python3 health_check.py
-  METRIC_TO_CHECK=tgi_queue_size METRIC_THRESHOLD=10 python3 health_check.py --once
-  UNHEALTHY_WHEN='Busy: vllm:num_requests_waiting > 10 for 30s' python3 health_check.py
+  METRIC_TO_CHECK=tgi_queue_size METRIC_THRESHOLD=10 python3 health_check.py
+  UNHEALTHY_WHEN='Busy: tgi_queue_size > 10 for 30s' python3 health_check.py
+
+exit status:
+  0  healthy, or stopped by a signal
+  1  unhealthy, no answer, or the port cannot be had
+  2  a setting, a rule or an expression is wrong
 """
 QUERY_PAUSE = 1.0
 

@@ -190,8 +190,10 @@ class Readme(server_test.ServerTest):
         self.assertEqual(documented, [(s.name, s.default, s.help) for s in hc.SETTINGS])
 
     def test_help_mentions_every_setting_and_every_option(self) -> None:
-        status, out, _ = run_main("--help")
+        status, out, _ = run_main("--help", COLUMNS="80")
         self.assertEqual(status, 0)
+        self.assertLess(max(map(len, out.splitlines())), 80)
+        self.assertLess(max(map(len, out.splitlines())), 80)
         for setting in hc.SETTINGS:
             default = f" (default {setting.default})" if setting.default else ""
             line = f"{setting.name} {setting.help}{default}"
@@ -521,7 +523,8 @@ class Commands(unittest.TestCase):
             self.addCleanup(stranger.close)
         with ThreadPoolExecutor() as pool:
             for problems in pool.map(Stranger.follow, strangers):
-                self.assertEqual("\n".join(problems), "")
+                if problems:
+                    self.fail("\n".join(problems))
 
 
 def undated(text: str) -> str:
