@@ -46,7 +46,6 @@ import logging
 import math
 import operator
 import os
-import queue
 import re
 import selectors
 import signal
@@ -62,7 +61,6 @@ from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
-from pathlib import Path
 from typing import (
     Any,
     Callable,
@@ -1544,15 +1542,6 @@ class Config(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-class Setting(NamedTuple):
-    """An environment variable; its parser raises ValueError with what it expects."""
-
-    name: str
-    parse: Callable[[str], Any]
-    default: str
-    help: str
-
-
 def load_config(environ: Mapping[str, str]) -> Config:
     """Return the configuration that an environment asks for; an empty value is unset.
 
@@ -1583,31 +1572,31 @@ def load_config(environ: Mapping[str, str]) -> Config:
 def _contradictions(
     given: Mapping[str, str], values: Mapping[str, Any]
 ) -> Iterator[str]:
-    thresholds = [n for n in ("METRIC_THRESHOLD", "METRICS_THRESHOLD") if n in given]
-    named = "AboveThreshold" in {rule.name for rule in values.get("unhealthy_when", ())}
-    alone = "METRIC_TO_CHECK" not in given
-    if len({values.get(name.lower()) for name in thresholds}) > 1:
+    limits = [n for n in ("METRIC_THRESHOLD", "METRICS_THRESHOLD") if n in given]
+    metric, own = "METRIC_TO_CHECK" in given, "UNHEALTHY_WHEN" in given
+    names = [rule.name for rule in values.get("unhealthy_when", [Rule("", Number(0))])]
+    users = any(target.authorization for target in values.get("metrics_endpoint", ()))
+    if len({values.get(name.lower()) for name in limits}) > 1:
         yield "METRIC_THRESHOLD and METRICS_THRESHOLD differ: set one of them"
-    if not alone and not thresholds:
+    if metric and not limits:
         yield "METRIC_TO_CHECK needs METRIC_THRESHOLD, the number it may reach"
-    if alone and thresholds and "UNHEALTHY_WHEN" in given:
-        yield f"{thresholds[0]} needs METRIC_TO_CHECK beside UNHEALTHY_WHEN"
-    if "UNHEALTHY_WHEN" in given and values.get("unhealthy_when") == ():
+    if limits and own and not metric:
+        yield f"{limits[0]} needs METRIC_TO_CHECK beside UNHEALTHY_WHEN"
+    if own and not names:
         yield "UNHEALTHY_WHEN has no rule: unset it for the default rules"
-    if not alone and named:
+    if metric and "AboveThreshold" in names:
         yield "UNHEALTHY_WHEN: AboveThreshold is the name of METRIC_TO_CHECK's rule"
     if "METRICS_KEY_FILE" in given and "METRICS_CERT_FILE" not in given:
         yield "METRICS_KEY_FILE needs METRICS_CERT_FILE"
-    targets = values.get("metrics_endpoint", ())
-    if "METRICS_BEARER_TOKEN_FILE" in given and any(t.authorization for t in targets):
+    if "METRICS_BEARER_TOKEN_FILE" in given and users:
         yield "METRICS_BEARER_TOKEN_FILE excludes user:password in METRICS_ENDPOINT"
     if 0 < values.get("scrape_interval", 0) < values.get("metrics_timeout", 0):
         yield "METRICS_TIMEOUT may not exceed SCRAPE_INTERVAL"
 
 
 def _rules(config: Config) -> tuple[Rule, ...]:
-    thresholds = (config.metric_threshold, config.metrics_threshold, DEFAULT_THRESHOLD)
-    threshold = next(number for number in thresholds if number is not None)
+    limits = (config.metric_threshold, config.metrics_threshold, DEFAULT_THRESHOLD)
+    threshold = next(limit for limit in limits if limit is not None)
     rules = config.unhealthy_when
     if config.metric_to_check is not None:
         expr = Operation(">", (config.metric_to_check, Number(threshold)))
@@ -1615,7 +1604,7 @@ def _rules(config: Config) -> tuple[Rule, ...]:
     if not rules:
         text = DEFAULT_RULES.format(threshold=format_float(threshold))
         rules = parse_rules(text, builtin=True)
-    if "Down" not in {rule.name for rule in rules}:
+    if "Down" not in [rule.name for rule in rules]:
         rules += parse_rules(DOWN_RULE, builtin=True)
     return rules
 
@@ -1632,13 +1621,16 @@ def _misspelt(given: Iterable[str]) -> Iterator[str]:
 def _shown(name: str, text: str) -> str:
     if name.endswith(("_ENDPOINT", "_URL")):
         # A password ends at the last @, and a query may hold a token.
-        text = re.sub(r"(?s).*@", "***@", text)
-        text = re.sub(r"(?s)\?.*", "?***", text)
+        text = re.sub(r"(?s)\?.*", "?***", re.sub(r"(?s).*@", "***@", text))
     return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
 
 
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def _endpoints(text: str) -> tuple[Target, ...]:
-    targets = tuple(_target(url.strip()) for url in text.split(",") if url.strip())
+    targets = tuple(map(_target, _items(text)))
     instances = [target.instance for target in targets]
     twice = {instance for instance in instances if instances.count(instance) > 1}
     if twice or not targets:
@@ -1664,16 +1656,14 @@ def _target(url: str) -> Target:
 
 
 def _urls(text: str) -> tuple[str, ...]:
-    urls = tuple(url.strip() for url in text.split(",") if url.strip())
-    for url in urls:
-        if _target(url).authorization:
-            raise ValueError("expected no user: use ALERTMANAGER_BEARER_TOKEN_FILE")
-    return urls
+    if any(_target(url).authorization for url in _items(text)):
+        raise ValueError("expected no user: use ALERTMANAGER_BEARER_TOKEN_FILE")
+    return tuple(_items(text))
 
 
 def _label_pairs(text: str) -> Labels:
     pairs: dict[str, str] = {}
-    for item in filter(None, map(str.strip, text.split(","))):
+    for item in _items(text):
         name, equals, value = item.partition("=")
         if not equals or not re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
             raise ValueError("expected labels as in job=vllm,namespace=prod")
@@ -1703,14 +1693,11 @@ def _port(text: str) -> int:
 
 
 def _duration(least: float, most: float, text: str) -> float:
-    try:
-        seconds = parse_duration(text)
-    except ValueError:
-        seconds = math.nan
-    if not least <= seconds <= most:
-        low, high = format_duration(least), format_duration(most)
-        raise ValueError(f"expected {low} to {high}, as in 0.8 or 500ms")
-    return seconds
+    with suppress(ValueError):
+        if least <= parse_duration(text) <= most:
+            return parse_duration(text)
+    low, high = format_duration(least), format_duration(most)
+    raise ValueError(f"expected {low} to {high}, as in 0.8 or 500ms")
 
 
 def _one_of(choices: Sequence[str], text: str) -> str:
@@ -1723,48 +1710,55 @@ def _flag(text: str) -> bool:
     return _one_of(("true", "false"), text) == "true"
 
 
+class Setting(NamedTuple):
+    """An environment variable; its parser raises ValueError with what it expects."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str
+    help: str
+
+
 LEVELS, FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
-SETTINGS = tuple(
-    Setting(*row)
-    for row in (
-        ("METRICS_ENDPOINT", _endpoints, "http://localhost:8080/metrics",
-         "URL of the metrics, or several, separated by commas"),
-        ("METRICS_BEARER_TOKEN_FILE", str, "", "file of a token, read at each scrape"),
-        ("METRICS_CA_FILE", str, "", "certificates to trust instead of the system's"),
-        ("METRICS_CERT_FILE", str, "", "certificate to show to the metrics server"),
-        ("METRICS_KEY_FILE", str, "", "its key, if that is in a file of its own"),
-        ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
-        ("TARGET_LABELS", _label_pairs, "",
-         "labels for every series, as in job=vllm,namespace=prod"),
-        ("METRIC_TO_CHECK", _metric, "",
-         "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
-        ("METRIC_THRESHOLD", _threshold, "",
-         "highest healthy value; without METRIC_TO_CHECK that of the default rules"),
-        ("METRICS_THRESHOLD", _threshold, "", "another spelling of METRIC_THRESHOLD"),
-        ("UNHEALTHY_WHEN", parse_rules, "",
-         "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
-        ("ALERTMANAGER_URL", _urls, "",
-         "URL of an Alertmanager, or several, each of which gets every alert"),
-        ("ALERT_LABELS", _label_pairs, "", "labels of alerts, as in severity=critical"),
-        ("ALERTMANAGER_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
-        ("ALERTMANAGER_CA_FILE", str, "", "certificates to trust for it"),
-        ("POD_NAME", str, "", "label pod of alerts; the host name if unset"),
-        ("APP_PORT", _port, "8081", "port to answer on"),
-        ("APP_HOST", str, "", "address to answer on; all addresses if unset"),
-        ("METRICS_TIMEOUT", partial(_duration, 0.01, 60.0), "0.8",
-         "seconds for a whole scrape; keep it below the timeout of the probe"),
-        ("SCRAPE_INTERVAL", partial(_duration, 0.0, 3600.0), "0",
-         "seconds between checks, to answer from memory; 0 checks on each request"),
-        ("LOG_LEVEL", partial(_one_of, LEVELS), "info", ", ".join(LEVELS)),
-        ("LOG_FORMAT", partial(_one_of, FORMATS), "text", ", ".join(FORMATS)),
-    )
-)  # fmt: skip
+SETTINGS = tuple(itertools.starmap(Setting, (
+    ("METRICS_ENDPOINT", _endpoints, "http://localhost:8080/metrics",
+     "URL of the metrics, or several, separated by commas"),
+    ("METRICS_BEARER_TOKEN_FILE", str, "", "file of a token, read at each scrape"),
+    ("METRICS_CA_FILE", str, "", "certificates to trust instead of the system's"),
+    ("METRICS_CERT_FILE", str, "", "certificate to show to the metrics server"),
+    ("METRICS_KEY_FILE", str, "", "its key, if that is in a file of its own"),
+    ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
+    ("TARGET_LABELS", _label_pairs, "",
+     "labels for every series, as in job=vllm,namespace=prod"),
+    ("METRIC_TO_CHECK", _metric, "",
+     "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
+    ("METRIC_THRESHOLD", _threshold, "",
+     "highest healthy value; without METRIC_TO_CHECK that of the default rules"),
+    ("METRICS_THRESHOLD", _threshold, "", "another spelling of METRIC_THRESHOLD"),
+    ("UNHEALTHY_WHEN", parse_rules, "",
+     "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
+    ("ALERTMANAGER_URL", _urls, "",
+     "URL of an Alertmanager, or several, each of which gets every alert"),
+    ("ALERT_LABELS", _label_pairs, "", "labels of alerts, as in severity=critical"),
+    ("ALERTMANAGER_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
+    ("ALERTMANAGER_CA_FILE", str, "", "certificates to trust for it"),
+    ("POD_NAME", str, "", "label pod of alerts; the host name if unset"),
+    ("APP_PORT", _port, "8081", "port to answer on"),
+    ("APP_HOST", str, "", "address to answer on; all addresses if unset"),
+    ("METRICS_TIMEOUT", partial(_duration, 0.01, 60.0), "0.8",
+     "seconds for a whole scrape; keep it below the timeout of the probe"),
+    ("SCRAPE_INTERVAL", partial(_duration, 0.0, 3600.0), "0",
+     "seconds between checks, to answer from memory; 0 checks on each request"),
+    ("LOG_LEVEL", partial(_one_of, LEVELS), "info", ", ".join(LEVELS)),
+    ("LOG_FORMAT", partial(_one_of, FORMATS), "text", ", ".join(FORMATS)),
+)))  # fmt: skip
 
 
-# --- 6. Scrape: URL -> bytes -----------------------------------------------------
+# --- 6. Scrape: URL -> bytes ---------------------------------------------------------
 
 MAX_HEAD = 64 * 1024
 MAX_REDIRECTS = 3
+RECEIVE_BUFFER = 1024 * 1024
 AGENT = f"health_check.py/{__version__}"
 ACCEPT = (
     "text/plain;version=0.0.4;q=1,application/openmetrics-text;version=1.0.0;q=0.7,"
@@ -1776,13 +1770,18 @@ REASONS = (
     (http.client.IncompleteRead, "truncated"), (http.client.HTTPException, "bad_http"),
     (OSError, "network"), (ValueError, "bad_http"),
 )
+# A server may send back what it was sent.
+_SECRET = re.compile(r"(?i)(\?|\b(?:basic|bearer)\s+)\S+")
 
 
 class ScrapeError(Exception):
-    """A scrape failed: ``reason`` is one word for rules, the text is for people."""
+    """A scrape failed: ``reason`` is one word for rules, the text is for people.
+
+    The text has no query string and no credentials.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(_SECRET.sub(r"\1***", message))
         self.reason = reason
 
 
@@ -1835,8 +1834,9 @@ def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
 
 
 def _get(target: Target, deadline: float, access: Access) -> http.client.HTTPResponse:
-    url = target.url + (f"?{target.query}" if target.query else "")
+    at = target
     for _ in range(MAX_REDIRECTS + 1):
+        url = at.url + (f"?{at.query}" if at.query else "")
         request = urllib.request.Request(url, headers={"Accept": ACCEPT})
         if target.authorization:
             request.add_header("Authorization", target.authorization)
@@ -1845,15 +1845,17 @@ def _get(target: Target, deadline: float, access: Access) -> http.client.HTTPRes
         if response.status not in (301, 302, 303, 307, 308) or not location:
             return response
         response.close()
-        url = urllib.parse.urljoin(url, location)
-        if re.search("[^!-~]", url) or _origin(url) != _origin(target.url):
-            raise ScrapeError("redirect", "redirected to another origin: not followed")
+        at = _moved(at, url, location)
     raise ScrapeError("redirect", f"more than {MAX_REDIRECTS} redirects")
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)
+def _moved(target: Target, url: str, location: str) -> Target:
+    with suppress(ValueError):
+        moved = _target(urllib.parse.urljoin(url, location).partition("#")[0])
+        schemes = {at.url.partition(":")[0] for at in (moved, target)}
+        if moved.instance == target.instance and len(schemes) == 1:
+            return moved
+    raise ScrapeError("redirect", "redirected to another origin: not followed")
 
 
 class _Translated:
@@ -1868,11 +1870,12 @@ class _Translated:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Raise a ScrapeError for what is known."""
         if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
-            cause = getattr(error, "reason", error)
-            cause = cause if isinstance(cause, Exception) else error
+            # urllib wraps what went wrong before the answer in a URLError.
+            inner = getattr(error, "reason", None)
+            cause = inner if isinstance(inner, Exception) else error
             reason = next(name for kind, name in REASONS if isinstance(cause, kind))
-            message = "timed out" if reason == "timeout" else str(cause)
-            raise ScrapeError(reason, message[:200] or type(cause).__name__) from error
+            message = "timed out" if reason == "timeout" else str(cause)[:200]
+            raise ScrapeError(reason, message or type(cause).__name__) from error
 
 
 def send(
@@ -1891,35 +1894,14 @@ def send(
                 # Python would show it in the error of a header that it cannot send.
                 raise OSError(errno.EINVAL, "expected one token", access.token_file)
             request.add_header("Authorization", f"Bearer {token}")
-        context = _tls_context(access) if request.type == "https" else None
+        secure = request.type == "https"
+        opener = _opener(access, _versions(access)) if secure else _opener()
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or type(error).__name__
         name = getattr(error, "filename", None) or "a token, CA or certificate file"
         raise ScrapeError("credentials", f"{name}: {problem}") from None
-    opener, handler = urllib.request.OpenerDirector(), _Handler()
-    handler.context = context
-    opener.add_handler(handler)
     response = opener.open(request, timeout=_left(deadline))
     return cast(http.client.HTTPResponse, response)
-
-
-def _tls_context(access: Access) -> ssl.SSLContext:
-    files = filter(None, (access.ca_file, access.cert_file, access.key_file))
-    states = [Path(file).stat() for file in files]
-    versions = tuple((state.st_ino, state.st_mtime_ns) for state in states)
-    return _loaded_context(access, ssl.get_default_verify_paths(), versions)
-
-
-# The certificates of a system take 8 MB and 20 ms to load.
-@lru_cache(maxsize=4)
-def _loaded_context(access: Access, *_: object) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=access.ca_file or None)
-    context.sslsocket_class = _TLSSocket
-    if access.cert_file:
-        context.load_cert_chain(access.cert_file, access.key_file or None)
-    if access.skip_verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
 
 
 def _left(deadline: float) -> float:
@@ -1929,9 +1911,32 @@ def _left(deadline: float) -> float:
     return seconds
 
 
-class _Handler(urllib.request.AbstractHTTPHandler):
-    """The only handler of the opener: no proxy, no other scheme, no error pages."""
+def _versions(access: Access) -> tuple[tuple[int, ...], ...]:
+    # Certificates rotate, and it takes 20 ms to read those of the system.
+    trusted = access.ca_file or ssl.get_default_verify_paths().cafile
+    files = [os.stat(p) for p in (trusted, access.cert_file, access.key_file) if p]
+    return tuple((file.st_ino, file.st_mtime_ns, file.st_size) for file in files)
 
+
+@lru_cache(maxsize=8)
+def _opener(
+    access: Access | None = None, versions: tuple[tuple[int, ...], ...] = ()
+) -> urllib.request.OpenerDirector:
+    # One handler only: no proxy, no redirect, no other scheme, no error page.
+    opener, handler = urllib.request.OpenerDirector(), _Handler()
+    if access:
+        context = ssl.create_default_context(cafile=access.ca_file or None)
+        context.sslsocket_class = _TLSSocket
+        if access.cert_file:
+            context.load_cert_chain(access.cert_file, access.key_file or None)
+        if access.skip_verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        handler.context = context
+    opener.add_handler(handler)
+    return opener
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
     context: ssl.SSLContext | None = None
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
@@ -1967,18 +1972,17 @@ class _TLSSocket(_Socket, ssl.SSLSocket):
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(
-        self, host: str, *, context: ssl.SSLContext | None = None, **options: Any
-    ) -> None:
-        self.default_port = 443 if context else 80
+    def __init__(self, host: str, **options: Any) -> None:
+        self._context: ssl.SSLContext | None = options.pop("context")
+        self._deadline = time.monotonic() + options["timeout"]
+        self.default_port = 443 if self._context else 80
         super().__init__(host, **options)
-        self._context = context
 
     def connect(self) -> None:
-        self._deadline = time.monotonic() + cast(float, self.timeout)
         found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
         for family, kind, protocol, _, address in found:
             self.sock = _Socket(family, kind, protocol)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
             try:
                 self.sock.settimeout(_left(self._deadline))
                 self.sock.connect(address)
@@ -1987,6 +1991,7 @@ class _Connection(http.client.HTTPConnection):
                 self.sock.close()
                 if address is found[-1][4]:
                     raise
+        self.sock.settimeout(_left(self._deadline))
         if self._context:
             self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
 
@@ -1998,7 +2003,7 @@ class _Connection(http.client.HTTPConnection):
         return response
 
 
-# --- 7. Exposition: bytes x wanted names -> samples -----------------------------------
+# --- 7. Exposition: bytes x wanted names -> samples ----------------------------------
 # The text format 0.0.4 and OpenMetrics 1.0 as Prometheus' scraper reads them
 # (model/textparse/promlex.l): only the lines of wanted names are looked at.
 
@@ -2013,9 +2018,7 @@ SYNTHETIC = ("up", "scrape_error", "scrape_duration_seconds", "scrape_body_size_
 # None of these can be slow: where two repeats meet, no text fits both.
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _BRACES = rb'[ \t]*\{[^"}\n]*(?:' + _STRING + rb'[^"}\n]*)*\}'
-_SERIES = re.compile(
-    rb"[a-zA-Z_:][\w:]*(?:" + _BRACES + rb")?|" + _BRACES, re.DOTALL
-)
+_SERIES = re.compile(rb"[a-zA-Z_:][\w:]*(?:" + _BRACES + rb")?|" + _BRACES, re.DOTALL)
 _PAIR = re.compile(
     rb"[ \t]*(?:(?:([a-zA-Z_]\w*)|(" + _STRING + rb"))[ \t]*=[ \t]*)?"
     rb"(" + _STRING + rb")[ \t]*,?", re.DOTALL
@@ -2031,15 +2034,19 @@ _OPEN_STRING = re.compile(
 _LABEL_ESCAPE = re.compile(rb'\\([\\"n])')
 _LISTED_NAME = re.compile(rb"\n([a-zA-Z_:][\w:]*)")
 _NOT_BLANK = re.compile(rb"\S")
-_NULL = re.compile(rb"\s*null\s*\Z")
+_NOTHING = re.compile(rb"\s*(?:null\s*)?\Z")
 
 
 class Format(NamedTuple):
-    """How to read a body: what to find, and the labels that each sample gets."""
+    """How to read a body: what to find, the labels that each sample gets, and where.
+
+    It has a buffer, so only one body can be read by it at a time.
+    """
 
     names: frozenset[str]
     lines: re.Pattern[bytes]
     labels: Labels
+    buffer: bytearray
 
 
 def format_for(names: Iterable[str], labels: Labels) -> Format:
@@ -2047,7 +2054,8 @@ def format_for(names: Iterable[str], labels: Labels) -> Format:
     wanted = frozenset(names) - frozenset(SYNTHETIC)
     tree = _prefix_tree(sorted(wanted.union(SYNTHETIC))).encode()
     lines = re.compile(rb"\n[ \t]*(?:" + tree + rb"(?![\w:])|\{)")
-    return Format(wanted, lines, labels)
+    # Room for a newline on either side of the text.
+    return Format(wanted, lines, labels, bytearray(CHUNK + 2))
 
 
 def _prefix_tree(names: Sequence[str]) -> str:
@@ -2074,50 +2082,56 @@ def read_samples(
     """
     openmetrics = "openmetrics" in stream.content_type
     reading = Reading(format, known, _VALUE_OPENMETRICS if openmetrics else _VALUE)
-    # A newline stands before the text, so that each line starts with one.
-    buffer = bytearray(b"\n" * (CHUNK + 2))
-    view, filled = memoryview(buffer), 1
+    buffer, view = format.buffer, memoryview(format.buffer)
+    # Each line starts with a newline: what is kept of a chunk begins with one, too.
+    buffer[0], filled = NEWLINE, 1
     started = ended = final = False
     while not final:
-        count = stream.readinto(view[filled:-1])
-        filled, reading.size, final = filled + count, reading.size + count, not count
+        count = _fill(view[filled:-1], stream)
+        filled, reading.size = filled + count, reading.size + count
+        final = filled < len(view) - 1
+        if final and not started and _NOTHING.match(buffer, 0, filled):
+            return reading
         if final and buffer[filled - 1] != NEWLINE:
-            if not stream.framed and (started or not _NULL.match(buffer, 0, filled)):
+            if not stream.framed:
                 raise ScrapeError("truncated", "the last line has no end")
-            buffer[filled] = NEWLINE
-            filled += 1
+            buffer[filled], filled = NEWLINE, filled + 1
         end = buffer.rfind(b"\n", 0, filled) + 1
-        started = started or _starts(buffer, end, final, stream.content_type)
-        if started:
-            kept = reading.scan(buffer, end, final)
-        else:
-            kept = 0 if _NOT_BLANK.search(buffer, 0, end) else end - 1
-        if end > 1:
-            ended = buffer.endswith(b"\n# EOF\n", 0, end)
+        started = started or _starts(buffer, end, stream.content_type)
+        kept = reading.scan(buffer, end, final)
         if list_names and len(reading.names) < MAX_NAMES:
             reading.names.update(_LISTED_NAME.findall(buffer, 0, end))
-        view[: filled - kept] = view[kept:filled]
-        filled -= kept
+        if end > 1:
+            ended = buffer.endswith(b"\n# EOF\n", 0, end)
+        view[: filled - kept], filled = view[kept:filled], filled - kept
         if filled > CHUNK:
             raise ScrapeError("too_large", f"a line of more than {CHUNK - 1} bytes")
-    if started and openmetrics and not ended:
+    if openmetrics and not ended:
         raise ScrapeError("truncated", "no # EOF at the end of OpenMetrics text")
     return reading
 
 
-def _starts(buffer: bytearray, end: int, final: bool, content_type: str) -> bool:
+def _fill(view: memoryview, stream: Stream) -> int:
+    filled = 0
+    while filled < len(view):
+        count = stream.readinto(view[filled:])
+        if not count:
+            break
+        filled += count
+    return filled
+
+
+def _starts(buffer: bytearray, end: int, content_type: str) -> bool:
     first = _NOT_BLANK.search(buffer, 0, end)
-    if not first or _NULL.match(buffer, 0, end):
-        return False
     media = content_type.partition(";")[0].strip().lower()
-    if media.endswith(("html", "json", "+xml")):
+    if first and media.endswith(("html", "json", "+xml")):
         raise ScrapeError("not_metrics", f"Content-Type {media[:60]!r}")
-    if first[0] == b"#":
-        return True
-    try:
-        return bool(_line(buffer, first.start(), end, final, _VALUE_OPENMETRICS))
-    except ScrapeError as error:
-        raise ScrapeError("not_metrics", f"the first line is {error}") from None
+    if first and first[0] != b"#":
+        try:
+            _line(buffer, first.start(), end, True, _VALUE_OPENMETRICS)
+        except ScrapeError as error:
+            raise ScrapeError("not_metrics", f"the first line is {error}") from None
+    return bool(first)
 
 
 class Reading:
@@ -2144,15 +2158,14 @@ class Reading:
             if not line:
                 return match.start()
             text, value, at = line
-            labels = self._known[text] if text in self._known else self._labels(text)
-            self.series[text] = labels
+            labels = self._known.get(text) or self._labels(text)
             if labels:
                 # Prometheus keeps the first of two samples of one series.
                 self.samples.setdefault(labels, value)
-            self._text += len(text)
-            if len(self.samples) > MAX_SERIES or self._text > MAX_SERIES_TEXT:
-                what = f"more than {MAX_SERIES} series are wanted"
-                raise ScrapeError("too_large", what)
+                self.series[text], self._text = labels, self._text + len(text)
+            if len(self.series) > MAX_SERIES or self._text > MAX_SERIES_TEXT:
+                limits = f"{MAX_SERIES} series, or {MAX_SERIES_TEXT} bytes of them"
+                raise ScrapeError("too_large", f"more than {limits}, are wanted")
             match = self._format.lines.search(buffer, at, end)
         return end - 1
 
@@ -2165,10 +2178,10 @@ class Reading:
             return ()
         labels = {**own, **dict(self._format.labels)}
         for label, _ in self._format.labels:
+            exported = "exported_" + label
+            while exported in labels:
+                exported = "exported_" + exported
             if label in own:
-                exported = "exported_" + label
-                while exported in labels:
-                    exported = "exported_" + exported
                 labels[exported] = own[label]
         return tuple(sorted(labels.items()))
 
@@ -2179,11 +2192,9 @@ def _line(
     stop = min(end, start + MAX_LABELS)
     series = _SERIES.match(buffer, start, stop)
     number = series and value.match(buffer, series.end(), end)
-    try:
+    with suppress(ValueError):
         if series and number:
             return series[0], parse_float(number[1].decode("ascii")), number.end() - 1
-    except ValueError:
-        pass
     # A quoted label value may hold a newline, so a line may go on behind the end.
     if _OPEN_STRING.match(buffer, start, stop):
         if stop < end:
@@ -2229,41 +2240,34 @@ def _unescape(quoted: bytes) -> str:
     return text.decode()
 
 
-# --- 8. Monitor: owns history, rule states, the latest Verdict ---------------------
+# --- 8. Monitor: owns history, rule states, the latest Verdict -----------------------
 
 LOG = logging.getLogger("health_check")
 POINTS_PER_RANGE = 512
 MAX_GAP = 300.0
 TREND = 120
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-GRACE, MAX_LATE = 0.05, 0.25
-STOP = -1
+GRACE, MAX_LATE, PAUSE = 0.05, 0.25, 1.0
 BUG = "this is a bug in health_check.py: please report it"
 
 
 class Job(NamedTuple):
-    """A worker's order: scrape for this check, until a monotonic deadline."""
+    """The order to scrape all targets for a check, until a monotonic deadline."""
 
     sequence: int
     deadline: float
     list_names: bool
 
 
-class Outcome(NamedTuple):
-    """A worker's answer; there is a reading if the scrape succeeded."""
-
-    target: int
-    sequence: int
-    status: TargetStatus
-    reading: Reading | None = None
+Outcome = Tuple[TargetStatus, Optional[Reading]]
 
 
 class Monitor:
     """Checks on demand or on a schedule, and publishes a Verdict each time.
 
     One thread records, evaluates and publishes; one worker for each target scrapes.
-    All it hears comes through one inbox: a number asks for a verdict after the one of
-    that number, an Outcome comes from a worker.
+    Under one lock, ``_ordered`` tells the workers of a new job, and ``_news`` tells the
+    thread of a request or an outcome.
     """
 
     def __init__(
@@ -2274,16 +2278,15 @@ class Monitor:
         self.verdict = Verdict(0, "never scraped", clock(), wall())
         self.on_publish: Callable[[], object] = lambda: None
         self.patience = config.metrics_timeout + 2 * GRACE
-        self._inbox: queue.SimpleQueue[int | Outcome] = queue.SimpleQueue()
-        self._jobs: list[queue.SimpleQueue[Job | None]] = [
-            queue.SimpleQueue() for _ in config.metrics_endpoint
-        ]
-        self._idle = set(range(len(self._jobs)))
+        self.trends: dict[str, collections.deque[float]] = {
+            rule.name: collections.deque(maxlen=TREND) for rule in config.rules
+        }
+        lock = threading.Lock()
+        self._ordered, self._news = threading.Condition(lock), threading.Condition(lock)
+        self._job, self._outcomes = Job(0, 0.0, False), cast(Dict[int, Outcome], {})
+        self._asked, self._stopped = -1, False
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         self._windows = _windows(config.rules)
-        self._formats = [
-            format_for(self._windows, (("instance", t.instance), *config.target_labels))
-            for t in config.metrics_endpoint
-        ]
         self._history: History = {}
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._scraped = False
@@ -2291,10 +2294,6 @@ class Monitor:
         self._reserved: set[str] = set()
         self._scrapes: Counter[tuple[str, str]] = collections.Counter()
         self._durations, self._seconds = [0] * (len(BUCKETS) + 1), 0.0
-        self.trends: dict[str, collections.deque[float]] = {
-            rule.name: collections.deque(maxlen=TREND) for rule in config.rules
-        }
-        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     def start(self) -> None:
         """Start the workers and the thread that checks."""
@@ -2309,9 +2308,10 @@ class Monitor:
 
     def stop(self) -> None:
         """Ask all threads to end; a scrape that hangs ends with the process."""
-        self._inbox.put(STOP)
-        for jobs in self._jobs:
-            jobs.put(None)
+        with self._news:
+            self._stopped = True
+            self._news.notify_all()
+            self._ordered.notify_all()
 
     def alive(self) -> bool:
         """Tell whether the thread that checks is there."""
@@ -2319,32 +2319,24 @@ class Monitor:
 
     def request(self, sequence: int) -> None:
         """Ask for a verdict after the one of that number; a running check will do."""
-        self._inbox.put(sequence)
+        with self._news:
+            self._asked = max(self._asked, sequence)
+            self._news.notify()
 
     def check(self) -> Verdict:
         """Scrape all targets, evaluate all rules, publish and return the verdict."""
-        now, wall, sequence = self._clock(), self._wall(), self.verdict.sequence + 1
-        begun = time.monotonic()
         try:
-            outcomes = self._scrape(sequence)
-            if time.monotonic() - begun > self.patience + MAX_LATE:
-                # This process was suspended meanwhile: what it has seen is old.
-                now, wall, sequence = self._clock(), self._wall(), sequence + 1
-                outcomes = self._scrape(sequence)
-            fault, targets = self._judge(outcomes, now, wall)
-            rules = self._statuses
+            verdict = self._judge()
+            self._count(verdict)
+            if threading.current_thread() is self._thread:
+                # Before anybody is answered, so that the log never lags behind.
+                for level, change, fields in transitions(self.verdict, verdict):
+                    log(level, change, **fields)
+                text = verdict.reason or "Healthy"
+                LOG.debug("check %s: %s", verdict.sequence, text)
         except Exception as error:
-            LOG.exception("%s", BUG)
-            fault, rules, targets = f"bug: {type(error).__name__}: {error}", (), ()
-        verdict = Verdict(sequence, fault, now, wall, rules, targets)
-        self._count(verdict)
-        if threading.current_thread() is self._thread:
-            # Before anybody is answered, so that the log never lags behind.
-            for level, change, fields in transitions(self.verdict, verdict):
-                log(level, change, **fields)
-            LOG.debug("check %s: %s", sequence, verdict.reason or "Healthy")
-        self.verdict = verdict
-        self.on_publish()
+            verdict = self._fault(error)
+        self._publish(verdict)
         return verdict
 
     def instant(self) -> Instant:
@@ -2357,71 +2349,70 @@ class Monitor:
             ("", {"target": instance, "outcome": outcome}, count)
             for (instance, outcome), count in self._scrapes.items()
         ]
-        total, buckets = 0, []
-        for bound, count in zip((*BUCKETS, math.inf), self._durations):
-            total += count
-            buckets.append(("_bucket", {"le": format_float(bound)}, float(total)))
-        histogram = [*buckets, ("_sum", {}, self._seconds), ("_count", {}, total)]
+        counts = list(itertools.accumulate(self._durations))
+        histogram: list[tuple[str, Mapping[str, str], float]] = [
+            ("_bucket", {"le": format_float(bound)}, float(count))
+            for bound, count in zip((*BUCKETS, math.inf), counts)
+        ]
+        histogram += [("_sum", {}, self._seconds), ("_count", {}, counts[-1])]
         name, help = "health_check_scrapes_total", "Scrapes by target and outcome."
         yield Family(name, "counter", help, outcomes)
         name, help = "health_check_scrape_duration_seconds", "Time of a scrape."
         yield Family(name, "histogram", help, histogram)
 
-    def _count(self, verdict: Verdict) -> None:
-        for target in verdict.targets:
-            self._scrapes[target.instance, target.reason or "success"] += 1
-            self._durations[bisect_left(BUCKETS, target.seconds)] += 1
-            self._seconds += target.seconds
-        for status in verdict.rules:
-            missing = float(len(status.alerts)) if status.limit is None else math.nan
-            value = missing if status.value is None else status.value
-            self.trends[status.rule.name].append(value)
-
     def _run(self) -> None:
-        interval = self.config.scrape_interval or math.inf
         due = self._clock() if self.config.scrape_interval else math.inf
-        while True:
-            message = self._receive(due - self._clock())
-            if isinstance(message, Outcome):
-                self._idle.add(message.target)
-            elif message is None or message >= self.verdict.sequence:
-                due = self._clock() + interval
-                self.check()
+        while not self._stopped:
+            due = self._check_when_due(due)
 
-    def _receive(self, seconds: float) -> int | Outcome | None:
+    def _check_when_due(self, due: float) -> float:
         try:
-            timeout = None if seconds == math.inf else max(seconds, 0.0)
-            message = self._inbox.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        if message == STOP:
-            # Ends this thread, and no other, without a word.
-            raise SystemExit
-        return message
+            timeout = None if due == math.inf else due - self._clock()
+            with self._news:
+                self._news.wait_for(self._wanted, timeout)
+            due = self._clock() + (self.config.scrape_interval or math.inf)
+            if not self._stopped:
+                self.check()
+        except Exception as error:
+            self._publish(self._fault(error))
+            time.sleep(PAUSE)
+        return due
 
-    def _scrape(self, sequence: int) -> Sequence[Outcome]:
-        deadline = time.monotonic() + self.config.metrics_timeout
-        job = Job(sequence, deadline, bool(self._unseen))
-        for index in self._idle:
-            self._jobs[index].put(job)
-        self._idle.clear()
-        late = f"no answer within {format_duration(self.config.metrics_timeout)}"
-        outcomes = [
-            Outcome(index, 0, TargetStatus(target.instance, "timeout", late))
-            for index, target in enumerate(self.config.metrics_endpoint)
-        ]
-        while any(outcome.sequence != sequence for outcome in outcomes):
+    def _wanted(self) -> bool:
+        return self._stopped or self._asked >= self.verdict.sequence
+
+    def _fault(self, error: Exception) -> Verdict:
+        # The time stays that of the verdict before: a clock may be what is broken.
+        LOG.error("%s", BUG, exc_info=error)
+        fault = f"bug: {type(error).__name__}: {error}"
+        return self.verdict._replace(
+            sequence=self.verdict.sequence + 1, fault=fault, rules=(), targets=()
+        )
+
+    def _publish(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        try:
+            self.on_publish()
+        except Exception:
+            LOG.exception("%s", BUG)
+
+    def _scrape(self) -> Sequence[Outcome]:
+        timeout, targets = self.config.metrics_timeout, self.config.metrics_endpoint
+        deadline = time.monotonic() + timeout
+        with self._news:
+            sequence, self._outcomes = self._job.sequence + 1, {}
+            self._job = Job(sequence, deadline, bool(self._unseen))
+            self._ordered.notify_all()
             # A worker that keeps the deadline says more than that it passed.
-            message = self._receive(deadline + GRACE - time.monotonic())
-            if message is None:
-                break
-            if isinstance(message, Outcome):
-                if message.sequence == sequence:
-                    outcomes[message.target] = message
-                    self._idle.add(message.target)
-                else:
-                    self._jobs[message.target].put(job)
-        return outcomes
+            self._news.wait_for(
+                lambda: len(self._outcomes) == len(targets), timeout + GRACE
+            )
+            found = dict(self._outcomes)
+        late = f"no answer within {format_duration(timeout)}"
+        return [
+            found.get(index, (TargetStatus(target.instance, "timeout", late), None))
+            for index, target in enumerate(targets)
+        ]
 
     def _work(self, index: int) -> None:
         config, target = self.config, self.config.metrics_endpoint[index]
@@ -2430,10 +2421,11 @@ class Monitor:
             config.metrics_cert_file, config.metrics_key_file,
             config.metrics_tls_skip_verify,
         )
-        format, known = self._formats[index], cast(Dict[bytes, Labels], {})
-        for job in iter(self._jobs[index].get, None):
-            started = time.monotonic()
-            status, reading = TargetStatus(target.instance), None
+        format = format_for(self._windows, self._own_labels(target.instance))
+        known, job = cast(Dict[bytes, Labels], {}), self._next_job(0)
+        while job:
+            started, status = time.monotonic(), TargetStatus(target.instance)
+            reading = None
             try:
                 with open_stream(target, job.deadline, access) as stream:
                     reading = read_samples(stream, format, known, job.list_names)
@@ -2443,33 +2435,54 @@ class Monitor:
                 status = status._replace(reason=error.reason, message=str(error))
             except Exception as error:
                 LOG.exception("%s", BUG)
-                status = status._replace(reason="bug", message=repr(error))
+                message = str(ScrapeError("bug", repr(error)))
+                status = status._replace(reason="bug", message=message)
             status = status._replace(seconds=time.monotonic() - started)
-            self._inbox.put(Outcome(index, job.sequence, status, reading))
+            with self._news:
+                if job is self._job:
+                    self._outcomes[index] = status, reading
+                    self._news.notify()
+            job = self._next_job(job.sequence)
 
-    def _judge(
-        self, outcomes: Sequence[Outcome], now: float, wall: float
-    ) -> tuple[str, tuple[TargetStatus, ...]]:
+    def _next_job(self, done: int) -> Job | None:
+        with self._ordered:
+            self._ordered.wait_for(lambda: self._stopped or self._job.sequence > done)
+            return None if self._stopped else self._job
+
+    def _own_labels(self, instance: str) -> Labels:
+        return (("instance", instance), *self.config.target_labels)
+
+    def _judge(self) -> Verdict:
+        now, wall, begun = self._clock(), self._wall(), time.monotonic()
+        outcomes = self._scrape()
+        if time.monotonic() - begun > self.patience + MAX_LATE:
+            # This process was suspended meanwhile: what it has seen is old.
+            now, wall = self._clock(), self._wall()
+            outcomes = self._scrape()
         if now - self.verdict.time > MAX_GAP:
             self._statuses = tuple(map(restart_clocks, self._statuses))
-        targets = tuple(self._record(outcome, now) for outcome in outcomes)
+        targets = tuple(self._record(*outcome, now) for outcome in outcomes)
         self._forget(now)
         self._scraped = self._scraped or not all(target.reason for target in targets)
         instant = Instant(now, wall, self._history, {})
         self._statuses = tuple(_judged(status, instant) for status in self._statuses)
-        self._warn([o.reading for o in outcomes if o.reading], instant)
-        return "" if self._scraped else "never scraped", targets
+        self._warn([reading for _, reading in outcomes if reading], instant)
+        fault = "" if self._scraped else "never scraped"
+        sequence = self.verdict.sequence + 1
+        return Verdict(sequence, fault, now, wall, self._statuses, targets)
 
-    def _record(self, outcome: Outcome, now: float) -> TargetStatus:
-        status, own = outcome.status, self._formats[outcome.target].labels
-        samples = outcome.reading.samples if outcome.reading else {}
-        remembered = sum(map(len, self._history.values()))
-        if remembered + len(samples) > 2 * MAX_SERIES * len(self._jobs):
+    def _record(
+        self, status: TargetStatus, reading: Reading | None, now: float
+    ) -> TargetStatus:
+        samples = reading.samples if reading else {}
+        most = 2 * MAX_SERIES * len(self.config.metrics_endpoint)
+        if sum(map(len, self._history.values())) + len(samples) > most:
             message = "label values change with each scrape: too many series"
             status, samples = status._replace(reason="too_large", message=message), {}
         before = {t.instance: t for t in self.verdict.targets}.get(status.instance)
         same = before and bool(before.reason) == bool(status.reason)
         status = status._replace(since=before.since if before and same else now)
+        own = self._own_labels(status.instance)
         for labels, value in (*_synthetic(status, own), *samples.items()):
             self._remember(labels, value, now)
         return status
@@ -2478,9 +2491,7 @@ class Monitor:
         name = dict(labels)["__name__"]
         window = self._windows.get(name, 0.0)
         series = self._history.setdefault(name, {})
-        if labels not in series:
-            series[labels] = Points(array("d"), array("d"))
-        times, values = series[labels]
+        times, values = series.setdefault(labels, Points(array("d"), array("d")))
         # Of a storm of checks only the newest and well spaced older ones are kept.
         crowded = len(times) > 1 and times[-1] - times[-2] < window / POINTS_PER_RANGE
         if times and (crowded or not window):
@@ -2504,7 +2515,8 @@ class Monitor:
             self._reserved.add(name)
             text = f"the target serves {name}, which is set here: dropped"
             log(logging.WARNING, text, metric=name)
-        if len(readings) < len(self._jobs) or not all(r.names for r in readings):
+        named = sum(bool(reading.names) for reading in readings)
+        if named < len(self.config.metrics_endpoint):
             return
         names = {name.decode() for reading in readings for name in reading.names}
         for rule_name, selector in self._unseen:
@@ -2515,6 +2527,16 @@ class Monitor:
                 message = f"{rule_name}: no series of {text} is there{hint}"
                 log(logging.WARNING, message, rule=rule_name, selector=text)
         self._unseen = ()
+
+    def _count(self, verdict: Verdict) -> None:
+        for target in verdict.targets:
+            self._scrapes[target.instance, target.reason or "success"] += 1
+            self._durations[bisect_left(BUCKETS, target.seconds)] += 1
+            self._seconds += target.seconds
+        for status in verdict.rules:
+            missing = float(len(status.alerts)) if status.limit is None else math.nan
+            value = missing if status.value is None else status.value
+            self.trends[status.rule.name].append(value)
 
 
 def log(level: int, message: str, **fields: object) -> None:

@@ -1459,7 +1459,7 @@ class ScrapeTest(NetworkTest):
             with self.subTest(name):
                 started = time.monotonic()
                 message = self.failure(self.metrics(*pieces), 0.1)
-                self.assertLess(time.monotonic() - started, 0.1 + 0.3)
+                self.assertLess(time.monotonic() - started, 0.1 + 2.0)
                 self.assertEqual(message, "timeout: timed out")
 
     def test_redirects_stay_within_the_origin(self):
@@ -1479,7 +1479,7 @@ class ScrapeTest(NetworkTest):
             (server.url.replace("http", "https"), not_followed),
             ("file:///etc/passwd", not_followed),
             ("/metrics", "redirect: more than 3 redirects"),
-            ("http://[", "bad_http: "),
+            ("http://[", not_followed),
         ):
             for status in ("301 M", "302 F", "303 S", "307 T", "308 P"):
                 with self.subTest(location, status=status):
@@ -1506,6 +1506,34 @@ class ScrapeTest(NetworkTest):
                 moved = redirect(location)
                 server.pieces = (moved,)
                 self.assertNotIn("hush", self.failure(url))
+
+    def test_what_a_server_sends_back_of_a_secret_is_hidden(self):
+        def echo(form):
+            return lambda request: [form % request.replace(b"GET ", b"", 1)]
+
+        server = self.metrics(b"")
+        with tempfile.TemporaryDirectory() as directory:
+            token = Path(directory, "token")
+            token.write_text("hush")
+            basic = base64.b64encode(b"hush:hush").decode()
+            head = UNTIL_CLOSE.replace(b"\r\n\r\n", b"\r\nLocation: http://[%s\r\n\r\n")
+            for form in (
+                b"%s", b"HTTP/1.1 %s", b"HTTP/1.1 200 OK\r\nContent-Length: %s",
+                b"HTTP/1.1 200 OK\r\nContent-Encoding: %s", UNTIL_CLOSE + b"%s",
+                UNTIL_CLOSE + b"# a\nx{%s} 1\n", head.replace(b"200", b"302"),
+                UNTIL_CLOSE + b"Authorization: Bearer hush\n%.0s",
+            ):
+                for user, environ in (
+                    ("hush:hush@", {}), ("", {"METRICS_BEARER_TOKEN_FILE": str(token)})
+                ):
+                    server.pieces = (echo(form),)
+                    url = f"http://{user}{server.instance}/m?token=hush"
+                    monitor = self.monitor(url, UNHEALTHY_WHEN="x > 1", **environ)
+                    verdict = monitor.check()
+                    self.assertNotEqual(verdict.targets[0].reason, "")
+                    for text in (verdict.targets[0].message, "".join(self.log)):
+                        self.assertNotIn("hush", text)
+                        self.assertNotIn(basic, text)
 
     def test_a_bearer_token_is_read_at_each_scrape(self):
         server = self.metrics(page("x 1\n"))
@@ -1569,11 +1597,14 @@ class ScrapeTest(NetworkTest):
             shows = trusts._replace(cert_file=str(certificate))
             self.assertEqual(self.scrape(server, access=shows)[0], b"x 1\n")
             self.assertRegex(self.failure(server, access=trusts), "^(tls|reset): ")
-            # One is renewed as Kubernetes does it, and seen at the next scrape.
-            renewed = Path(directory, "renewed.pem")
-            renewed.write_text("no certificate")
-            renewed.replace(certificate)
-            self.assertRegex(self.failure(server, access=trusts), "^credentials: ")
+            with mock.patch.object(ssl, "create_default_context") as read:
+                self.assertEqual(self.scrape(server, access=shows)[0], b"x 1\n")
+            read.assert_not_called()
+            certificate.write_text("rotated")
+            self.assertRegex(self.failure(server, access=shows), "^credentials: ")
+            certificate.write_text(CERTIFICATE)
+            self.assertEqual(self.scrape(server, access=shows)[0], b"x 1\n")
+        self.assertIn("both.pem: No such file", self.failure(server, access=shows))
         silent = self.metrics(FOREVER).url.replace("http", "https")
         self.assertRegex(self.failure(silent, 0.1), "^(timeout|tls): ")
 
@@ -1704,6 +1735,27 @@ class Exposition(unittest.TestCase):
         self.assertEqual(shown(reading.samples), 'x{a="c"} 6; x{a="known"} 5')
         self.assertEqual(list(reading.series), [b'x{a="b"}', b'x{a="c"}'])
         self.assertEqual((reading.size, reading.names), (22, set()))
+
+    def test_label_values_that_change_grow_no_cache(self):
+        format, known = format_for(["x"], ()), {}
+        for turn in range(5):
+            lines = (f'x{{a="{turn}.{i}"}} 1\n{{"z{i}"}} 1\n' for i in range(1000))
+            source = io.BytesIO("".join(lines).encode())
+            stream = Stream("text/plain", True, source.readinto)
+            known = read_samples(stream, format, known).series
+            self.assertEqual((len(known), len(format.buffer)), (1000, 256 * 1024 + 2))
+
+    def test_a_buffer_that_is_used_again_shows_nothing_of_the_body_before(self):
+        format = format_for(["x"], ())
+        for body, expected in (
+            (b'x{a="b"} 5\n# ' + b"a" * 99, 'x{a="b"} 5'), (b"", ""), (b"x 1", "x 1")
+        ):
+            stream = Stream("text/plain", True, io.BytesIO(body).readinto)
+            self.assertEqual(shown(read_samples(stream, format, {}).samples), expected)
+
+    def test_names_that_nobody_asked_for_are_no_reason_to_fail(self):
+        text = "".join(f'{{"other.name","a"="{i:0100}"}} 1\n' for i in range(20000))
+        self.assertEqual(self.result(text + "x 5\n"), "x 5")
 
     def test_the_names_that_are_there_are_listed_on_request(self):
         reading = self.read('# a 1\nz:b{c="d"} broken\nx 5\n\nq 7', size=3)
@@ -1916,6 +1968,67 @@ class MonitorTest(NetworkTest):
         monitor.instant().history.clear()
         self.assertTrue(monitor.check().healthy)
         self.log.clear()
+
+    def test_a_bug_in_its_loop_is_unhealthy_with_its_reason_and_it_goes_on(self):
+        class Broken(Monitor):
+            breaks = 4
+
+            def _wanted(self):
+                if self._asked >= self.verdict.sequence and self.breaks:
+                    self.breaks -= 1
+                    raise KeyError("injected")
+                return super()._wanted()
+
+        monitor = Broken(self.config(self.metrics(page())))
+        with mock.patch.object(health_check, "PAUSE", 0.01):
+            monitor.start()
+            self.addCleanup(monitor.stop)
+            port = self.serve(monitor)
+            for _ in range(2):
+                expected = (503, "Unhealthy: bug: KeyError: 'injected'\n")
+                self.assertEqual(get(port, "/health?verbose"), expected)
+                self.assertEqual(get(port, "/health/Stalled")[0], 200)
+                self.assertEqual(get(port, "/livez")[0], 200)
+            self.assertEqual(get(port), (200, "Healthy\n"))
+        self.assertEqual(sum("this is a bug" in line for line in self.log), 4)
+        self.log.clear()
+
+    def test_a_bug_in_who_is_told_does_not_end_its_thread(self):
+        monitor = self.running(self.metrics(page()))
+        monitor.on_publish = lambda: 1 / 0
+        for sequence in range(3):
+            monitor.request(sequence)
+            self.assertTrue(wait_until(lambda n=sequence: monitor.verdict.sequence > n))
+        self.assertTrue(monitor.alive() and monitor.verdict.healthy)
+        self.assert_any("this is a bug", self.log)
+        self.log.clear()
+
+    def test_a_monitor_that_is_dead_is_told_to_livez_and_health(self):
+        monitor = self.running(self.metrics(page()))
+        port = self.serve(monitor)
+        self.assertEqual(get(port), (200, "Healthy\n"))
+        monitor.check = sys.exit
+        status, body = get(port, "/health?verbose")
+        self.assertEqual((status, "no verdict within" in body), (503, True))
+        self.assertEqual(get(port, "/livez")[0], 503)
+
+    def test_a_jump_of_the_system_clock_moves_what_is_shown_and_nothing_else(self):
+        clock, wall = Clock(), Clock()
+        rules = "Q: q > 10 for 10s; C: changes(q[10s]) > 0; T: vector(time()) > 1e5"
+        server = self.metrics(page("q 11\n"))
+        config = self.config(server, UNHEALTHY_WHEN=rules)
+        monitor = Monitor(config, clock=clock, wall=wall)
+        monitor.start_workers()
+        self.addCleanup(monitor.stop)
+        states = []
+        for jump in 0, 86400, -2 * 86400, 3 * 86400:
+            clock.now, wall.now = clock.now + 4, wall.now + 4 + jump
+            verdict = monitor.check()
+            self.assertEqual((verdict.time, verdict.wall), (clock.now, wall.now))
+            states.append([status.state for status in verdict.rules[:3]])
+        expected = [["pending", "inactive", "inactive"]] * 3
+        self.assertEqual(states, [*expected, ["firing", "inactive", "firing"]])
+        self.assertEqual(len(monitor.instant().history["q"].popitem()[1].times), 3)
 
     def test_the_log_has_the_changes_and_only_those(self):
         server = self.metrics(page("q 11\n"))
