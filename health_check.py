@@ -2286,7 +2286,10 @@ class Monitor:
         self._job, self._outcomes = Job(0, 0.0, False), cast(Dict[int, Outcome], {})
         self._asked, self._stopped = -1, False
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        self._windows = _windows(config.rules)
+        selectors = [s for rule in config.rules for s in find_selectors(rule.expr)]
+        # The longest window of a name comes last, and stays.
+        selectors.sort(key=lambda selector: selector.window)
+        self._windows = {selector.name: selector.window for selector in selectors}
         self._history: History = {}
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._scraped = False
@@ -2345,20 +2348,20 @@ class Monitor:
 
     def families(self) -> Iterator[Family]:
         """Yield what has been counted of scrapes, as metrics."""
-        outcomes = [
-            ("", {"target": instance, "outcome": outcome}, count)
-            for (instance, outcome), count in self._scrapes.items()
-        ]
+        yield Family(
+            "health_check_scrapes_total", "counter", "Scrapes by target and outcome.",
+            [
+                ("", {"target": instance, "outcome": outcome}, count)
+                for (instance, outcome), count in self._scrapes.items()
+            ],
+        )
+        bounds = map(format_float, (*BUCKETS, math.inf))
         counts = list(itertools.accumulate(self._durations))
-        histogram: list[tuple[str, Mapping[str, str], float]] = [
-            ("_bucket", {"le": format_float(bound)}, float(count))
-            for bound, count in zip((*BUCKETS, math.inf), counts)
-        ]
-        histogram += [("_sum", {}, self._seconds), ("_count", {}, counts[-1])]
-        name, help = "health_check_scrapes_total", "Scrapes by target and outcome."
-        yield Family(name, "counter", help, outcomes)
-        name, help = "health_check_scrape_duration_seconds", "Time of a scrape."
-        yield Family(name, "histogram", help, histogram)
+        buckets = [("_bucket", {"le": le}, n) for le, n in zip(bounds, counts)]
+        yield Family(
+            "health_check_scrape_duration_seconds", "histogram", "Time of a scrape.",
+            [*buckets, ("_sum", {}, self._seconds), ("_count", {}, counts[-1])],
+        )
 
     def _run(self) -> None:
         due = self._clock() if self.config.scrape_interval else math.inf
@@ -2609,13 +2612,6 @@ def _synthetic(status: TargetStatus, own: Labels) -> Iterator[tuple[Labels, floa
     if status.reason:
         error = ("__name__", "scrape_error"), ("reason", status.reason)
         yield tuple(sorted((*error, *own))), 1.0
-
-
-def _windows(rules: Iterable[Rule]) -> dict[str, float]:
-    selectors = [selector for rule in rules for selector in find_selectors(rule.expr)]
-    # The longest window of a name comes last, and stays.
-    selectors.sort(key=lambda selector: selector.window)
-    return {selector.name: selector.window for selector in selectors}
 
 
 def _user_selectors(rules: Iterable[Rule]) -> Sequence[tuple[str, Selector]]:
