@@ -2721,9 +2721,10 @@ class Notifier:
             if not self._post(batch, now):
                 return RETRY
             for notice in batch:
-                self._notices[notice.labels] = notice._replace(sent=now)
+                sent = self._known(notice, now)
+                self._notices[notice.labels] = notice._replace(sent=sent)
         times = [notice.sent or now for notice in self._notices.values()]
-        return max(min(times) + RESEND - self._clock(), 0.1) if times else None
+        return max(min(times) + RESEND - self._clock(), RETRY) if times else None
 
     def _update(self, verdict: Verdict) -> None:
         now = verdict.time
@@ -2750,12 +2751,16 @@ class Notifier:
         for labels in ended[:-MAX_ALERTS]:
             del self._notices[labels]
 
+    def _known(self, notice: Notice, now: float) -> float:
+        # That an alert fires is known as of the verdict, that it has ended for ever.
+        return cast(Verdict, self._verdict).time if notice.ended is None else now
+
     def _due(self, notice: Notice, now: float) -> bool:
         # Without fresh verdicts nobody knows whether an alert still fires.
-        stale = self._verdict is None or now - self._verdict.time >= LIFETIME
-        if notice.ended is None and stale:
+        known = self._known(notice, now)
+        if now - known >= LIFETIME:
             return False
-        return notice.sent is None or now - notice.sent >= RESEND
+        return notice.sent is None or known - notice.sent >= RESEND
 
     def _post(self, batch: Sequence[Notice], now: float) -> bool:
         body = json.dumps([self._payload(notice) for notice in batch]).encode()

@@ -473,7 +473,9 @@ class AlertmanagerTest(ProcessTest):
         self.assertLess(LIFETIME - 1, end)
         self.assertLess(end, LIFETIME + 0.1)
         program.probe()
+        again = time.time()
         self.expect("firing 0", "resolved 0", "firing 0")
+        print(f"told again {self.receiver.record[-1].time - again:.2f} s later")
 
     def test_an_alert_ends_by_itself_when_the_program_is_gone(self) -> None:
         program = self.watch()
