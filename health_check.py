@@ -3088,28 +3088,31 @@ def _target_html(target: TargetStatus, now: float) -> str:
 
 
 def _graph(values: Sequence[float], limit: float | None) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    if len(values) < 2 or not finite:
+    bound = math.nan if limit is None else limit
+    levels = [value for value in (*values, bound) if math.isfinite(value)]
+    if len(values) < 2 or not levels:
         return ""
-    levels = finite if limit is None else [*finite, limit]
-    low, high = min(0.0, *levels), max(levels)
-    scale = 36 / (high - low) if high > low else 0.0
-
-    def y(value: float) -> str:
-        return f"{38 - (value - low) * scale:.1f}"
-
-    path, pen = "", "M"
-    # The newest is at the right; a check without a value leaves a gap.
-    for x, value in enumerate(values, TREND - len(values)):
-        if math.isfinite(value):
-            path += f"{pen}{2 * x} {y(value)}h2"
-        pen = "L" if math.isfinite(value) else "M"
-    line = "" if limit is None else f'<path class="limit" d="M0 {y(limit)}h240"/>'
+    low = min(0.0, *levels)
+    scale = 36 / ((max(0.0, *levels) - low) or 1.0)
+    *heights, height = (38 - (value - low) * scale for value in (*values, bound))
+    line = f'<path class="limit" d="M0 {height:.1f}h240"/>'
+    line = line if math.isfinite(height) else ""
     what = "series" if limit is None else f"values, limit {format_float(limit)}"
     return (
         '<svg viewBox="0 0 240 40" preserveAspectRatio="none" role="img" '
-        f'aria-label="{what}, last {len(values)} checks">{line}<path d="{path}"/></svg>'
+        f'aria-label="{what}, last {len(values)} checks">{line}'
+        f'<path d="{_path(heights)}"/></svg>'
     )
+
+
+def _path(heights: Sequence[float]) -> str:
+    # The newest is at the right; a check without a value leaves a gap.
+    path, pen = "", "M"
+    for x, height in enumerate(heights, TREND - len(heights)):
+        if math.isfinite(height):
+            path += f"{pen}{2 * x} {height:.1f}h2"
+        pen = "L" if math.isfinite(height) else "M"
+    return path
 
 
 STYLE = """

@@ -2527,6 +2527,22 @@ class ServeTest(NetworkTest):
         # A check without a value is a gap, not a nought.
         self.assertIn('<path d="M232 26.0h2L234 14.0h2L236 2.0h2"/>', shown)
 
+    def test_a_line_is_drawn_of_what_can_be_drawn(self):
+        rule = RuleStatus(parse_rules("Q: q > 1")[0])
+        flat, top = "M236 38.0h2L238 38.0h2", "M236 38.0h2L238 2.0h2"
+        for values, limit, line in (
+            ([0, 0], None, f'"{flat}"'), ([0, 9], None, f'"{top}"'),
+            ([-9, 0], None, f'"{top}"'), ([0, 9], 4.5, "M0 20.0h240"),
+            ([math.nan] * 2, 5.0, '<path d=""/>'), ([0, 9], math.inf, f'"{top}"'),
+            ([1e308, -1e308], 1e308, '<path d="'), ([math.inf] * 2, None, "</h2><p>"),
+            ([1], 5.0, "</h2><p>"), ([], None, "</h2><p>"),
+        ):
+            with self.subTest((values, limit)):
+                verdict = Verdict(1, "", NOW, WALL, (rule._replace(limit=limit),))
+                body = health_check.answer_page(verdict, {"Q": values}).body
+                self.assertIn(line, body)
+                self.assertNotRegex(body, r"\b(nan|inf)\b")
+
     def test_a_rule_of_its_own_fails_open(self):
         server = self.metrics(page("q 11\nr 1\n"))
         rules = "Q: q > 10; R: r + on() q > 1"
