@@ -885,7 +885,7 @@ README = (PROGRAM.parent / "README.md").read_text("utf-8")
 PATCHED = """
 import sys, health_check
 def broken(*_):
-    raise RuntimeError("broken on purpose")
+    raise {error}("broken on purpose")
 health_check.{name} = broken
 sys.exit(health_check.main())
 """
@@ -1015,25 +1015,27 @@ class FailuresTest(ProcessTest):
 
     def test_the_checker_itself_fails(self) -> None:
         server, bug = self.metrics("q 3\n"), f"ERROR {hc.BUG}"
-        for name, fault, log in (
-            # In one rule, in all of a check, and where nothing is expected to fail.
-            ("judge", "error: bug: RuntimeError: broken on purpose", bug),
-            ("bisect_right", "bug: RuntimeError: broken on purpose", bug),
-            ("transitions", "no verdict within the deadline", "Exception in thread"),
+        broken, stuck = "bug: RuntimeError: broken on purpose", "no verdict within the"
+        for name, error, reason, log in (
+            # In one rule, in all of a check, when it is logged; and no thread is left.
+            ("judge", "RuntimeError", f"error: {broken}", bug),
+            ("bisect_right", "RuntimeError", broken, bug),
+            ("transitions", "RuntimeError", broken, bug),
+            ("transitions", "KeyboardInterrupt", stuck, "Exception in thread monitor"),
         ):
-            with self.subTest(name):
+            with self.subTest(name, error=error):
                 program = Program(
-                    PATCHED.format(name=name),
+                    PATCHED.format(name=name, error=error),
                     METRICS_ENDPOINT=server.url,
                     METRICS_TIMEOUT="0.5",
                 )
                 self.addCleanup(program.close)
                 self.assertEqual(program.get(), (503, "Unhealthy\n"))
-                self.assertRegex(program.get("/health?verbose")[1], fault)
+                self.assertIn(reason, program.get("/health?verbose")[1])
                 self.assertIn(log, program.log)
                 self.assertIn("Traceback (most recent call last):", program.log)
-                dead = name == "transitions"
-                self.assertEqual(program.get("/livez")[0], 503 if dead else 200)
+                alive = 503 if reason == stuck else 200
+                self.assertEqual(program.get("/livez")[0], alive)
 
 
 # -- 5. A quiet log -------------------------------------------------------------------
