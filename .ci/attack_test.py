@@ -1111,7 +1111,7 @@ class FromDownstream(AttackTest):
         self.assertEqual(CONTROL.findall(log)[:3], [])
         for line in log.splitlines():
             if log_format == "json":
-                self.assertEqual({*json.loads(line)}, {"time", "level", "message"})
+                self.assertLessEqual({"time", "level", "message"}, {*json.loads(line)})
             else:
                 self.assertRegex(
                     line[:60], r"\A\d{4}-[\d-]+T[\d:.]+Z (DEBUG|INFO|WARNING) "
@@ -1145,6 +1145,7 @@ class FromDownstream(AttackTest):
                     until(lambda: checker.usage()[2:] == before[2:])
                     time.sleep(0.15)
                     new = checker.log.splitlines()[lines:]
+                    new = [line for line in new if " DEBUG check " not in line]
                     self.assertLessEqual(len(new), 2 if b"\r\n" in data else 1, new)
                     self.assertTrue(all(" DEBUG " in line for line in new), new)
             for _ in range(TIMES // 4):

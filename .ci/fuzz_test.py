@@ -443,7 +443,9 @@ class Fuzz(unittest.TestCase):
             for name in TARGETS
         }  # fmt: skip
         for run in cls.runs.values():
-            cls.addClassCleanup(run.communicate)
+            assert run.stdout
+            cls.addClassCleanup(run.stdout.close)
+            cls.addClassCleanup(run.wait)
             cls.addClassCleanup(run.kill)
 
     def wait_for(self, name: str) -> None:
