@@ -262,7 +262,7 @@ def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         st.builds(
             "{} {} {}{}".format, inner, st.sampled_from(OPERATORS), matching, inner
         ),
-        st.builds("({})".format, inner),
+        st.builds("({} {} {})".format, inner, st.sampled_from(OPERATORS), inner),
         st.builds("-{}".format, inner),
         st.builds("{} {} ({})".format, sums, groupings, inner),
         st.builds("{}({}) {}".format, sums, inner, groupings),
@@ -275,7 +275,7 @@ def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 ranges = st.builds(
     "{}({}[{}])".format, st.sampled_from(FUNCTIONS), selectors, durations
 )
-expressions = st.recursive(selectors | ranges | numbers, larger, max_leaves=8)
+expressions = st.recursive(selectors | ranges | numbers, larger, max_leaves=6)
 rules = st.builds(
     "{}{}{}{}".format,
     st.sampled_from(["", "Name: ", "_a9: "]),
@@ -283,7 +283,7 @@ rules = st.builds(
     st.sampled_from(["", " for 5m", " for 90", " for 0s"]),
     st.sampled_from(["", " keep_firing_for 1h30m", " keep_firing_for 500ms"]),
 )
-rule_texts = st.one_of(
+rule_texts = rules | st.one_of(
     soup, deep, texts, rules, st.lists(rules, max_size=3).map("; ".join)
 )
 
