@@ -1954,13 +1954,14 @@ class _Socket(socket.socket):
 
     deadline: float
     allowance: float
+    cut = ""
 
     def recv_into(self, *arguments: Any, **options: Any) -> int:
         self.settimeout(_left(self.deadline))
         count = super().recv_into(*arguments, **options)
-        if not count and self.allowance < math.inf:
-            # ``http.client`` would take a head that is cut for a whole one.
-            raise ConnectionResetError("closed before the end of the head")
+        if not count and self.cut:
+            # ``http.client`` takes a head, or a chunk's size 0a, that is cut for whole.
+            raise ScrapeError(self.cut, "closed before the end")
         self.allowance -= count
         if self.allowance < 0:
             raise ScrapeError("too_large", f"a head of more than {MAX_HEAD} bytes")
@@ -1997,9 +1998,9 @@ class _Connection(http.client.HTTPConnection):
 
     def getresponse(self) -> http.client.HTTPResponse:
         sock: Any = self.sock
-        sock.deadline, sock.allowance = self._deadline, MAX_HEAD
+        sock.deadline, sock.allowance, sock.cut = self._deadline, MAX_HEAD, "reset"
         response = super().getresponse()
-        sock.allowance = math.inf
+        sock.allowance, sock.cut = math.inf, "truncated" if response.chunked else ""
         return response
 
 

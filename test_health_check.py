@@ -1431,6 +1431,31 @@ class ScrapeTest(NetworkTest):
             with self.subTest(url):
                 self.assertRegex(self.failure(url), f"^{expected}")
 
+    def test_a_cut_at_any_byte_fails_the_scrape(self):
+        whole = page("x 1\n")
+        chunks = CHUNKED + b"4\r\nx 1\n\r\n0\r\n"
+        server = self.metrics()
+        for answer in whole, chunks:
+            for length in range(len(answer)):
+                with self.subTest(answer[:length]):
+                    server.pieces = (answer[:length],)
+                    self.assertRegex(self.failure(server), "^(reset|truncated): ")
+
+    def test_failures_leave_no_descriptor_and_no_thread(self):
+        def held():
+            return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+        server = self.metrics()
+        self.failure(server.url.replace("/metrics", "/"))
+        before = held()
+        for pieces in [b""], [b"A" * 99], [redirect("/")], [page("x")[:-1]], [FOREVER]:
+            server.pieces = pieces
+            for _ in range(1 if FOREVER in pieces else 20):
+                self.failure(server, 0.05 if FOREVER in pieces else 0.5)
+        server.close()
+        self.assertTrue(wait_until(lambda: held()[1] < before[1]))
+        self.assertLess(held()[0], before[0])
+
     def test_a_failure_leaves_no_buffer_for_the_garbage_collector(self):
         def views():
             return sum(isinstance(thing, memoryview) for thing in gc.get_objects())
@@ -2067,14 +2092,15 @@ class MonitorTest(NetworkTest):
         )
         port = self.port_of(process)
         self.assertTrue(wait_until(lambda: get(port)[0] == 200, 5))
-        for _ in range(2):
-            seen = len(server.requests)
-            # Suspended while a scrape is in flight, whose deadline passes.
-            self.assertTrue(wait_until(lambda seen=seen: len(server.requests) > seen))
-            process.send_signal(signal.SIGSTOP)
-            time.sleep(0.9)
-            process.send_signal(signal.SIGCONT)
-            self.assertEqual(get(port), (200, "Healthy\n"))
+        seen = len(server.requests)
+        # Suspended while a scrape is in flight, whose deadline passes.
+        self.assertTrue(wait_until(lambda: len(server.requests) > seen))
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.8)
+        process.send_signal(signal.SIGCONT)
+        self.assertEqual(get(port), (200, "Healthy\n"))
+        process.terminate()
+        self.assertEqual(process.wait(5), 0)
 
     def test_a_schedule_needs_no_request(self):
         server = self.metrics(page())
