@@ -3,10 +3,12 @@ ARG BASE=python:3.13-slim
 
 # An image whose tests fail cannot be built.
 FROM ${BASE} AS tested
+USER 0
 WORKDIR /app
 COPY health_check.py .
 RUN ["python3", "-m", "compileall", "-q", "-b", "/app/health_check.py"]
-COPY . .
+COPY --chmod=755 . .
+USER 65532:65532
 RUN ["python3", "-m", "unittest"]
 
 FROM ${BASE}
@@ -15,7 +17,7 @@ LABEL org.opencontainers.image.title="health_check.py" \
       org.opencontainers.image.version="1.0.0" \
       org.opencontainers.image.licenses="MIT"
 WORKDIR /app
-COPY --from=tested /app/health_check.py /app/health_check.pyc /app/LICENSE ./
+COPY --from=tested --chmod=444 /app/health_check.py /app/health_check.pyc /app/LICENSE ./
 # Both bases come without byte code of the standard library, and nobody can write any
 # later: without this run, each start and each probe would compile it again.
 USER 0
