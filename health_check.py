@@ -30,7 +30,15 @@ and fails open, for liveness: a fault of this program must not restart an engine
 
 from __future__ import annotations
 
-import argparse
+import os
+import signal
+import sys
+
+if __name__ == "__main__" and not sys.argv[1:]:
+    # Before the imports, which take a while: PID 1 never sees a signal without this.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+
 import base64
 import collections
 import difflib
@@ -45,14 +53,10 @@ import json
 import logging
 import math
 import operator
-import os
 import re
 import selectors
-import signal
 import socket
 import ssl
-import sys
-import textwrap
 import threading
 import time
 import urllib.parse
@@ -66,6 +70,7 @@ from typing import (
     Callable,
     Counter,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -2628,6 +2633,7 @@ def _user_selectors(rules: Iterable[Rule]) -> Sequence[tuple[str, Selector]]:
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
+ALERTS_API = "/api/v2/alerts"
 RESEND = 60.0
 LIFETIME = 4 * RESEND
 RETENTION = 900.0
@@ -2655,23 +2661,22 @@ class Notifier:
     """
 
     def __init__(
-        self,
-        config: Config,
-        url: str,
-        generator: str,
+        self, config: Config, url: str, generator: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.instance = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
+        parts = urllib.parse.urlsplit(url)
+        path = parts.path.rstrip("/")
+        path += "" if path.endswith(ALERTS_API) else ALERTS_API
+        self.instance, self._url = parts.netloc, parts._replace(path=path).geturl()
         self.sent = self.failed = 0
-        self._config, self._url, self._generator = config, url, generator
-        self._clock = clock
+        self._config, self._generator, self._clock = config, generator, clock
         self._access = Access(
             config.alertmanager_bearer_token_file, config.alertmanager_ca_file
         )
         self._verdict: Verdict | None = None
-        self._firing: frozenset[Labels] = frozenset()
+        self._firing: frozenset[tuple[str, Labels]] = frozenset()
         self._notices: dict[Labels, Notice] = {}
-        self._retry: float | None = None
+        self._problem, self._retry = "", -math.inf
         self._changed, self._stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
 
@@ -2689,12 +2694,7 @@ class Notifier:
         if not verdict.rules:
             return
         self._verdict = verdict
-        firing = frozenset(
-            ((("rule", status.rule.name), *alert.labels))
-            for status in verdict.rules
-            for alert in status.alerts
-            if alert.state == "firing"
-        )
+        firing = frozenset((s.rule.name, alert.labels) for s, alert in _firing(verdict))
         if firing != self._firing:
             self._firing = firing
             self._changed.set()
@@ -2711,15 +2711,16 @@ class Notifier:
 
     def work(self) -> float | None:
         """Send what is due, and return the seconds until there may be more to say."""
-        now, verdict = self._clock(), self._verdict
-        if verdict:
-            self._update(verdict)
-        due = [notice for notice in self._notices.values() if self._due(notice, now)]
-        if self._retry is not None and now < self._retry:
+        now = self._clock()
+        if self._verdict:
+            self._update(self._verdict, now)
+        if now < self._retry:
             return self._retry - now
+        due = [notice for notice in self._notices.values() if self._due(notice, now)]
         for start in range(0, len(due), BATCH):
             batch = due[start : start + BATCH]
-            if not self._post(batch, now):
+            if not self._post(batch):
+                self._retry = now + RETRY
                 return RETRY
             for notice in batch:
                 sent = self._known(notice, now)
@@ -2727,29 +2728,23 @@ class Notifier:
         times = [notice.sent or now for notice in self._notices.values()]
         return max(min(times) + RESEND - self._clock(), RETRY) if times else None
 
-    def _update(self, verdict: Verdict) -> None:
-        now = verdict.time
+    def _update(self, verdict: Verdict, now: float) -> None:
         firing = {
-            labels: (status, alert)
-            for status in verdict.rules
-            for alert in status.alerts
-            if alert.state == "firing"
-            for labels in [_alert_labels(status.rule, alert, self._config)]
+            _alert_labels(status.rule, alert, self._config): (status, alert)
+            for status, alert in _firing(verdict)
         }
         for labels, (status, alert) in itertools.islice(firing.items(), MAX_ALERTS):
-            old = self._notices.get(labels)
+            old, started = self._notices.pop(labels, None), alert.fired or verdict.time
+            sent = old.sent if old and old.ended is None else None
             annotations = _annotations(status, alert, verdict.targets)
-            notice = Notice(labels, annotations, alert.fired or now)
-            if old and old.ended is None:
-                notice = notice._replace(sent=old.sent)
-            self._notices[labels] = notice
+            self._notices[labels] = Notice(labels, annotations, started, None, sent)
         for labels, notice in list(self._notices.items()):
-            if labels not in firing and notice.ended is None:
-                self._notices[labels] = notice._replace(ended=now, sent=None)
-            elif notice.ended is not None and self._clock() - notice.ended > RETENTION:
+            if notice.ended is not None and now - notice.ended > RETENTION:
                 del self._notices[labels]
-        ended = [n.labels for n in self._notices.values() if n.ended is not None]
-        for labels in ended[:-MAX_ALERTS]:
+            elif notice.ended is None and labels not in firing:
+                self._notices[labels] = notice._replace(ended=verdict.time, sent=None)
+        # Those that fire come last; the others end by themselves.
+        for labels in list(self._notices)[: -2 * MAX_ALERTS]:
             del self._notices[labels]
 
     def _known(self, notice: Notice, now: float) -> float:
@@ -2759,57 +2754,54 @@ class Notifier:
     def _due(self, notice: Notice, now: float) -> bool:
         # Without fresh verdicts nobody knows whether an alert still fires.
         known = self._known(notice, now)
-        if now - known >= LIFETIME:
-            return False
-        return notice.sent is None or known - notice.sent >= RESEND
+        fresh = now - known < LIFETIME
+        return fresh and (notice.sent is None or known - notice.sent >= RESEND)
 
-    def _post(self, batch: Sequence[Notice], now: float) -> bool:
+    def _post(self, batch: Sequence[Notice]) -> bool:
         body = json.dumps([self._payload(notice) for notice in batch]).encode()
-        request = urllib.request.Request(self._url, body)
-        request.add_header("Content-Type", "application/json")
-        problem = ""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self._url, body, headers)
+        deadline, status, problem = time.monotonic() + SEND_TIMEOUT, 0, ""
         try:
-            with _Translated(), send(
-                request, time.monotonic() + SEND_TIMEOUT, self._access
-            ) as response:
-                if not 200 <= response.status < 300:
-                    problem = f"HTTP {response.status}: {response.read(200)!r}"
+            with _Translated(), send(request, deadline, self._access) as response:
+                status = response.status
+                if not 200 <= status < 300:
+                    problem = f"HTTP {status}: {response.read(200)!r}"
         except ScrapeError as error:
             problem = f"{error.reason}: {error}"
-        if problem:
-            self.failed += len(batch)
-            if self._retry is None:
-                self._log(logging.WARNING, problem, reason=problem)
-            self._retry = now + RETRY
-            return False
-        self.sent += len(batch)
-        if self._retry is not None:
-            self._log(logging.INFO, "takes alerts again", reason="")
-        self._retry = None
-        return True
-
-    def _log(self, level: int, what: str, *, reason: str) -> None:
-        message = f"Alertmanager {self.instance}: {what}"
-        log(level, message, alertmanager=self.instance, reason=reason)
+        if bool(problem) != bool(self._problem):
+            message = f"Alertmanager {self.instance}: {problem or 'takes alerts again'}"
+            level = logging.WARNING if problem else logging.INFO
+            log(level, message, alertmanager=self.instance, reason=problem)
+        self._problem = problem
+        self.sent += 0 if problem else len(batch)
+        self.failed += len(batch) if problem else 0
+        # One bad alert makes it 400, and the others of its batch are taken: none may
+        # hold up the rest, and all are due again in a minute.
+        return not problem or 400 <= status < 500
 
     def _payload(self, notice: Notice) -> dict[str, Any]:
         verdict = cast(Verdict, self._verdict)
-        offset = verdict.wall - verdict.time
         ended = verdict.time + LIFETIME if notice.ended is None else notice.ended
         return {
             "labels": dict(notice.labels),
             "annotations": notice.annotations,
-            "startsAt": format_time(notice.started + offset),
-            "endsAt": format_time(ended + offset),
+            "startsAt": format_time(verdict.wall_of(notice.started)),
+            "endsAt": format_time(verdict.wall_of(ended)),
             "generatorURL": self._generator,
         }
+
+
+def _firing(verdict: Verdict) -> Iterator[tuple[RuleStatus, Alert]]:
+    for status in verdict.rules:
+        yield from ((status, a) for a in status.alerts if a.state == "firing")
 
 
 def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
     # Labels are an alert's identity; localhost:8000 is the same in every pod.
     labels = {
-        re.sub(r"^(?=\d)|[^a-zA-Z0-9_]", "_", name): value
-        for name, value in unnamed(alert.labels)
+        re.sub(r"[^a-zA-Z0-9_]|^(?=\d)", "_", "exported_pod" if k == "pod" else k): v
+        for k, v in unnamed(alert.labels)
     }
     labels.update(config.target_labels)
     labels.update({"pod": config.pod_name, **dict(config.alert_labels)})
@@ -2820,32 +2812,29 @@ def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
 def _annotations(
     status: RuleStatus, alert: Alert, targets: Sequence[TargetStatus]
 ) -> dict[str, str]:
-    series = f"{format_series(alert.labels)} {format_float(alert.value)}"
+    value = format_float(alert.value)
+    series = f"{format_series(alert.labels)} {value}"
     what = [f"The rule {format_rule(status.rule)} fires for {series}"]
     # No series of Down: up == 0 has the reason.
     for target in targets:
         if target.reason:
             problem = f"{target.reason}: {escape_controls(target.message)}"
             what.append(f"the scrape of {target.instance} failed: {problem}")
-    return {
-        "summary": f"{status.rule.name}: {series}",
-        "description": "; ".join(what),
-        "value": format_float(alert.value),
-    }
+    summary, description = f"{status.rule.name}: {series}", "; ".join(what)
+    return {"summary": summary, "description": description, "value": value}
 
 
 # --- 10. Serve: Verdict -> HTTP ------------------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
+MAX_LINES = 102
+ACCEPTS = 64
 PATIENCE = 5.0
-PATHS = ("/", "/health", "/livez", "/metrics")
 ALLOWED = ("GET", "HEAD")
 WORDS = {"firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass"}
 TEXT = "text/plain; charset=utf-8"
-# The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
-# section 3.2); it matches any text.
-_TARGET = re.compile(r"(?:https?://[^/?#]*)?([^?#]*)\??([^#]*)")
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Answer(NamedTuple):
@@ -2863,7 +2852,7 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
     ``verbose`` and ``exclude=Name`` are those of kube-apiserver, ``format=json`` is
     draft-inadarei-api-health-check-06.
     """
-    options = urllib.parse.parse_qs(query, keep_blank_values=True)
+    options = urllib.parse.parse_qs(query, keep_blank_values=True) if query else {}
     excluded = options.get("exclude", [])
     failing = verdict.fault or ", ".join(verdict.failing(excluded))
     status, word = (503, "Unhealthy") if failing else (200, "Healthy")
@@ -2874,15 +2863,14 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
         return Answer(status, f"{word}\n")
     unknown = sorted(set(excluded) - {status.rule.name for status in verdict.rules})
     lines = [
-        *_target_lines(verdict),
-        *_rule_lines(verdict, excluded),
+        *_verbose_lines(verdict, excluded),
         *(f"warn: no rule {quote(name)} to exclude" for name in unknown),
         f"{word}: {failing}" if failing else word,
     ]
     return Answer(status, "".join(f"{escape_controls(line)}\n" for line in lines))
 
 
-def answer_rule(verdict: Verdict, name: str) -> Answer:
+def answer_rule(name: str, verdict: Verdict, query: str = "") -> Answer:
     """Answer ``/health/Name``: it fails open, so only a rule that fires is 503."""
     status = next((s for s in verdict.rules if s.rule.name == name), None)
     if status and status.state == "firing":
@@ -2891,79 +2879,79 @@ def answer_rule(verdict: Verdict, name: str) -> Answer:
     return Answer(200, f"Healthy (unknown: {unknown})\n" if unknown else "Healthy\n")
 
 
-def _target_lines(verdict: Verdict) -> Iterator[str]:
+def answer_livez(alive: bool) -> Answer:
+    """Answer ``/livez``: whether this program can check, whatever the checks find."""
+    if alive:
+        return Answer(200, "Healthy\n")
+    return Answer(503, "Unhealthy: the monitor thread is dead\n")
+
+
+def _verbose_lines(verdict: Verdict, excluded: Sequence[str]) -> Iterator[str]:
     for target in verdict.targets:
         if target.reason:
-            since = format_duration(int(verdict.time - target.since))
-            what = f"failed for {since}: {target.reason}: {target.message}"
-            yield f"[-]scrape of {target.instance} {what}"
-
-
-def _rule_lines(verdict: Verdict, excluded: Sequence[str]) -> Iterator[str]:
+            yield f"[-]scrape of {target.instance} {_outcome(target, verdict.time)}"
     for status in verdict.rules:
-        name, text = status.rule.name, describe(status, verdict.time)
-        if name in excluded:
-            yield f"[+]{name} excluded: {text}"
-        else:
-            yield f"[{'-' if status.failing else '+'}]{name} {text}"
+        sign = "+" if status.rule.name in excluded or not status.failing else "-"
+        note = " excluded:" if status.rule.name in excluded else ""
+        yield f"[{sign}]{status.rule.name}{note} {describe(status, verdict.time)}"
+
+
+def _outcome(target: TargetStatus, now: float) -> str:
+    if target.reason:
+        since = format_duration(int(now - target.since))
+        return f"failed for {since}: {target.reason}: {target.message}"
+    size = f"{target.series} series, {target.size} bytes"
+    return f"ok: {size}, {target.seconds:.4f} s"
 
 
 def _health_json(verdict: Verdict, failing: str) -> dict[str, Any]:
     pending = any(status.state == "pending" for status in verdict.rules)
-    checks: dict[str, Any] = {
-        # A rule's name has no colon, so this is none.
-        "scrape:targets": [_target_json(target, verdict) for target in verdict.targets]
-    }
-    for status in verdict.rules:
-        checks[status.rule.name] = [_rule_json(status, verdict)]
-    return {
+    # A rule's name has no colon, so scrape:targets is none.
+    checks = {"scrape:targets": [_target_json(t, verdict) for t in verdict.targets]}
+    checks.update({s.rule.name: [_rule_json(s, verdict)] for s in verdict.rules})
+    return _present({
         "status": "fail" if failing else "warn" if pending else "pass",
-        "version": "1",
-        "releaseId": __version__,
-        **({"output": failing} if failing else {}),
-        "checks": checks,
-    }
+        "version": "1", "releaseId": __version__, "output": failing, "checks": checks,
+    })  # fmt: skip
 
 
 def _target_json(target: TargetStatus, verdict: Verdict) -> dict[str, Any]:
-    return {
+    return _present({
         "componentId": target.instance,
         "status": "fail" if target.reason else "pass",
         "time": format_time(verdict.wall),
         "since": format_time(verdict.wall_of(target.since)),
-        "observedValue": round(target.seconds, 6),
-        "observedUnit": "s",
-        "series": target.series,
-        "bytes": target.size,
-        **({"output": f"{target.reason}: {target.message}"} if target.reason else {}),
-    }
+        "observedValue": round(target.seconds, 6), "observedUnit": "s",
+        "series": target.series, "bytes": target.size,
+        "output": target.reason and f"{target.reason}: {target.message}",
+    })  # fmt: skip
 
 
 def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
-    measured = {"observedValue": status.value, "limit": status.limit}
-    return {
-        "status": WORDS[status.state],
-        "state": status.state,
-        "time": format_time(verdict.wall),
-        "expression": format_rule(status.rule).partition(": ")[2],
-        "matched": status.matched,
-        **{k: _json_number(v) for k, v in measured.items() if v is not None},
-        "series": [
-            {
-                "labels": dict(alert.labels),
-                "value": _json_number(alert.value),
-                "state": alert.state,
-                "since": format_time(verdict.wall_of(alert.began)),
-            }
-            for alert in status.alerts
-        ],
-        **({"output": status.error} if status.error else {}),
-    }
+    series = [
+        {"labels": dict(alert.labels), "value": _json_number(alert.value),
+         "state": alert.state, "since": format_time(verdict.wall_of(alert.began))}
+        for alert in status.alerts
+    ]  # fmt: skip
+    return _present({
+        "status": WORDS[status.state], "state": status.state,
+        "time": format_time(verdict.wall), "expression": _text(status.rule),
+        "matched": status.matched, "observedValue": _json_number(status.value),
+        "limit": _json_number(status.limit), "series": series, "output": status.error,
+    })  # fmt: skip
 
 
-def _json_number(value: float) -> float | str:
+def _present(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+def _json_number(value: float | None) -> float | str | None:
     # JSON has no NaN and no infinity.
-    return value if math.isfinite(value) else format_float(value)
+    return value if value is None or math.isfinite(value) else format_float(value)
+
+
+def _text(rule: Rule) -> str:
+    return format_rule(rule).partition(": ")[2]
 
 
 def answer_metrics(families: Iterable[Family]) -> Answer:
@@ -2978,85 +2966,73 @@ def answer_metrics(families: Iterable[Family]) -> Answer:
     return Answer(200, "\n".join(lines) + "\n", text_type)
 
 
+Values = Iterable[Tuple[Mapping[str, str], float]]
+
+
+def _families(*rows: tuple[str, str, Values]) -> Iterator[Family]:
+    for name, text, values in rows:
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield Family(name, kind, text, [("", labels, v) for labels, v in values])
+
+
 def verdict_families(verdict: Verdict) -> Iterator[Family]:
     """Yield what the latest verdict says, as metrics."""
-    statuses = [({"rule": status.rule.name}, status) for status in verdict.rules]
-    yield Family(
-        "health_check_healthy", "gauge", "Whether the latest verdict is Healthy.",
-        [("", {}, verdict.healthy)],
-    )
-    yield Family(
-        "health_check_verdict_timestamp_seconds", "gauge", "When it was reached.",
-        [("", {}, verdict.wall)],
-    )
-    yield Family(
-        "health_check_rule_state", "gauge", "1 for the state that a rule is in.",
-        [
-            ("", {**rule, "state": state}, status.state == state)
-            for rule, status in statuses
-            for state in ("inactive", "pending", "firing", "error")
-        ],
-    )
-    yield Family(
-        "health_check_rule_series", "gauge", "Series that a rule's selectors matched.",
-        [("", rule, status.matched) for rule, status in statuses],
-    )
-    for name, text in (("value", "Worst value"), ("limit", "Limit")):
-        found = [(rule, getattr(status, name)) for rule, status in statuses]
-        yield Family(
-            f"health_check_rule_{name}", "gauge", f"{text} of a rule EXPR OP NUMBER.",
-            [("", rule, value) for rule, value in found if value is not None],
-        )
-    yield Family(
-        "health_check_target_up", "gauge", "Whether the last scrape succeeded.",
-        [("", {"target": t.instance}, not t.reason) for t in verdict.targets],
-    )
+    states = ("inactive", "pending", "firing", "error")
+    rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
+    return _families(
+        ("health_check_healthy", "Whether the latest verdict is Healthy.",
+         [({}, verdict.healthy)]),
+        ("health_check_verdict_timestamp_seconds", "When it was reached.",
+         [({}, verdict.wall)]),
+        ("health_check_rule_state", "1 for the state that a rule is in.",
+         [({**rule, "state": s}, status.state == s) for rule, status in rules
+          for s in states]),
+        ("health_check_rule_series", "Series that a rule's selectors matched.",
+         [(rule, status.matched) for rule, status in rules]),
+        ("health_check_rule_value", "Worst value of a rule EXPR OP NUMBER.",
+         [(rule, s.value) for rule, s in rules if s.value is not None]),
+        ("health_check_rule_limit", "Limit of a rule EXPR OP NUMBER.",
+         [(rule, s.limit) for rule, s in rules if s.limit is not None]),
+        ("health_check_target_up", "Whether the last scrape succeeded.",
+         [({"target": t.instance}, not t.reason) for t in verdict.targets]),
+    )  # fmt: skip
 
 
 def process_families() -> Iterator[Family]:
     """Yield what Prometheus' client libraries tell of a process."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    labels = {"version": __version__, "python": python}
-    yield Family(
-        "health_check_build_info", "gauge", "Versions, always 1.", [("", labels, 1)]
-    )
-    yield Family(
-        "process_start_time_seconds", "gauge", "When the process started, Unix time.",
-        [("", {}, STARTED)],
-    )
-    yield Family(
-        "process_cpu_seconds_total", "counter", "CPU time of the process.",
-        [("", {}, time.process_time())],
-    )
+    versions = {"version": __version__, "python": sys.version.split()[0]}
+    resident: Values = ()
     with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
-        pages = int(file.read().split()[1])
-        yield Family(
-            "process_resident_memory_bytes", "gauge", "Resident memory of the process.",
-            [("", {}, pages * os.sysconf("SC_PAGE_SIZE"))],
-        )
+        resident = [({}, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))]
+    return _families(
+        ("health_check_build_info", "Versions, always 1.", [(versions, 1)]),
+        ("process_start_time_seconds", "When it started, Unix time.", [({}, STARTED)]),
+        ("process_cpu_seconds_total", "CPU time.", [({}, time.process_time())]),
+        ("process_resident_memory_bytes", "Resident memory.", resident),
+    )
 
 
 def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answer:
     """Answer ``/``: the verdict for people, from memory, without a script."""
     age = format_duration(max(0, int(time.monotonic() - verdict.time)))
     word = "Healthy" if verdict.healthy else "Unhealthy"
-    moment = f"<time>{format_time(verdict.wall)}</time>"
-    reason = f": {verdict.reason}" if verdict.reason else ""
-    rules = "".join(_rule_html(s, verdict.time, trends) for s in verdict.rules)
-    targets = "".join(_target_html(target, verdict.time) for target in verdict.targets)
+    shown = f"checked {age} ago, <time>{format_time(verdict.wall)}</time>"
+    sections = [_rule_html(status, verdict.time, trends) for status in verdict.rules]
+    for target in verdict.targets:
+        state = "fail" if target.reason else "pass"
+        text = _outcome(target, verdict.time)
+        sections.append(_section(state, f"scrape of {target.instance}", text))
     body = PAGE.format(
-        style=STYLE,
-        title=html.escape(word),
-        state="pass" if verdict.healthy else "fail",
-        verdict=html.escape(word + reason),
-        shown=f"checked {age} ago, {moment}" if verdict.sequence else "not checked yet",
-        rules=rules,
-        targets=targets,
-        version=__version__,
-    )
+        style=STYLE, title=word, state="pass" if verdict.healthy else "fail",
+        verdict=_escape(f"{word}: {verdict.reason}" if verdict.reason else word),
+        shown=shown if verdict.sequence else "not checked yet",
+        sections="".join(sections), version=__version__,
+    )  # fmt: skip
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
-    policy += "form-action 'none'; frame-ancestors 'none'"
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
     headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
     return Answer(200, body, "text/html; charset=utf-8", headers)
 
@@ -3064,28 +3040,20 @@ def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answ
 def _rule_html(
     status: RuleStatus, now: float, trends: Mapping[str, Sequence[float]]
 ) -> str:
-    state = WORDS[status.state]
-    text = html.escape(escape_controls(describe(status, now)))
-    rule = html.escape(format_rule(status.rule).partition(": ")[2])
-    graph = _graph(trends.get(status.rule.name, ()), status.limit)
-    name = html.escape(status.rule.name)
-    return (
-        f'<section class="{state}"><h2>{name}</h2>{graph}'
-        f"<p>{text}</p><code>{rule}</code></section>\n"
-    )
+    # The Monitor may add to a trend meanwhile.
+    graph = _graph(tuple(trends.get(status.rule.name, ())), status.limit)
+    code = f"<code>{_escape(_text(status.rule))}</code>"
+    text = describe(status, now)
+    return _section(WORDS[status.state], status.rule.name, text, graph, code)
 
 
-def _target_html(target: TargetStatus, now: float) -> str:
-    since = format_duration(int(now - target.since))
-    text = f"ok: {target.series} series, {target.size} bytes, {target.seconds:.4f} s"
-    if target.reason:
-        text = f"failed for {since}: {target.reason}: {target.message}"
-    state = "fail" if target.reason else "pass"
-    text = html.escape(escape_controls(text))
-    return (
-        f'<section class="{state}"><h2>scrape of {html.escape(target.instance)}</h2>'
-        f"<p>{text}</p></section>\n"
-    )
+def _section(state: str, title: str, text: str, graph: str = "", more: str = "") -> str:
+    heading = f"<h2>{_escape(title)}</h2>{graph}"
+    return f'<section class="{state}">{heading}<p>{_escape(text)}</p>{more}</section>\n'
+
+
+def _escape(text: str) -> str:
+    return html.escape(escape_controls(text))
 
 
 def _graph(values: Sequence[float], limit: float | None) -> str:
@@ -3156,137 +3124,132 @@ PAGE = """<!DOCTYPE html>
 <header><h1 class="{state}">{verdict}</h1>
 <p>{shown}</p></header>
 <main>
-{rules}{targets}</main>
+{sections}</main>
 <footer>health_check.py {version}</footer>
 </body>
 </html>
 """
+_HEAD_END = re.compile(rb"\n\r?\n")
+_FIELDS = re.compile(rb"(?:[\w!#$%&'*+.^`|~-]+:[^\0\r\n]*\r?\n)*\r?\n")
+_BODY = re.compile(rb"(?im)^(transfer-encoding:|content-length:(?![ \t]*0[ \t]*\r?$))")
+# The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
+# section 3.2); it matches any text.
+_TARGET = re.compile(r"(?:https?://[^/?#]*)?([^?#]*)\??([^#]*)")
 
 
 class Request(http.server.BaseHTTPRequestHandler):
-    """A whole request, parsed from memory and answered into memory."""
+    """The head of a request; ``refusal`` is the answer to one that is not taken."""
 
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, head: bytes, client: str) -> None:
-        # The base class would read from a socket and answer at once.
-        self.client_address = (client, 0)
-        self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
+    def __init__(self, head: bytes) -> None:
+        # The base class would read from a socket and answer at once, and give the
+        # fields to the e-mail parser, which takes longer than all the rest.
+        self.raw_requestline, _, fields = head.partition(b"\n")
+        self.rfile = io.BytesIO(b"\r\n")
         self.command = self.path = self.requestline = ""
-        self.request_version = self.protocol_version
-        self.raw_requestline = self.rfile.readline()
-        if len(head) > MAX_REQUEST:
-            self.respond(Answer(431, "the request is too large\n"))
+        self.refusal: Answer | None = None
+        if len(head) > MAX_REQUEST or head.count(b"\n") > MAX_LINES:
+            self.send_error(431)
         elif self.parse_request():
-            refusal = self._refusal()
-            if refusal:
-                self.respond(refusal)
-        elif not self.output:
-            self.respond(Answer(400, "no request\n"))
+            self.refusal = self._refuse(fields)
+        elif not self.refusal:
+            self.send_error(400)
+        self.path, self.query = _TARGET.findall(self.path)[0]
 
-    @property
-    def output(self) -> bytes:
-        """The response, empty until there is one."""
-        return cast(io.BytesIO, self.wfile).getvalue()
-
-    def respond(self, answer: Answer) -> None:
-        """Write the response; the connection ends with it."""
-        body = answer.body.encode()
-        # The base class would send an HTTP/0.9 request no head at all.
-        self.request_version = self.protocol_version
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Connection", "close")
-        for name, value in answer.headers:
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+    def response(self, answer: Answer) -> bytes:
+        """Return the whole response; the connection ends with it."""
+        body = answer.body.encode(errors="backslashreplace")
+        fields = (
+            ("Server", AGENT), ("Date", self.date_time_string()),
+            ("Content-Type", answer.content_type), ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+            ("Connection", "close"), *answer.headers,
+        )  # fmt: skip
+        status = f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}\r\n"
+        head = status + "".join(f"{name}: {value}\r\n" for name, value in fields)
+        return f"{head}\r\n".encode() + (b"" if self.command == "HEAD" else body)
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
-        """Answer in plain text what the base class refuses, without its echo."""
-        self.respond(Answer(code, f"{self.responses[code][0]}\n"))
+        """Refuse in plain text what the base class refuses, without its echo."""
+        self.refusal = Answer(code, f"{http.client.responses[code]}\n")
 
-    def version_string(self) -> str:
-        """Return the Server header, without the version of Python."""
-        return AGENT
-
-    def handle_expect_100(self) -> bool:
-        """Go on without an interim response: a body is refused anyway."""
-        return True
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log at DEBUG; the formatter makes control characters harmless."""
-        LOG.debug("%s: %s", self.client_address[0], format % args)
-
-    def _refusal(self) -> Answer | None:
+    def _refuse(self, fields: bytes) -> Answer | None:
         if self.request_version == "HTTP/0.9":
             return Answer(400, "HTTP/0.9 is not spoken here\n")
         if self.command not in ALLOWED:
             allow = (("Allow", ", ".join(ALLOWED)),)
             return Answer(405, f"only {' and '.join(ALLOWED)}\n", TEXT, allow)
-        if self.headers.defects:
-            # What stands behind a malformed line, such as a length, is not among them.
-            return Answer(400, "a header is malformed\n")
-        length = self.headers.get_all("Content-Length", ["0"])
-        if length != ["0"] or "Transfer-Encoding" in self.headers:
+        if not _FIELDS.fullmatch(fields):
+            return Answer(400, "a malformed header field\n")
+        if _BODY.search(fields):
             return Answer(400, "a request has no body here\n")
         return None
 
 
-class Connection:
-    """A caller: what it has sent, its request once that is whole, what it is owed."""
+class Phase(NamedTuple):
+    """What a caller is waited for, and what is said where that takes too long."""
 
-    def __init__(self, sock: socket.socket, client: str) -> None:
-        self.sock, self.client = sock, client
-        self.received = bytearray()
-        self.request: Request | None = None
-        self.after = 0
-        self.owed = b""
-        self.lingers = False
+    events: int
+    overdue: str
+
+
+READ = Phase(selectors.EVENT_READ, "sent no request in time")
+PARK = Phase(0, "no verdict within the deadline: the checker is stuck")
+WRITE = Phase(selectors.EVENT_WRITE, "did not read its answer in time")
+LINGER = Phase(selectors.EVENT_READ, "did not hang up in time")
+Conversation = Generator[Phase, None, T]
+
+
+class Connection:
+    """A caller, its conversation, and what that waits for."""
+
+    def __init__(
+        self, sock: socket.socket, client: str, steps: Conversation[None]
+    ) -> None:
+        self.sock, self.client, self.steps = sock, client, steps
+        self.phase: Phase | None = None
 
 
 class Server:
     """Answers all callers from one loop; a slow one costs a buffer, never a thread.
 
-    A connection is being read, is parked until a verdict comes, or is being written
-    to.  Each of the three has one patience, so the dicts are in order of deadline.
+    A conversation is a generator that yields what it waits for.  All that wait for the
+    same have the same patience, so each dict of them is in order of deadline.
     """
 
     def __init__(
-        self,
-        listener: socket.socket,
-        monitor: Monitor,
+        self, listener: socket.socket, monitor: Monitor,
         notifiers: Sequence[Notifier] = (),
     ) -> None:
-        self._monitor, self._listener = monitor, listener
-        self._notifiers = notifiers
+        self._listener, self._monitor, self._notifiers = listener, monitor, notifiers
+        self._routes: dict[str, Callable[[Verdict, str], Answer]] = {
+            "/": lambda verdict, _: answer_page(verdict, monitor.trends),
+            "/livez": lambda *_: answer_livez(monitor.alive()),
+            "/metrics": lambda verdict, _: answer_metrics(self._metrics(verdict)),
+            "/health": answer_health,
+        }
+        for rule in monitor.config.rules:
+            self._routes[f"/health/{rule.name}"] = partial(answer_rule, rule.name)
         self._requests: Counter[tuple[str, str]] = collections.Counter()
+        self._waiting: dict[Phase, dict[Connection, float]] = {
+            phase: {} for phase in (READ, PARK, WRITE, LINGER)
+        }
         self._selector = selectors.DefaultSelector()
-        self._reading: dict[Connection, float] = {}
-        self._parked: dict[Connection, float] = {}
-        self._writing: dict[Connection, float] = {}
-        self._accepts_again = math.inf
-        self._stopping = False
+        self._stopping, self._warned = False, -math.inf
         self._woken, self.waker = socket.socketpair()
-        self._woken.setblocking(False)
-        self.waker.setblocking(False)
-        listener.setblocking(False)
+        for sock in (listener, self._woken, self.waker):
+            sock.setblocking(False)
         monitor.on_publish = self._published
 
     def serve(self) -> None:
         """Answer until stop() is called."""
-        self._watch(self._listener, selectors.EVENT_READ, self._accept)
-        self._watch(self._woken, selectors.EVENT_READ, self._wake_up)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._wake_up)
         while not self._stopping:
-            for key, _ in self._selector.select(self._rest()):
-                self._react(key.fileobj, key.data)
-            self._expire(time.monotonic())
-        for connection in [*self._reading, *self._parked, *self._writing]:
+            for key, _ in self._selector.select(self._expire()):
+                key.data()
+        for connection in itertools.chain(*map(list, self._waiting.values())):
             self._close(connection)
         for sock in (self._listener, self._woken, self.waker):
             sock.close()
@@ -3295,242 +3258,189 @@ class Server:
     def stop(self) -> None:
         """Make serve() return; safe in a signal handler and in any thread."""
         self._stopping = True
-        self.wake()
+        self._wake()
 
     def _published(self) -> None:
-        self.wake()
+        self._wake()
         for notifier in self._notifiers:
             notifier.publish(self._monitor.verdict)
 
-    def wake(self) -> None:
-        """Make the loop look for a new verdict; safe in any thread."""
+    def _wake(self) -> None:
         # If it is full the loop wakes anyway; if it is closed there is no loop.
         with suppress(OSError):
             self.waker.send(b"\0")
 
-    def _watch(
-        self, sock: socket.socket, events: int, then: Callable[[], None]
-    ) -> None:
-        self._selector.register(sock, events, then)
-
-    def _rest(self) -> float | None:
-        queues = (self._reading, self._parked, self._writing)
-        deadlines = [next(iter(queue.values())) for queue in queues if queue]
-        first = min([*deadlines, self._accepts_again])
-        return None if first == math.inf else max(0.0, first - time.monotonic())
-
-    def _accept(self) -> None:
-        sock, address = self._listener.accept()
-        sock.setblocking(False)
-        connection = Connection(sock, address[0].replace("::ffff:", ""))
-        self._move(connection, self._reading, PATIENCE)
-        self._watch(sock, selectors.EVENT_READ, partial(self._read, connection))
-        held = sum(map(len, (self._reading, self._parked, self._writing)))
-        # Half the descriptors at most, or callers could leave none for a scrape.
-        if held > min(MAX_CONNECTIONS, os.sysconf("SC_OPEN_MAX") // 2):
-            self._close(next(iter(self._reading)))
-
-    def _pause(self) -> None:
-        LOG.warning("no file descriptor is left for a caller")
-        for connection in list(self._reading)[:1]:
-            self._close(connection)
-        self._selector.unregister(self._listener)
-        self._accepts_again = time.monotonic() + 0.1
-
-    def _move(
-        self, connection: Connection, queue: dict[Connection, float], patience: float
-    ) -> None:
-        for other in (self._reading, self._parked, self._writing):
-            other.pop(connection, None)
-        queue[connection] = time.monotonic() + patience
-
-    def _close(self, connection: Connection) -> None:
-        for phase in (self._reading, self._parked, self._writing):
-            phase.pop(connection, None)
-        self._ignore(connection)
-        connection.sock.close()
-
-    def _react(self, sock: object, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except BlockingIOError:
-            # It was not ready after all, and will say so when it is.
-            return
-        except OSError as error:
-            LOG.debug("a caller went away: %s", error)
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._pause()
-        except Exception:
-            LOG.exception("%s", BUG)
-        else:
-            return
-        for phase in (self._reading, self._parked, self._writing):
-            for connection in [c for c in phase if c.sock is sock]:
-                self._close(connection)
-
-    def _ignore(self, connection: Connection) -> None:
-        if connection.sock in self._selector.get_map():
-            self._selector.unregister(connection.sock)
-
-    def _read(self, connection: Connection) -> None:
-        received = connection.received
-        data = connection.sock.recv(MAX_REQUEST + 1 - len(received))
-        if not data:
-            self._close(connection)
-            return
-        received += data
-        whole = b"\r\n\r\n" in received or b"\n\n" in received
-        if whole or len(received) > MAX_REQUEST:
-            self._ignore(connection)
-            self._handle(connection)
-
-    def _handle(self, connection: Connection) -> None:
-        request = Request(bytes(connection.received), connection.client)
-        connection.request, connection.received = request, bytearray()
-        if request.output:
-            connection.lingers = True
-            self._send(connection, request.output)
-            return
-        answer = self._route(request, self._fresh())
-        if answer:
-            self._respond(connection, answer)
-        else:
-            connection.after = self._monitor.verdict.sequence
-            self._move(connection, self._parked, self._monitor.patience)
-            self._monitor.request(connection.after)
-
-    def _fresh(self) -> Verdict | None:
-        # On a schedule a verdict may be three intervals old; otherwise each request
-        # is a check.
-        verdict, interval = self._monitor.verdict, self._monitor.config.scrape_interval
-        age = time.monotonic() - verdict.time
-        return verdict if verdict.sequence and age <= 3 * interval else None
-
-    def _route(self, request: Request, verdict: Verdict | None) -> Answer | None:
-        path, query = _TARGET.findall(request.path)[0]
-        latest = self._monitor.verdict
-        if path == "/health":
-            return answer_health(verdict, query) if verdict else None
-        name = path[len("/health/") :] if path.startswith("/health/") else ""
-        if name in self._monitor.trends:
-            return answer_rule(verdict, name) if verdict else None
-        if path == "/livez":
-            return self._answer_livez()
-        if path == "/metrics":
-            return answer_metrics([*verdict_families(latest), *self._families()])
-        if path == "/":
-            return answer_page(latest, self._monitor.trends)
-        return Answer(404, "not found: there is /health, /health/Rule, /livez\n")
-
-    def _families(self) -> Iterator[Family]:
-        yield from self._monitor.families()
-        yield Family(
-            "health_check_requests_total", "counter", "Requests by path and code.",
-            [
-                ("", {"path": path, "code": str(code)}, count)
-                for (path, code), count in self._requests.items()
-            ],
-        )
-        for name in ("sent", "failed"):
-            yield Family(
-                f"health_check_notifications_{name}_total", "counter",
-                f"Alerts {name}, by Alertmanager.",
-                [
-                    ("", {"alertmanager": notifier.instance}, getattr(notifier, name))
-                    for notifier in self._notifiers
-                ],
-            )
-        yield from process_families()
-
-    def _answer_livez(self) -> Answer:
-        if self._monitor.alive():
-            return Answer(200, "Healthy\n")
-        return Answer(503, "Unhealthy: the monitor thread is dead\n")
-
     def _wake_up(self) -> None:
         with suppress(BlockingIOError):
             self._woken.recv(4096)
-        verdict = self._monitor.verdict
-        for connection in list(self._parked):
-            if verdict.sequence > connection.after:
-                answer = partial(self._answer_parked, connection, verdict)
-                self._react(connection.sock, answer)
+        for connection in list(self._waiting[PARK]):
+            self._step(connection)
 
-    def _answer_parked(self, connection: Connection, verdict: Verdict) -> None:
-        request = connection.request
-        answer = self._route(request, verdict) if request else None
-        if answer:
-            self._respond(connection, answer)
+    def _accept(self) -> None:
+        # Half the descriptors at most, or callers could leave none for a scrape.
+        most = min(MAX_CONNECTIONS, os.sysconf("SC_OPEN_MAX") // 2)
+        for taken in range(ACCEPTS):
+            try:
+                sock, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                LOG.debug("no caller accepted: %s", error)
+                # Without a descriptor it does not say that nobody else is there.
+                if error.errno in EXHAUSTED and not taken:
+                    self._free_a_descriptor()
+                return
+            sock.setblocking(False)
+            client = address[0].replace("::ffff:", "")
+            connection = Connection(sock, client, self._converse(sock, client))
+            self._step(connection)
+            if sum(map(len, self._waiting.values())) > most:
+                self._close(self._oldest() or connection)
 
-    def _expire(self, now: float) -> None:
-        for connection in _expired(self._reading, now):
-            LOG.debug("%s: sent no request in time", connection.client)
-            self._close(connection)
-        for connection in _expired(self._writing, now):
-            LOG.debug("%s: did not read its answer in time", connection.client)
-            self._close(connection)
-        for connection in _expired(self._parked, now):
-            answer = partial(self._answer_parked, connection, self._overdue(now))
-            self._react(connection.sock, answer)
-        if now >= self._accepts_again:
-            self._accepts_again = math.inf
-            self._watch(self._listener, selectors.EVENT_READ, self._accept)
+    def _free_a_descriptor(self) -> None:
+        now, oldest = time.monotonic(), self._oldest()
+        if now - self._warned > 60:
+            self._warned = now
+            LOG.warning("no file descriptor is left for a caller")
+        if oldest:
+            self._close(oldest)
+        else:
+            time.sleep(0.01)
 
-    def _overdue(self, now: float) -> Verdict:
-        fault = "no verdict within the deadline: the checker is stuck"
-        return Verdict(0, fault, now, time.time())
+    def _oldest(self) -> Connection | None:
+        # Whoever waits for a verdict stays.  Of the others each takes a moment, unless
+        # it is slow: with the oldest goes a slow one, not one that has just come.
+        queues = [self._waiting[phase] for phase in (READ, WRITE, LINGER)]
+        found = [next(iter(queue.items())) for queue in queues if queue]
+        return min(found, key=operator.itemgetter(1))[0] if found else None
 
-    def _respond(self, connection: Connection, answer: Answer) -> None:
-        if connection.request:
-            connection.request.respond(answer)
-            self._send(connection, connection.request.output)
+    def _expire(self) -> float | None:
+        """Give up what is overdue, and return the seconds until something may be."""
+        now, deadlines = time.monotonic(), []
+        for phase, waiting in self._waiting.items():
+            while waiting:
+                connection, deadline = next(iter(waiting.items()))
+                if deadline > now:
+                    deadlines.append(deadline)
+                    break
+                self._step(connection, TimeoutError(phase.overdue))
+        return min(deadlines) - now if deadlines else None
 
-    def _send(self, connection: Connection, output: bytes) -> None:
-        self._tally(cast(Request, connection.request).path, output)
-        connection.owed = output
-        self._move(connection, self._writing, PATIENCE)
+    def _step(self, connection: Connection, overdue: OSError | None = None) -> None:
+        """Let a conversation go on until it waits again or ends."""
+        steps = connection.steps
+        try:
+            self._wait(connection, steps.throw(overdue) if overdue else next(steps))
+            return
+        except StopIteration:
+            pass
+        except OSError as error:
+            LOG.debug("%s: given up: %s", connection.client, error)
+        except Exception:
+            LOG.exception("%s", BUG)
+        self._close(connection)
+
+    def _wait(self, connection: Connection, phase: Phase) -> None:
+        if phase is connection.phase:
+            return
+        self._forget(connection)
+        if phase.events:
+            then = partial(self._step, connection)
+            self._selector.register(connection.sock, phase.events, then)
+        patience = self._monitor.patience if phase is PARK else PATIENCE
+        self._waiting[phase][connection] = time.monotonic() + patience
+        connection.phase = phase
+
+    def _forget(self, connection: Connection) -> None:
+        phase, connection.phase = connection.phase, None
+        if phase:
+            del self._waiting[phase][connection]
+        if phase and phase.events:
+            self._selector.unregister(connection.sock)
+
+    def _close(self, connection: Connection) -> None:
+        self._forget(connection)
+        connection.steps.close()
+        connection.sock.close()
+
+    def _converse(self, sock: socket.socket, client: str) -> Conversation[None]:
+        """Take a caller from the first byte to the last."""
+        request = yield from _receive(sock)
+        answer = request.refusal or (yield from self._answer(request))
+        path = request.path if request.path in self._routes else "other"
+        self._requests[path, str(answer.status)] += 1
+        LOG.debug("%s: %s %s", client, request.requestline, answer.status)
+        output = memoryview(request.response(answer))
+        while output:
+            sent = yield from _when(WRITE, sock.send, output)
+            output = output[sent:]
+        if request.refusal:
+            # Closing with input unread would reset the connection, and the caller might
+            # never see why it was refused.
+            sock.shutdown(socket.SHUT_WR)
+            yield LINGER
+            while sock.recv(MAX_REQUEST):
+                yield LINGER
+
+    def _answer(self, request: Request) -> Conversation[Answer]:
+        route = self._routes.get(request.path)
+        if not route:
+            return Answer(404, "not found: there is /health, /health/Rule, /livez\n")
+        fresh = request.path.startswith("/health")
+        verdict = (yield from self._fresh()) if fresh else self._monitor.verdict
+        return route(verdict, request.query)
+
+    def _fresh(self) -> Conversation[Verdict]:
+        # On a schedule a verdict may be three intervals old; otherwise each request
+        # is a check.
+        monitor, latest = self._monitor, self._monitor.verdict
+        age = time.monotonic() - latest.time
+        if latest.sequence and age <= 3 * monitor.config.scrape_interval:
+            return latest
+        try:
+            monitor.request(latest.sequence)
+            while monitor.verdict.sequence <= latest.sequence:
+                yield PARK
+            return monitor.verdict
+        except TimeoutError as error:
+            fault = str(error)
+        except Exception as error:
+            LOG.exception("%s", BUG)
+            fault = f"bug: {type(error).__name__}: {error}"
+        return Verdict(0, fault, time.monotonic(), time.time())
+
+    def _metrics(self, verdict: Verdict) -> Iterator[Family]:
+        told = [({"alertmanager": n.instance}, n) for n in self._notifiers]
+        yield from verdict_families(verdict)
+        yield from self._monitor.families()
+        yield from _families(
+            ("health_check_requests_total", "Requests by path and code.",
+             [({"path": p, "code": c}, n) for (p, c), n in self._requests.items()]),
+            ("health_check_notifications_sent_total", "Alerts that were taken.",
+             [(label, notifier.sent) for label, notifier in told]),
+            ("health_check_notifications_failed_total", "Alerts that were not.",
+             [(label, notifier.failed) for label, notifier in told]),
+        )  # fmt: skip
+        yield from process_families()
+
+
+def _receive(sock: socket.socket) -> Conversation[Request]:
+    received, end = b"", None
+    while not end and len(received) <= MAX_REQUEST:
+        data = yield from _when(READ, sock.recv, MAX_REQUEST + 1 - len(received))
+        if not data:
+            raise ConnectionError("no whole request")
+        received += data
+        end = _HEAD_END.search(received)
+    return Request(received[: end.end()] if end else received)
+
+
+def _when(phase: Phase, action: Callable[[Any], T], argument: Any) -> Conversation[T]:
+    """Do what a socket may not be ready for; mostly it is, so that is tried first."""
+    while True:
         with suppress(BlockingIOError):
-            self._write(connection)
-        if connection.owed and connection in self._writing:
-            then = partial(self._write, connection)
-            self._watch(connection.sock, selectors.EVENT_WRITE, then)
-
-    def _write(self, connection: Connection) -> None:
-        sent = connection.sock.send(connection.owed)
-        connection.owed = connection.owed[sent:]
-        if not connection.owed and connection.lingers:
-            self._linger(connection)
-        elif not connection.owed:
-            self._close(connection)
-
-    def _tally(self, target: str, output: bytes) -> None:
-        # Only paths that are there, so that callers cannot grow the metrics.
-        path, code = _TARGET.findall(target)[0][0], output[9:12].decode()
-        name = path[len("/health/") :] if path.startswith("/health/") else ""
-        known = path in PATHS or name in self._monitor.trends
-        self._requests[path if known else "other", code] += 1
-
-    def _linger(self, connection: Connection) -> None:
-        # Closing with input unread would reset the connection, and the caller might
-        # never see why it was refused.
-        self._ignore(connection)
-        with suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_WR)
-        then = partial(self._discard, connection)
-        self._watch(connection.sock, selectors.EVENT_READ, then)
-
-    def _discard(self, connection: Connection) -> None:
-        if not connection.sock.recv(MAX_REQUEST):
-            self._close(connection)
-
-
-# The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
-# section 3.2); it matches any text.
-_TARGET = re.compile(r"(?:https?://[^/?#]*)?([^?#]*)\??([^#]*)")
-
-
-def _expired(queue: dict[Connection, float], now: float) -> list[Connection]:
-    return [c for c, _ in itertools.takewhile(lambda i: i[1] <= now, queue.items())]
+            return action(argument)
+        yield phase
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -3567,36 +3477,30 @@ def _bound_socket(family: int, address: tuple[Any, ...]) -> socket.socket:
 
 # --- 11. Main: wiring and signals ----------------------------------------------------
 
+QUERY_PAUSE = 1.0
+MODES = (
+    ("--once", "check once; exit 0 if healthy, 1 if not"),
+    ("--check-config", "print the rules as understood; exit 2 if one is wrong"),
+    ("--demo", "serve against a simulated LLM server"),
+)
+EXAMPLES = """
 
-class TextFormatter(logging.Formatter):
-    """One line a record, with whatever comes from outside made harmless."""
+answers on APP_PORT:
+  /health       200 Healthy or 503 Unhealthy, for readiness; ?verbose says why
+  /health/NAME  503 only while that rule fires, for liveness
+  /livez        200 while this program works
+  /metrics, /   its own metrics, and a page for people
 
-    converter = staticmethod(time.gmtime)
-    default_msec_format = "%s.%03dZ"
-    default_time_format = "%Y-%m-%dT%H:%M:%S"
+examples:
+  METRICS_ENDPOINT=http://localhost:8000/metrics python3 health_check.py
+  METRIC_TO_CHECK=tgi_queue_size METRIC_THRESHOLD=10 python3 health_check.py
+  UNHEALTHY_WHEN='Busy: tgi_queue_size > 10 for 30s' python3 health_check.py
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, control characters escaped."""
-        lines = super().format(record).split("\n")
-        return "\n".join(
-            map(escape_controls, lines if record.exc_info else [" ".join(lines)])
-        )
-
-
-class JSONFormatter(TextFormatter):
-    """One JSON object a line: time, level, message, fields, a traceback if any."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
-        fields = {
-            "time": self.formatTime(record),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fields)
+exit status:
+  0  healthy, or stopped by a signal
+  1  unhealthy, no answer, or the port cannot be had
+  2  a setting, a rule or an expression is wrong
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3605,27 +3509,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is healthy or a clean stop, 1 unhealthy or not able to serve, 2 a wrong
     configuration or expression.
     """
-    options = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = _parse_arguments(arguments) if arguments else {}
     environ = dict(os.environ)
-    if options.probe is not None:
-        return probe(environ, options.probe)
+    path, text = options.get("probe"), options.get("query")
+    if path is not None:
+        return probe(environ, path)
     try:
         config = load_config(environ)
-        expr = None if options.query is None else parse_expression(options.query)
+        expr = None if text is None else parse_expression(text)
     except (ConfigError, PromQLError) as error:
         print(f"health_check.py: {error}", file=sys.stderr)
         return 2
     _log_to_stderr(config)
     for warning in config.warnings:
         LOG.warning("%s", warning)
-    if options.check_config:
+    if options.get("check_config"):
         print("\n".join(map(describe_rule, config.rules)))
         return 0
     if expr is not None:
         return query(config, expr)
-    if options.demo:
+    if options.get("demo"):
         config = _start_demo(config)
-    return check_once(config) if options.once else serve(config)
+    return check_once(config) if options.get("once") else serve(config)
 
 
 def serve(config: Config) -> int:
@@ -3638,7 +3544,7 @@ def serve(config: Config) -> int:
         return 1
     port = listener.getsockname()[1]
     config = config._replace(pod_name=config.pod_name or socket.gethostname())
-    generator = f"http://{config.pod_name}:{port}/"
+    generator = page_url(config.pod_name, port)
     notifiers = [Notifier(config, url, generator) for url in config.alertmanager_url]
     monitor = Monitor(config)
     server = Server(listener, monitor, notifiers)
@@ -3658,18 +3564,28 @@ def serve(config: Config) -> int:
     return 0
 
 
+def page_url(name: str, port: int) -> str:
+    """Return the URL of the page on a host, valid whatever the host is called.
+
+    >>> page_url("pod-1", 8081), page_url("fd00::1", 8081), page_url("my pod", 80)
+    ('http://pod-1:8081/', 'http://[fd00::1]:8081/', 'http://my-pod:80/')
+    """
+    host = re.sub(r"[^a-zA-Z0-9.:-]", "-", name)
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
 def check_once(config: Config) -> int:
     """Check once, print the outcome, and return 0 for Healthy or 1.
 
     One check is no time: ``for`` counts as over, and a rule with a range is left out.
     """
-    ranged = [rule for rule in config.rules if _longest_range(rule.expr)]
-    rules = tuple(
-        rule._replace(hold=0.0) for rule in config.rules if rule not in ranged
-    )
-    for rule in ranged:
-        print(f"[?]{rule.name} undecided: one check has no {_range_text(rule.expr)}")
-    monitor = Monitor(config._replace(rules=rules))
+    rules = [rule for rule in config.rules if not _longest_range(rule.expr)]
+    for rule in config.rules:
+        if rule not in rules:
+            text = _range_text(rule.expr)
+            print(f"[?]{rule.name} undecided: one check has no {text}")
+    decided = tuple(rule._replace(hold=0.0) for rule in rules)
+    monitor = Monitor(config._replace(rules=decided))
     monitor.start_workers()
     answer = answer_health(monitor.check(), "verbose")
     print(answer.body, end="")
@@ -3699,9 +3615,9 @@ def query(config: Config, expr: Expr) -> int:
 
 
 def _results(expr: Expr, instant: Instant) -> Iterator[str]:
+    now = f"@[{instant.wall:.3f}]"
     if type_of(expr) == SCALAR:
-        number = format_float(cast(float, evaluate(expr, instant)))
-        yield f"scalar: {number} @[{instant.wall:.3f}]"
+        yield f"scalar: {format_float(cast(float, evaluate(expr, instant)))} {now}"
     elif isinstance(expr, Selector) and expr.window:
         for labels, (times, values) in select_range(expr, instant).items():
             yield f"{format_series(labels)} =>"
@@ -3710,8 +3626,7 @@ def _results(expr: Expr, instant: Instant) -> Iterator[str]:
                 yield f"{format_float(value)} @[{unix:.3f}]"
     else:
         for labels, value in evaluate_vector(expr, instant).items():
-            series = format_series(labels)
-            yield f"{series} => {format_float(value)} @[{instant.wall:.3f}]"
+            yield f"{format_series(labels)} => {format_float(value)} {now}"
 
 
 def probe(environ: Mapping[str, str], path: str) -> int:
@@ -3766,12 +3681,44 @@ def _log_to_stderr(config: Config) -> None:
     json_format = config.log_format == "json"
     text = "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(JSONFormatter() if json_format else TextFormatter(text))
-    LOG.handlers[:] = [handler]
-    LOG.propagate = False
+    LOG.handlers[:], LOG.propagate = [handler], False
     LOG.setLevel(config.log_level.upper())
 
 
-def _parser() -> argparse.ArgumentParser:
+class TextFormatter(logging.Formatter):
+    """One line a record, with whatever comes from outside made harmless."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, control characters escaped."""
+        lines = super().format(record).split("\n")
+        lines = lines if record.exc_info else [" ".join(lines)]
+        return "\n".join(map(escape_controls, lines))
+
+
+class JSONFormatter(TextFormatter):
+    """One JSON object a line: time, level, message, fields, a traceback if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        fields = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    # The server, which needs neither, starts a tenth sooner.
+    import argparse  # noqa: PLC0415
+    import textwrap  # noqa: PLC0415
+
     width = max(len(setting.name) for setting in SETTINGS)
     wrap = partial(
         textwrap.fill, width=79, subsequent_indent=" " * (width + 4),
@@ -3782,69 +3729,20 @@ def _parser() -> argparse.ArgumentParser:
         for name, _, default, help in SETTINGS
     )
     parser = argparse.ArgumentParser(
-        prog="health_check.py",
+        prog="health_check.py", description=str(__doc__).partition("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=str(__doc__).partition("\n\n")[0],
         epilog=f"settings, from the environment:\n{settings}{EXAMPLES}",
-    )
+    )  # fmt: skip
     modes = parser.add_mutually_exclusive_group()
-    for flag, text in (
-        ("--once", "check once; exit 0 if healthy, 1 if not"),
-        ("--check-config", "print the rules as understood; exit 2 if one is wrong"),
-        ("--demo", "serve against a simulated LLM server"),
-    ):
+    for flag, text in MODES:
         modes.add_argument(flag, action="store_true", help=text)
     modes.add_argument(
-        "--probe",
-        nargs="?",
-        const="/health",
-        metavar="PATH",
+        "--probe", nargs="?", const="/health", metavar="PATH",
         help="ask the running program (default /health); exit 0 if 200, else 1",
-    )
+    )  # fmt: skip
     modes.add_argument("--query", metavar="EXPR", help="print what EXPR gives now")
     parser.add_argument("--version", action="version", version=__version__)
-    return parser
-
-
-EXAMPLES = """
-
-answers on APP_PORT:
-  /health       200 Healthy or 503 Unhealthy, for readiness; ?verbose says why
-  /health/NAME  503 only while that rule fires, for liveness
-  /livez        200 while this program works
-  /metrics, /   its own metrics, and a page for people
-
-examples:
-  METRICS_ENDPOINT=http://localhost:8000/metrics python3 health_check.py
-  METRIC_TO_CHECK=tgi_queue_size METRIC_THRESHOLD=10 python3 health_check.py
-  UNHEALTHY_WHEN='Busy: tgi_queue_size > 10 for 30s' python3 health_check.py
-
-exit status:
-  0  healthy, or stopped by a signal
-  1  unhealthy, no answer, or the port cannot be had
-  2  a setting, a rule or an expression is wrong
-"""
-QUERY_PAUSE = 1.0
-
-
-class Simulation(http.server.BaseHTTPRequestHandler):
-    """The metrics of a vLLM-like server whose queue rises and falls in 40 seconds."""
-
-    def do_GET(self) -> None:
-        """Serve the metrics of this moment."""
-        phase = time.monotonic() % 40 / 40
-        waiting = max(0, round(30 * math.sin(2 * math.pi * phase)))
-        text = SIMULATED.format(
-            waiting, 8 if waiting else 3, int(time.monotonic() * 800)
-        )
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain; version=0.0.4")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the log is that of the checker."""
+    return vars(parser.parse_args(arguments))
 
 
 SIMULATED = """\
@@ -3855,6 +3753,24 @@ vllm:num_requests_running{{engine="0",model_name="demo"}} {}
 # TYPE vllm:generation_tokens counter
 vllm:generation_tokens_total{{engine="0",model_name="demo"}} {}
 """
+
+
+class Simulation(http.server.BaseHTTPRequestHandler):
+    """The metrics of a vLLM-like server whose queue rises and falls in 40 seconds."""
+
+    def do_GET(self) -> None:
+        """Serve the metrics of this moment."""
+        now = time.monotonic()
+        waiting = max(0, round(30 * math.sin(2 * math.pi * (now % 40 / 40))))
+        text = SIMULATED.format(waiting, 8 if waiting else 3, int(now * 800))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the log is that of the checker."""
 
 
 def _start_demo(config: Config) -> Config:
