@@ -1371,7 +1371,7 @@ class FromItself(AttackTest):
             begun = time.monotonic()
             with Checker(upstream.url):
                 start = time.monotonic() - begun
-            span = 4 * start
+            span = 8 * start
             moments = [chance.uniform(0, span) for _ in range(times)]
             with ThreadPoolExecutor(4) as pool:
                 ends = list(pool.map(partial(self.terminate, upstream.url), moments))
