@@ -2529,6 +2529,16 @@ class ServeTest(NetworkTest):
         status, body = get(port, "/health?format=json&exclude=Q")
         self.assertEqual((status, json.loads(body)["status"]), (200, "warn"))
 
+    def test_of_many_series_the_json_lists_some_and_the_count(self):
+        text = "".join(f'q{{n="{number}"}} 1\n' for number in range(300))
+        port = self.serve(
+            self.running(self.metrics(page(text)), UNHEALTHY_WHEN="Q: q > 0")
+        )
+        body = get(port, "/health?format=json")[1]
+        (rule,) = json.loads(body)["checks"]["Q"]
+        self.assertEqual((len(rule["series"]), rule["alerts"]), (20, 300))
+        self.assertLess(len(body), 10000)
+
     def test_a_rule_can_be_excluded(self):
         server = self.metrics(page("q 11\n"))
         port = self.serve(self.running(server, UNHEALTHY_WHEN="Q: q > 1"))
