@@ -1674,6 +1674,11 @@ class Exposition(unittest.TestCase):
             ("# x 1\n#\n# EOF\nx 5\n", "x 5"),
         )
 
+    def test_a_line_break_in_a_label_may_stand_where_a_buffer_ends(self):
+        for count in range(65528, 65537):
+            text = "# a\n" * count + 'x{a="b\nc"} 5\n'
+            self.assertEqual(self.result(text), r'x{a="b\nc"} 5')
+
     def test_names_match_whole(self):
         others = 'x_by_reason 1\nx_ five\nax 2\nx:y 3\nxy 5\n# x 7\nz{n="x 8"}\n'
         self.check((others + "x 4\n" + others + "y 10\n", "x 4; y 10"))
