@@ -1443,7 +1443,7 @@ def _seconds(tokens: Tokens, at: int) -> tuple[int, float]:
         raise tokens[at].unexpected("a duration such as 30s") from None
 
 
-# --- 5. Config: environ -> Config ----------------------------------------------------
+# --- 6. Config: environ -> Config ----------------------------------------------------
 
 DEFAULT_RULES = """
   QueueFull: (vllm:num_requests_waiting or sglang:num_queue_reqs or tgi_queue_size
@@ -1759,7 +1759,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
 )))  # fmt: skip
 
 
-# --- 6. Scrape: URL -> bytes ---------------------------------------------------------
+# --- 7. Scrape: URL -> bytes ---------------------------------------------------------
 
 MAX_HEAD = 64 * 1024
 MAX_REDIRECTS = 3
@@ -2009,7 +2009,7 @@ class _Connection(http.client.HTTPConnection):
         return response
 
 
-# --- 7. Exposition: bytes x wanted names -> samples ----------------------------------
+# --- 8. Exposition: bytes x wanted names -> samples ----------------------------------
 # The text format 0.0.4 and OpenMetrics 1.0 as Prometheus' scraper reads them
 # (model/textparse/promlex.l): only the lines of wanted names are looked at.
 
@@ -2246,7 +2246,7 @@ def _unescape(quoted: bytes) -> str:
     return text.decode()
 
 
-# --- 8. Monitor: owns history, rule states, the latest Verdict -----------------------
+# --- 9. Monitor: owns history, rule states, the latest Verdict -----------------------
 
 LOG = logging.getLogger("health_check")
 POINTS_PER_RANGE = 512
@@ -2629,7 +2629,7 @@ def _user_selectors(rules: Iterable[Rule]) -> Sequence[tuple[str, Selector]]:
     ]
 
 
-# --- 9. Alertmanager: Verdict -> POST /api/v2/alerts ---------------------------------
+# --- 10. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
@@ -2824,7 +2824,7 @@ def _annotations(
     return {"summary": summary, "description": description, "value": value}
 
 
-# --- 10. Serve: Verdict -> HTTP ------------------------------------------------------
+# --- 11. Serve: Verdict -> HTTP ------------------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
@@ -3478,7 +3478,7 @@ def _bound_socket(family: int, address: tuple[Any, ...]) -> socket.socket:
     return sock
 
 
-# --- 11. Main: wiring and signals ----------------------------------------------------
+# --- 12. Main: wiring and signals ----------------------------------------------------
 
 QUERY_PAUSE = 1.0
 MODES = (
