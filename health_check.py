@@ -101,11 +101,48 @@ class Sample(NamedTuple):
     value: float
 
 
-class Points(NamedTuple):
-    """The remembered samples of one series, oldest first; times are monotonic."""
+class Points:
+    """The remembered samples of one series, oldest first; times are monotonic.
 
-    times: array[float]
-    values: array[float]
+    ``falls`` has the time of each sample that is less than the one before, and that
+    one's value: a counter's resets, found once and not by each rule at each check.
+    """
+
+    __slots__ = ("falls", "times", "values")
+
+    def __init__(self, samples: Iterable[tuple[float, float]] = ()) -> None:
+        self.times, self.values = array("d"), array("d")
+        self.falls = array("d"), array("d")
+        for at, value in samples:
+            self.add(at, value)
+
+    def add(self, at: float, value: float) -> None:
+        """Remember one more sample."""
+        if self.values and value < self.values[-1]:
+            self.falls[0].append(at)
+            self.falls[1].append(self.values[-1])
+        self.times.append(at)
+        self.values.append(value)
+
+    def pop(self) -> None:
+        """Forget the newest sample."""
+        if self.times.pop() in self.falls[0][-1:]:
+            self.falls[0].pop()
+            self.falls[1].pop()
+        self.values.pop()
+
+    def after(self, start: float) -> Points:
+        """Return the samples after a moment."""
+        first = bisect_right(self.times, start)
+        if first == 0:
+            return self
+        later = Points()
+        later.times, later.values = self.times[first:], self.values[first:]
+        # From a sample that is not there any more nothing has fallen.
+        if later.times:
+            fall = bisect_right(self.falls[0], later.times[0])
+            later.falls = self.falls[0][fall:], self.falls[1][fall:]
+        return later
 
 
 History = Dict[str, Dict[Labels, Points]]
@@ -960,9 +997,9 @@ def evaluate(expr: Expr, instant: Instant) -> Value:
     if isinstance(expr, Selector):
         found = (select_range if expr.window else select)(expr, instant)
         return {
-            labels: values[-1]
-            for labels, (times, values) in found.items()
-            if expr.window or times[-1] == instant.now
+            labels: points.values[-1]
+            for labels, points in found.items()
+            if expr.window or points.times[-1] == instant.now
         }
     if expr.name in RANGE_FUNCTIONS:
         return _over_range(expr, instant)
@@ -991,15 +1028,10 @@ def select(selector: Selector, instant: Instant) -> dict[Labels, Points]:
 
 def select_range(selector: Selector, instant: Instant) -> dict[Labels, Points]:
     """Return the series of a range selector and their samples within its window."""
-    start, found = instant.now - selector.window, {}
-    for labels, points in select(selector, instant).items():
-        # The window is left-open since Prometheus 3.
-        first = bisect_right(points.times, start)
-        if first == 0:
-            found[labels] = points
-        elif first < len(points.times):
-            found[labels] = Points(points.times[first:], points.values[first:])
-    return found
+    # The window is left-open since Prometheus 3.
+    start, found = instant.now - selector.window, select(selector, instant)
+    windows = {labels: points.after(start) for labels, points in found.items()}
+    return {labels: points for labels, points in windows.items() if points.times}
 
 
 def operate(expr: Operation, left: Value, right: Value) -> Value:
@@ -1189,12 +1221,11 @@ def _over_range(expr: Operation, instant: Instant) -> Vector:
 def _extrapolated(
     points: Points, start: float, end: float, *, counter: bool, per_second: bool
 ) -> float:
-    times, values = points
+    times, values = points.times, points.values
     result = values[-1] - values[0]
     if counter:
-        resets = itertools.compress(values, map(operator.lt, values[1:], values))
         # One by one, as Prometheus rounds; sum() would not since Python 3.12.
-        result = reduce(operator.add, resets, result)
+        result = reduce(operator.add, points.falls[1], result)
     covered = times[-1] - times[0]
     interval = covered / (len(times) - 1)
     # A series that begins or ends inside the window is extended by half an interval.
@@ -1209,7 +1240,7 @@ def _extrapolated(
 
 
 def _irate(points: Points, *_: float) -> float:
-    times, values = points
+    times, values = points.times, points.values
     before = 0.0 if values[-1] < values[-2] else values[-2]
     return (values[-1] - before) / (times[-1] - times[-2])
 
@@ -1292,7 +1323,7 @@ REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
 RANGE_FUNCTIONS: dict[str, Callable[[Points, float, float], float]] = {
     **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
     "changes": _of_values(_changes),
-    "resets": _of_values(lambda vs: float(sum(map(operator.gt, vs, vs[1:])))),
+    "resets": lambda points, start, end: float(len(points.falls[0])),
     "rate": partial(_extrapolated, counter=True, per_second=True),
     "increase": partial(_extrapolated, counter=True, per_second=False),
     "delta": partial(_extrapolated, counter=False, per_second=False),
@@ -2500,24 +2531,22 @@ class Monitor:
         name = dict(labels)["__name__"]
         window = self._windows.get(name, 0.0)
         series = self._history.setdefault(name, {})
-        times, values = series.setdefault(labels, Points(array("d"), array("d")))
+        points = series.setdefault(labels, Points())
+        times = points.times
         # Of a storm of checks only the newest and well spaced older ones are kept.
         crowded = len(times) > 1 and times[-1] - times[-2] < window / POINTS_PER_RANGE
         if times and (crowded or not window):
-            times[-1], values[-1] = now, value
-        else:
-            times.append(now)
-            values.append(value)
+            points.pop()
+        points.add(now, value)
 
     def _forget(self, now: float) -> None:
         for name, series in self._history.items():
             start = now - self._windows.get(name, 0.0)
-            for labels, (times, values) in list(series.items()):
-                old = bisect_right(times, start)
-                if times[-1] < now and old == len(times):
+            for labels, points in list(series.items()):
+                if points.times[-1] > start:
+                    series[labels] = points.after(start)
+                elif points.times[-1] < now:
                     del series[labels]
-                elif old < len(times):
-                    del times[:old], values[:old]
 
     def _warn(self, readings: Sequence[Reading], instant: Instant) -> None:
         for name in {n for r in readings for n in r.reserved} - self._reserved:
@@ -3622,9 +3651,9 @@ def _results(expr: Expr, instant: Instant) -> Iterator[str]:
     if type_of(expr) == SCALAR:
         yield f"scalar: {format_float(cast(float, evaluate(expr, instant)))} {now}"
     elif isinstance(expr, Selector) and expr.window:
-        for labels, (times, values) in select_range(expr, instant).items():
+        for labels, points in select_range(expr, instant).items():
             yield f"{format_series(labels)} =>"
-            for at, value in zip(times, values):
+            for at, value in zip(points.times, points.values):
                 unix = at - instant.now + instant.wall
                 yield f"{format_float(value)} @[{unix:.3f}]"
     else:

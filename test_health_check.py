@@ -27,7 +27,6 @@ import tempfile
 import threading
 import time
 import unittest
-from array import array
 from pathlib import Path
 from unittest import mock
 
@@ -110,8 +109,7 @@ def history(text, step=1.0, now=NOW):
         labels = tuple(sorted(parse_series(series.encode()).items()))
         ages = range(len(column) - 1, -1, -1)
         known = [(a, parse_float(v)) for a, v in zip(ages, column) if v != "_"]
-        times = array("d", [now - age * step for age, _ in known])
-        points = Points(times, array("d", [value for _, value in known]))
+        points = Points((now - age * step, value) for age, value in known)
         remembered.setdefault(dict(labels)["__name__"], {})[labels] = points
     return Instant(now, WALL, remembered, {})
 

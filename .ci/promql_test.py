@@ -21,7 +21,6 @@ import tempfile
 import time
 import unittest
 import urllib.parse
-from array import array
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Tuple, Union
@@ -265,7 +264,7 @@ def remember(series: Series, now: int) -> History:
         seen = {at: value for at, value in points.items() if at <= now}
         if seen:
             history.setdefault(labels[0][1], {})[labels] = hc.Points(
-                array("d", [at / 1000 for at in seen]), array("d", seen.values())
+                (at / 1000, value) for at, value in seen.items()
             )
     return history
 
@@ -273,7 +272,7 @@ def remember(series: Series, now: int) -> History:
 def blur(points: hc.Points, noise: random.Random) -> hc.Points:
     """Return samples whose last digits are others."""
     values = (v * noise.uniform(1 - 1e-13, 1 + 1e-13) for v in points.values)
-    return hc.Points(points.times, array("d", values))
+    return hc.Points(zip(points.times, values))
 
 
 def record(seed: int, start: int) -> Recording:
