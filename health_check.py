@@ -3480,31 +3480,20 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises OSError where the port is taken or not permitted.
     """
+    # All that the kernel grants: of a burst it drops what finds no room, and the
+    # caller, a probe perhaps, tries again after a second.
+    create = partial(socket.create_server, backlog=65535)
     if host:
         found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0]
-        return _bound_socket(found[0], found[4])
+        family, address = found[0], found[4]
+        return create(address, family=family, dualstack_ipv6=address[0] == "::")
     try:
-        return _bound_socket(socket.AF_INET6, ("::", port))
-    except OSError as error:
-        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+        return create(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    except (OSError, ValueError) as error:
+        # ValueError says that the system has no IPv6, or cannot join the two.
+        if getattr(error, "errno", None) not in (None, errno.EADDRNOTAVAIL):
             raise
-        return _bound_socket(socket.AF_INET, ("0.0.0.0", port))
-
-
-def _bound_socket(family: int, address: tuple[Any, ...]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6 and address[0] == "::":
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(address)
-        # All that the kernel grants: of a burst it drops what finds no room, and the
-        # caller, a probe perhaps, tries again after a second.
-        sock.listen(65535)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+        return create(("0.0.0.0", port))
 
 
 # --- 12. Main: wiring and signals ----------------------------------------------------
@@ -3572,7 +3561,8 @@ def serve(config: Config) -> int:
         listener = listen(config.app_host, config.app_port)
     except OSError as error:
         where = f"{config.app_host or 'any address'}, port {config.app_port}"
-        LOG.error("cannot listen on %s: %s", where, error.strerror or error)
+        problem = str(error.strerror or error).partition(" (while")[0]
+        LOG.error("cannot listen on %s: %s", where, problem)
         return 1
     port = listener.getsockname()[1]
     config = config._replace(pod_name=config.pod_name or socket.gethostname())
