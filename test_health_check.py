@@ -485,6 +485,20 @@ class Vocabulary(unittest.TestCase):
                 self.assertEqual(quote(text), f'"{escaped}"')
         self.assertEqual(escape_controls("naïve ☃"), "naïve ☃")
 
+    def test_a_fall_is_known_as_long_as_both_of_its_samples(self):
+        points = Points(enumerate((5.0, 3.0, 4.0, 1.0, 2.0)))
+        self.assertEqual([list(each) for each in points.falls], [[1, 3], [5, 4]])
+        for start, falls in (-1, [1, 3]), (0, [3]), (1.5, [3]), (2, []), (4, []):
+            later = points.after(start)
+            self.assertEqual(list(later.falls[0]), falls)
+            self.assertEqual(len(later.times), 4 - int(start))
+        points.pop()
+        self.assertEqual(list(points.falls[1]), [5, 4])
+        points.pop()
+        self.assertEqual(list(points.falls[1]), [5])
+        points.add(9, 0)
+        self.assertEqual([list(each) for each in points.falls], [[1, 9], [5, 4]])
+
     def test_the_state_of_a_rule_is_the_worst_of_its_series(self):
         status = RuleStatus(parse_rules("x > 0 for 2s")[0])
         for now, text, state in (
