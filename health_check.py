@@ -557,6 +557,7 @@ SCALAR, VECTOR, RANGE = "scalar", "instant vector", "range vector"
 _LEVELS = ("or", "and unless", "== != <= < >= >", "+ -", "* / %", "^")
 PRECEDENCE = {op: level for level, ops in enumerate(_LEVELS) for op in ops.split()}
 POWER = PRECEDENCE["^"]
+SIGN = POWER - 0.5  # less than a power, more than a product
 SET_OPERATORS = ("and", "or", "unless")
 COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
 AGGREGATORS = ("sum", "min", "max", "avg", "count", "group")
@@ -918,7 +919,7 @@ def find_selectors(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Select
             yield from find_selectors(operand, besides)
 
 
-def format_expression(expr: Expr, floor: int = 0) -> str:
+def format_expression(expr: Expr, floor: float = 0) -> str:
     """Return the canonical text of an expression; it parses to the same tree.
 
     >>> format_expression(parse_expression("a>1  OR (b)"))
@@ -928,13 +929,13 @@ def format_expression(expr: Expr, floor: int = 0) -> str:
         return _format_selector(expr)
     if isinstance(expr, Number):
         text = format_float(expr.value)
-        level = POWER + (-1 if text.startswith("-") else 1)
+        level = SIGN if text.startswith("-") else POWER + 1
     elif expr.name in SIGNATURES:
         operands = ", ".join(map(format_expression, expr.operands))
         grouping = _format_grouping(expr.grouping, "by", "without")
         return f"{expr.name}{grouping and grouping + ' '}({operands})"
     elif expr == _negative(expr.operands[1]):
-        level, text = POWER - 1, "-" + format_expression(expr.operands[1], POWER)
+        level, text = SIGN, "-" + format_expression(expr.operands[1], SIGN)
     else:
         level, power = PRECEDENCE[expr.name], expr.name == "^"
         left = format_expression(expr.operands[0], level + power)

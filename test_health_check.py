@@ -699,7 +699,7 @@ class PromQL(unittest.TestCase):
             with self.subTest(left):
                 deep = parse_expression(left * 149 + "x" + right * 149)
                 self.assertEqual(evaluate(deep, history("")), {})
-                deep = parse_expression(left * 70 + "x" + right * 70)
+                deep = parse_expression(left * 140 + "x" + right * 140)
                 self.assertEqual(parse_expression(format_expression(deep)), deep)
                 with self.assertRaises(PromQLError):
                     parse_expression(left * 10000 + "x" + right * 10000)

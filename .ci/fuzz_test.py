@@ -14,6 +14,7 @@ together, FUZZ_SEED where to begin.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import itertools
 import logging
@@ -375,9 +376,10 @@ class Served:
                     if not data:
                         break
                     answer += data
-        except (ConnectionResetError, BrokenPipeError):
+        except OSError as error:
             # It was closed with more on its way.
-            pass
+            if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN):
+                raise
         spent = time.monotonic() - started
         good = re.match(rb"HTTP/1\.1 [2345]\d\d [\w -]+\r\n", answer) or not answer
         if self.faults.lines or not good or spent > 10 * LONGEST:
