@@ -34,10 +34,12 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" and not sys.argv[1:]:
+if __name__ == "__main__":
     # Before the imports, which take a while: PID 1 never sees a signal without this.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    # Only a server ends well by a signal: a check that is stopped found nothing out.
+    _EXIT = 0 if sys.argv[1:] in ([], ["--demo"]) else 1
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(_EXIT))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_EXIT))
 
 import base64
 import collections
@@ -3753,6 +3755,7 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     )
     parser = argparse.ArgumentParser(
         prog="health_check.py", description=str(__doc__).partition("\n\n")[0],
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"settings, from the environment:\n{settings}{EXAMPLES}",
     )  # fmt: skip

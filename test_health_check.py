@@ -2959,8 +2959,11 @@ class MainTest(NetworkTest):
                 self.assert_ends(number, hanging)
 
     def test_SIGTERM_among_the_imports_ends_it_without_a_word(self):
-        process = self.launch(command=(sys.executable, "-c", INTERRUPTED, PROGRAM))
-        self.assertEqual((process.wait(5), process.stderr.read()), (0, ""))
+        for *argv, code in ((0,), ("--demo", 0), ("--once", 1), ("--query", "up", 1)):
+            with self.subTest(argv):
+                command = (sys.executable, "-c", INTERRUPTED, *argv, PROGRAM)
+                process = self.launch(command=command)
+                self.assertEqual((process.wait(5), process.stderr.read()), (code, ""))
 
     def test_as_PID_1_it_ends_at_once_too(self):
         command = ["unshare", "-fp", "--kill-child"]
@@ -3196,7 +3199,7 @@ class MainTest(NetworkTest):
         self.assertEqual(code, 0)
         for setting in health_check.SETTINGS:
             self.assertIn(f"  {setting.name} ", out)
-        for argv in (["--nonsense"], ["--once", "--demo"], ["--query"]):
+        for argv in (["--nonsense"], ["--onc"], ["--once", "--demo"], ["--query"]):
             code, out, err = self.run_main(*argv)
             self.assertEqual((code, out), (2, ""))
             self.assertIn("usage: ", err)
