@@ -1524,6 +1524,7 @@ DOWN_RULE = "Down: up == 0"
 DEFAULT_THRESHOLD = 10.0
 MAX_SHOWN = 60
 DEFAULT_PORTS = {"http": 80, "https": 443}
+ALERTS_API = "/api/v2/alerts"
 
 
 class ConfigError(ValueError):
@@ -1537,6 +1538,11 @@ class Target(NamedTuple):
     url: str
     query: str = ""
     authorization: str = ""
+
+    @property
+    def address(self) -> str:
+        """The URL with the query."""
+        return f"{self.url}?{self.query}" if self.query else self.url
 
 
 class Access(NamedTuple):
@@ -1566,7 +1572,7 @@ class Config(NamedTuple):
     metric_threshold: float | None
     metrics_threshold: float | None
     unhealthy_when: tuple[Rule, ...]
-    alertmanager_url: tuple[str, ...]
+    alertmanager_url: tuple[Target, ...]
     alert_labels: Labels
     alertmanager_bearer_token_file: str
     alertmanager_ca_file: str
@@ -1694,10 +1700,16 @@ def _target(url: str) -> Target:
     return Target(f"{host}:{port}", address, parts.query, authorization)
 
 
-def _urls(text: str) -> tuple[str, ...]:
-    if any(_target(url).authorization for url in _items(text)):
-        raise ValueError("expected no user: use ALERTMANAGER_BEARER_TOKEN_FILE")
-    return tuple(_items(text))
+def _alertmanagers(text: str) -> tuple[Target, ...]:
+    found: dict[str, Target] = {}
+    for target in map(_target, _items(text)):
+        url = re.sub(rf"(?:{ALERTS_API})?/*\Z", ALERTS_API, target.url, count=1)
+        if target.authorization:
+            raise ValueError("expected no user: use ALERTMANAGER_BEARER_TOKEN_FILE")
+        if url in found:
+            raise ValueError(f"expected each URL once, but {url} is there twice")
+        found[url] = target._replace(url=url)
+    return tuple(found.values())
 
 
 def _label_pairs(text: str) -> Labels:
@@ -1776,7 +1788,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("METRICS_THRESHOLD", _threshold, "", "another spelling of METRIC_THRESHOLD"),
     ("UNHEALTHY_WHEN", parse_rules, "",
      "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
-    ("ALERTMANAGER_URL", _urls, "",
+    ("ALERTMANAGER_URL", _alertmanagers, "",
      "URL of an Alertmanager, or several, each of which gets every alert"),
     ("ALERT_LABELS", _label_pairs, "", "labels of alerts, as in severity=critical"),
     ("ALERTMANAGER_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
@@ -1875,8 +1887,7 @@ def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
 def _get(target: Target, deadline: float, access: Access) -> http.client.HTTPResponse:
     at = target
     for _ in range(MAX_REDIRECTS + 1):
-        url = at.url + (f"?{at.query}" if at.query else "")
-        request = urllib.request.Request(url, headers={"Accept": ACCEPT})
+        request = urllib.request.Request(at.address, headers={"Accept": ACCEPT})
         if target.authorization:
             request.add_header("Authorization", target.authorization)
         response = send(request, deadline, access)
@@ -1884,13 +1895,14 @@ def _get(target: Target, deadline: float, access: Access) -> http.client.HTTPRes
         if response.status not in (301, 302, 303, 307, 308) or not location:
             return response
         response.close()
-        at = _moved(at, url, location)
+        at = _moved(at, location)
     raise ScrapeError("redirect", f"more than {MAX_REDIRECTS} redirects")
 
 
-def _moved(target: Target, url: str, location: str) -> Target:
+def _moved(target: Target, location: str) -> Target:
     with suppress(ValueError):
-        moved = _target(urllib.parse.urljoin(url, location).partition("#")[0])
+        url = urllib.parse.urljoin(target.address, location)
+        moved = _target(url.partition("#")[0])
         schemes = {at.url.partition(":")[0] for at in (moved, target)}
         if moved.instance == target.instance and len(schemes) == 1:
             return moved
@@ -2665,7 +2677,6 @@ def _user_selectors(rules: Iterable[Rule]) -> Sequence[tuple[str, Selector]]:
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
-ALERTS_API = "/api/v2/alerts"
 RESEND = 60.0
 LIFETIME = 4 * RESEND
 RETENTION = 900.0
@@ -2693,14 +2704,10 @@ class Notifier:
     """
 
     def __init__(
-        self, config: Config, url: str, generator: str,
+        self, config: Config, target: Target, generator: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        path = parts.path.rstrip("/")
-        path += "" if path.endswith(ALERTS_API) else ALERTS_API
-        self.instance, self._url = parts.netloc, parts._replace(path=path).geturl()
-        self.sent = self.failed = 0
+        self.target, self.sent, self.failed = target, 0, 0
         self._config, self._generator, self._clock = config, generator, clock
         self._access = Access(
             config.alertmanager_bearer_token_file, config.alertmanager_ca_file
@@ -2792,7 +2799,7 @@ class Notifier:
     def _post(self, batch: Sequence[Notice]) -> bool:
         body = json.dumps([self._payload(notice) for notice in batch]).encode()
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._url, body, headers)
+        request = urllib.request.Request(self.target.address, body, headers)
         deadline, status, problem = time.monotonic() + SEND_TIMEOUT, 0, ""
         try:
             with _Translated(), send(request, deadline, self._access) as response:
@@ -2802,9 +2809,9 @@ class Notifier:
         except ScrapeError as error:
             problem = f"{error.reason}: {error}"
         if bool(problem) != bool(self._problem):
-            message = f"Alertmanager {self.instance}: {problem or 'takes alerts again'}"
-            level = logging.WARNING if problem else logging.INFO
-            log(level, message, alertmanager=self.instance, reason=problem)
+            url, level = self.target.url, logging.WARNING if problem else logging.INFO
+            message = f"Alertmanager {url}: {problem or 'takes alerts again'}"
+            log(level, message, alertmanager=url, reason=problem)
         self._problem = problem
         self.sent += 0 if problem else len(batch)
         self.failed += len(batch) if problem else 0
@@ -3445,7 +3452,7 @@ class Server:
         return Verdict(0, fault, time.monotonic(), time.time())
 
     def _metrics(self, verdict: Verdict) -> Iterator[Family]:
-        told = [({"alertmanager": n.instance}, n) for n in self._notifiers]
+        told = [({"alertmanager": n.target.url}, n) for n in self._notifiers]
         yield from verdict_families(verdict)
         yield from self._monitor.families()
         yield from _families(
@@ -3570,7 +3577,7 @@ def serve(config: Config) -> int:
     port = listener.getsockname()[1]
     config = config._replace(pod_name=config.pod_name or socket.gethostname())
     generator = page_url(config.pod_name, port)
-    notifiers = [Notifier(config, url, generator) for url in config.alertmanager_url]
+    notifiers = [Notifier(config, to, generator) for to in config.alertmanager_url]
     monitor = Monitor(config)
     server = Server(listener, monitor, notifiers)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -3693,7 +3700,7 @@ def _log_start(config: Config, port: int) -> None:
         "metrics": " ".join(target.url for target in config.metrics_endpoint),
         "timeout": format_duration(config.metrics_timeout),
         "interval": format_duration(config.scrape_interval),
-        "alertmanager": " ".join(_target(url).url for url in config.alertmanager_url),
+        "alertmanager": " ".join(target.url for target in config.alertmanager_url),
     }
     shown = ", ".join(f"{name} {value or 'none'}" for name, value in settings.items())
     rules = [format_rule(rule) for rule in config.rules]

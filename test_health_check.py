@@ -1178,6 +1178,23 @@ class Config(unittest.TestCase):
         self.assertIn("ALERTMANAGER_BEARER_TOKEN_FILE", problem)
         self.assertNotIn("hush", problem)
 
+    def test_an_Alertmanager_is_named_once_and_may_leave_out_the_path_of_its_API(self):
+        for url, sent_to in (
+            ("http://am:9093", "http://am:9093/api/v2/alerts"),
+            ("http://am:9093/", "http://am:9093/api/v2/alerts"),
+            ("http://am/a/?b=c", "http://am/a/api/v2/alerts?b=c"),
+            ("http://am/api/v2/alerts", "http://am/api/v2/alerts"),
+            ("http://am/api/v2/alerts/", "http://am/api/v2/alerts"),
+        ):
+            (target,) = load_config({"ALERTMANAGER_URL": url}).alertmanager_url
+            self.assertEqual(target.address, sent_to)
+        two = load_config({"ALERTMANAGER_URL": "http://am/a,http://am/b"})
+        self.assertEqual(len({target.url for target in two.alertmanager_url}), 2)
+        twice = "http://am:9093/?a=hush,http://am:9093/api/v2/alerts"
+        (problem,) = self.problems(ALERTMANAGER_URL=twice)
+        self.assertIn("http://am:9093/api/v2/alerts is there twice", problem)
+        self.assertNotIn("hush", problem)
+
     def test_nothing_set_is_a_whole_configuration(self):
         for environ in {}, {setting.name: " " for setting in SETTINGS}:
             config = load_config(environ)
@@ -2145,7 +2162,8 @@ class AlertmanagerTest(NetworkTest):
             POD_NAME="pod-1",
         )
         self.rule = config.rules[0]
-        self.notifier = Notifier(config, self.server.url, "http://pod-1/", self.clock)
+        (target,) = config.alertmanager_url
+        self.notifier = Notifier(config, target, "http://pod-1/", self.clock)
 
     def take(self, request):
         head, _, body = request.partition(b"\r\n\r\n")
@@ -2288,17 +2306,6 @@ class AlertmanagerTest(NetworkTest):
         self.assertEqual(self.notifier.work(), 60)
         self.assertEqual([end for _, _, end in self.sent()], [1240, 2240])
 
-    def test_a_URL_may_leave_out_the_path_of_the_API(self):
-        for url, sent_to in (
-            ("http://am:9093", "http://am:9093/api/v2/alerts"),
-            ("http://am:9093/", "http://am:9093/api/v2/alerts"),
-            ("http://am/a/?b=c", "http://am/a/api/v2/alerts?b=c"),
-            ("http://am/api/v2/alerts", "http://am/api/v2/alerts"),
-            ("http://am/api/v2/alerts/", "http://am/api/v2/alerts"),
-        ):
-            notifier = Notifier(self.config("http://localhost:1"), url, "")
-            self.assertEqual(notifier._url, sent_to)
-
     def test_a_series_keeps_its_pod_beside_that_of_the_checker(self):
         alerts = [
             self.alert()._replace(labels=(("engine", "0"), ("pod", name)))
@@ -2318,7 +2325,7 @@ class AlertmanagerTest(NetworkTest):
                 self.calls += 1
                 raise RuntimeError("broken")
 
-        notifier = Broken(self.config("http://localhost:1"), "http://localhost:1/", "")
+        notifier = Broken(self.notifier._config, self.notifier.target, "")
         notifier.start()
         self.assertTrue(wait_until(lambda: notifier.calls == 1))
         status = RuleStatus(self.rule, (self.alert(),))
@@ -3046,7 +3053,8 @@ class MainTest(NetworkTest):
         self.assertEqual(get(int(start["port"]))[0], 503)
         lines = [json.loads(process.stderr.readline()) for _ in range(4)]
         alert = next(line for line in lines if "alertmanager" in line)
-        self.assertEqual((alert["level"], alert["alertmanager"]), ("warning", gone))
+        self.assertEqual(alert["level"], "warning")
+        self.assertEqual(alert["alertmanager"], f"http://{gone}/api/v2/alerts")
         self.assertIn("refused", alert["reason"])
         for line, fields in zip(
             (line for line in lines if line is not alert),

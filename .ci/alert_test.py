@@ -534,10 +534,10 @@ class AlertmanagerTest(ProcessTest):
         self.expect("firing 0")
         self.expect_no_more("firing 0")
         self.assertEqual(program.log.count("WARNING Alertmanager"), 1)
-        self.assertIn(f"WARNING Alertmanager {other.instance}: refused", program.log)
+        self.assertIn(f"WARNING Alertmanager {other.url}: refused", program.log)
         _, metrics = program.get("/metrics")
         for what, who in (("sent", self.alertmanager), ("failed", other)):
-            of = f'alertmanager="{who.instance}"'
+            of = f'alertmanager="{who.url}"'
             name = f"health_check_notifications_{what}_total"
             self.assertRegex(metrics, rf"{name}\{{{re.escape(of)}\}} [1-9]")
         other.start()
@@ -551,12 +551,12 @@ class AlertmanagerTest(ProcessTest):
         self, program: Program, which: Alertmanager | None = None
     ) -> None:
         """Assert one line when delivery failed, one when it recovered, no other."""
-        instance = (which or self.alertmanager).instance
-        again = f"Alertmanager {instance}: takes alerts again"
+        url = (which or self.alertmanager).url
+        again = f"Alertmanager {url}: takes alerts again"
         self.assertTrue(wait_for(lambda: again in program.log), program.log)
         lines = [line for line in program.log.splitlines() if "Alertmanager" in line]
         self.assertEqual(len(lines), 2, lines)
-        self.assertIn(f" WARNING Alertmanager {instance}: ", lines[0])
+        self.assertIn(f" WARNING Alertmanager {url}: ", lines[0])
         self.assertIn(f" INFO {again}", lines[1])
 
     def test_a_frozen_one_delays_no_probe_and_gets_the_truth(self) -> None:
@@ -1008,9 +1008,9 @@ class FailuresTest(ProcessTest):
         time.sleep(2 * RESEND)
         self.assertEqual(program.log.count("WARNING Alertm"), 3)
         for url, reason in zip(urls, ("HTTP 501", "HTTP 501", "refused")):
-            instance = url.split("/")[2]
-            self.assertIn(f"WARNING Alertmanager {instance}: {reason}", program.log)
-            name = f'notifications_failed_total{{alertmanager="{instance}"}}'
+            shown = f"{url.rstrip('/')}/api/v2/alerts"
+            self.assertIn(f"WARNING Alertmanager {shown}: {reason}", program.log)
+            name = f'notifications_failed_total{{alertmanager="{shown}"}}'
             self.assertRegex(program.get("/metrics")[1], rf"{re.escape(name)} [1-9]")
 
     def test_the_checker_itself_fails(self) -> None:
