@@ -1559,7 +1559,10 @@ OPEN = Access()
 
 
 class Config(NamedTuple):
-    """The settings, each by its name in lower case, and the rules they make."""
+    """The settings, each by its name in lower case, and the rules they make.
+
+    ``given`` has the text of those that are set, but of URLs, which may hold a secret.
+    """
 
     metrics_endpoint: tuple[Target, ...]
     metrics_bearer_token_file: str
@@ -1583,6 +1586,7 @@ class Config(NamedTuple):
     scrape_interval: float
     log_level: str
     log_format: str
+    given: Mapping[str, str]
     rules: tuple[Rule, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -1610,6 +1614,8 @@ def load_config(environ: Mapping[str, str]) -> Config:
         raise ConfigError("\n".join(problems + warnings))
     if values["metrics_tls_skip_verify"]:
         warnings.append("METRICS_TLS_SKIP_VERIFY: ANYBODY can pose as the target")
+    plain = [s.name for s in SETTINGS if not s.name.endswith(("_ENDPOINT", "_URL"))]
+    values["given"] = {name: given[name] for name in plain if name in given}
     config = Config(**values, warnings=tuple(warnings))
     return config._replace(rules=_rules(config))
 
@@ -1825,14 +1831,16 @@ REASONS = (
 _SECRET = re.compile(r"(?i)(\?|\b(?:basic|bearer)\s+)\S+")
 
 
-class ScrapeError(Exception):
-    """A scrape failed: ``reason`` is one word for rules, the text is for people.
+def redact(text: str) -> str:
+    """Return ``text`` without query strings and credentials."""
+    return _SECRET.sub(r"\1***", text)
 
-    The text has no query string and no credentials.
-    """
+
+class ScrapeError(Exception):
+    """A scrape failed: ``reason`` is one word for rules, the text is for people."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(_SECRET.sub(r"\1***", message))
+        super().__init__(redact(message))
         self.reason = reason
 
 
@@ -2404,7 +2412,7 @@ class Monitor:
             "health_check_scrapes_total", "counter", "Scrapes by target and outcome.",
             [
                 ("", {"target": instance, "outcome": outcome}, count)
-                for (instance, outcome), count in self._scrapes.items()
+                for (instance, outcome), count in dict(self._scrapes).items()
             ],
         )
         bounds = map(format_float, (*BUCKETS, math.inf))
@@ -2438,18 +2446,17 @@ class Monitor:
 
     def _fault(self, error: Exception) -> Verdict:
         # The time stays that of the verdict before: a clock may be what is broken.
-        LOG.error("%s", BUG, exc_info=error)
-        fault = f"bug: {type(error).__name__}: {error}"
+        sequence, fault = self.verdict.sequence + 1, f"bug: {report(error)}"
         return self.verdict._replace(
-            sequence=self.verdict.sequence + 1, fault=fault, rules=(), targets=()
+            sequence=sequence, fault=fault, rules=(), targets=()
         )
 
     def _publish(self, verdict: Verdict) -> None:
         self.verdict = verdict
         try:
             self.on_publish()
-        except Exception:
-            LOG.exception("%s", BUG)
+        except Exception as error:
+            report(error)
 
     def _scrape(self) -> Sequence[Outcome]:
         timeout, targets = self.config.metrics_timeout, self.config.metrics_endpoint
@@ -2463,9 +2470,9 @@ class Monitor:
                 lambda: len(self._outcomes) == len(targets), timeout + GRACE
             )
             found = dict(self._outcomes)
-        late = f"no answer within {format_duration(timeout)}"
+        late = "timeout", f"no answer within {format_duration(timeout)}", timeout
         return [
-            found.get(index, (TargetStatus(target.instance, "timeout", late), None))
+            found.get(index, (TargetStatus(target.instance, *late), None))
             for index, target in enumerate(targets)
         ]
 
@@ -2489,9 +2496,7 @@ class Monitor:
             except ScrapeError as error:
                 status = status._replace(reason=error.reason, message=str(error))
             except Exception as error:
-                LOG.exception("%s", BUG)
-                message = str(ScrapeError("bug", repr(error)))
-                status = status._replace(reason="bug", message=message)
+                status = status._replace(reason="bug", message=report(error))
             status = status._replace(seconds=time.monotonic() - started)
             with self._news:
                 if job is self._job:
@@ -2597,6 +2602,12 @@ def log(level: int, message: str, **fields: object) -> None:
     LOG.log(level, "%s", message, extra={"fields": fields})
 
 
+def report(error: Exception) -> str:
+    """Log a bug with its traceback, and return what it is in a line."""
+    LOG.error("%s", BUG, exc_info=error)
+    return redact(f"{type(error).__name__}: {error}")
+
+
 def transitions(
     before: Verdict, after: Verdict
 ) -> Iterator[tuple[int, str, dict[str, str]]]:
@@ -2647,8 +2658,7 @@ def _judged(status: RuleStatus, instant: Instant) -> RuleStatus:
     try:
         return judge(status.rule, status, instant)
     except Exception as error:
-        LOG.exception("%s", BUG)
-        return status._replace(error=f"bug: {type(error).__name__}: {error}")
+        return status._replace(error=f"bug: {report(error)}")
 
 
 def _synthetic(status: TargetStatus, own: Labels) -> Iterator[tuple[Labels, float]]:
@@ -2742,27 +2752,28 @@ class Notifier:
         while not self._stopping:
             try:
                 rest = self.work()
-            except Exception:
-                LOG.exception("%s", BUG)
+            except Exception as error:
+                report(error)
                 rest = RETRY
             self._changed.wait(rest)
             self._changed.clear()
 
     def work(self) -> float | None:
         """Send what is due, and return the seconds until there may be more to say."""
-        now = self._clock()
-        if self._verdict:
-            self._update(self._verdict, now)
+        now, verdict = self._clock(), self._verdict
+        if not verdict:
+            return None
+        self._update(verdict, now)
         if now < self._retry:
             return self._retry - now
-        due = [notice for notice in self._notices.values() if self._due(notice, now)]
+        due = [n for n in self._notices.values() if _due(n, verdict, now)]
         for start in range(0, len(due), BATCH):
             batch = due[start : start + BATCH]
-            if not self._post(batch):
+            if not self._post([self._payload(notice, verdict) for notice in batch]):
                 self._retry = now + RETRY
                 return RETRY
             for notice in batch:
-                sent = self._known(notice, now)
+                sent = _known(notice, verdict, now)
                 self._notices[notice.labels] = notice._replace(sent=sent)
         times = [notice.sent or now for notice in self._notices.values()]
         return max(min(times) + RESEND - self._clock(), RETRY) if times else None
@@ -2786,26 +2797,15 @@ class Notifier:
         for labels in list(self._notices)[: -2 * MAX_ALERTS]:
             del self._notices[labels]
 
-    def _known(self, notice: Notice, now: float) -> float:
-        # That an alert fires is known as of the verdict, that it has ended for ever.
-        return cast(Verdict, self._verdict).time if notice.ended is None else now
-
-    def _due(self, notice: Notice, now: float) -> bool:
-        # Without fresh verdicts nobody knows whether an alert still fires.
-        known = self._known(notice, now)
-        fresh = now - known < LIFETIME
-        return fresh and (notice.sent is None or known - notice.sent >= RESEND)
-
-    def _post(self, batch: Sequence[Notice]) -> bool:
-        body = json.dumps([self._payload(notice) for notice in batch]).encode()
-        headers = {"Content-Type": "application/json"}
+    def _post(self, batch: Sequence[dict[str, Any]]) -> bool:
+        body, headers = json.dumps(batch).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self.target.address, body, headers)
         deadline, status, problem = time.monotonic() + SEND_TIMEOUT, 0, ""
         try:
             with _Translated(), send(request, deadline, self._access) as response:
                 status = response.status
                 if not 200 <= status < 300:
-                    problem = f"HTTP {status}: {response.read(200)!r}"
+                    problem = redact(f"HTTP {status}: {response.read(200)!r}")
         except ScrapeError as error:
             problem = f"{error.reason}: {error}"
         if bool(problem) != bool(self._problem):
@@ -2819,8 +2819,7 @@ class Notifier:
         # hold up the rest, and all are due again in a minute.
         return not problem or 400 <= status < 500
 
-    def _payload(self, notice: Notice) -> dict[str, Any]:
-        verdict = cast(Verdict, self._verdict)
+    def _payload(self, notice: Notice, verdict: Verdict) -> dict[str, Any]:
         ended = verdict.time + LIFETIME if notice.ended is None else notice.ended
         return {
             "labels": dict(notice.labels),
@@ -2829,6 +2828,18 @@ class Notifier:
             "endsAt": format_time(verdict.wall_of(ended)),
             "generatorURL": self._generator,
         }
+
+
+def _known(notice: Notice, verdict: Verdict, now: float) -> float:
+    # That an alert fires is known as of the verdict, that it has ended for ever.
+    return verdict.time if notice.ended is None else now
+
+
+def _due(notice: Notice, verdict: Verdict, now: float) -> bool:
+    # Without fresh verdicts nobody knows whether an alert still fires.
+    known = _known(notice, verdict, now)
+    fresh = now - known < LIFETIME
+    return fresh and (notice.sent is None or known - notice.sent >= RESEND)
 
 
 def _firing(verdict: Verdict) -> Iterator[tuple[RuleStatus, Alert]]:
@@ -3378,8 +3389,8 @@ class Server:
             pass
         except OSError as error:
             LOG.debug("%s: given up: %s", connection.client, error)
-        except Exception:
-            LOG.exception("%s", BUG)
+        except Exception as error:
+            report(error)
         self._close(connection)
 
     def _wait(self, connection: Connection, phase: Phase) -> None:
@@ -3447,8 +3458,7 @@ class Server:
         except TimeoutError as error:
             fault = str(error)
         except Exception as error:
-            LOG.exception("%s", BUG)
-            fault = f"bug: {type(error).__name__}: {error}"
+            fault = f"bug: {report(error)}"
         return Verdict(0, fault, time.monotonic(), time.time())
 
     def _metrics(self, verdict: Verdict) -> Iterator[Family]:
@@ -3509,6 +3519,8 @@ def listen(host: str, port: int) -> socket.socket:
 # --- 12. Main: wiring and signals ----------------------------------------------------
 
 QUERY_PAUSE = 1.0
+# What the first line of the log has in a form of its own.
+TOLD = ("UNHEALTHY_WHEN", "APP_PORT", "METRICS_TIMEOUT", "SCRAPE_INTERVAL")
 MODES = (
     ("--once", "check once; exit 0 if healthy, 1 if not"),
     ("--check-config", "print the rules as understood; exit 2 if one is wrong"),
@@ -3643,7 +3655,7 @@ def query(config: Config, expr: Expr) -> int:
     except EvaluationError as error:
         print(f"health_check.py: {error}", file=sys.stderr)
         return 1
-    return 1 if any(target.reason for target in verdict.targets) else 0
+    return 1 if verdict.fault or any(t.reason for t in verdict.targets) else 0
 
 
 def _results(expr: Expr, instant: Instant) -> Iterator[str]:
@@ -3701,6 +3713,7 @@ def _log_start(config: Config, port: int) -> None:
         "timeout": format_duration(config.metrics_timeout),
         "interval": format_duration(config.scrape_interval),
         "alertmanager": " ".join(target.url for target in config.alertmanager_url),
+        **{name: text for name, text in config.given.items() if name not in TOLD},
     }
     shown = ", ".join(f"{name} {value or 'none'}" for name, value in settings.items())
     rules = [format_rule(rule) for rule in config.rules]
@@ -3728,6 +3741,10 @@ class TextFormatter(logging.Formatter):
         lines = super().format(record).split("\n")
         lines = lines if record.exc_info else [" ".join(lines)]
         return "\n".join(map(escape_controls, lines))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Return a traceback, whose errors may hold a secret."""
+        return redact(super().formatException(ei))
 
 
 class JSONFormatter(TextFormatter):

@@ -1921,6 +1921,30 @@ class MonitorTest(NetworkTest):
         dropped = [line for line in self.log if "dropped" in line]
         self.assertEqual(len(dropped), 2, dropped)
 
+    def test_a_scrape_without_an_answer_has_lasted_until_the_deadline(self):
+        rules = "T: scrape_duration_seconds >= 0.2; Down: up > 1"
+        monitor = Monitor(
+            self.config(
+                self.metrics(page()), METRICS_TIMEOUT="0.2", UNHEALTHY_WHEN=rules
+            )
+        )
+        # No worker is there, as if name lookup hung.
+        self.assertEqual(monitor.check().reason, "never scraped")
+        self.assertEqual(monitor.verdict.failing(), ("T",))
+
+    def test_a_new_outcome_of_a_scrape_never_spoils_the_metrics(self):
+        class Changing(dict):
+            def items(self):
+                for item in super().items():
+                    self["b:1", "timeout"] = 1
+                    yield item
+
+        monitor = self.monitor(self.metrics(page()))
+        monitor.check()
+        family = next(monitor.families())
+        monitor._scrapes = Changing(monitor._scrapes)
+        self.assertEqual(next(monitor.families()), family)
+
     def test_a_scrape_adds_its_duration_and_size(self):
         rules = "T: scrape_duration_seconds > 0; S: scrape_body_size_bytes == 4"
         monitor = self.monitor(self.metrics(page("x 1\n")), UNHEALTHY_WHEN=rules)
@@ -2005,7 +2029,7 @@ class MonitorTest(NetworkTest):
         config = self.config(server, UNHEALTHY_WHEN='Q: q{a="b"} > 1; R: q > 9')
         q = health_check.parse_expression('q{a="b"}')._replace(matchers=(None,))
         broken = (config.rules[0]._replace(expr=q), *config.rules[1:])
-        lost = config.metrics_endpoint[0]._replace(url=None)
+        lost = config.metrics_endpoint[0]._replace(authorization=object())
         for name, config_ in (
             ("rule", config._replace(rules=broken)),
             ("worker", config._replace(metrics_endpoint=(lost,))),
@@ -2292,6 +2316,27 @@ class AlertmanagerTest(NetworkTest):
         self.publish()
         self.notifier.work()
         self.assertEqual({end for _, _, end in self.sent()}, {self.clock.now})
+
+    def test_a_verdict_that_comes_meanwhile_is_no_news_of_what_is_being_sent(self):
+        def publish_another(request):
+            self.clock.now += 50
+            self.publish()
+            return self.take(request)
+
+        self.server.pieces = (publish_another,)
+        self.publish(*map(self.alert, map(str, range(300))))
+        self.notifier.work()
+        self.assertEqual({end for _, _, end in self.sent()}, {1240})
+        self.notifier.work()
+        self.assertEqual({end for _, _, end in self.sent()}, {1100})
+
+    def test_what_it_answers_reaches_the_log_without_secrets(self):
+        echo = "Authorization: Bearer hush\r\nPOST /?token=hush HTTP/1.1"
+        self.answer = page(echo, status="401 Unauthorized")
+        self.publish(self.alert())
+        self.notifier.work()
+        self.assertIn("HTTP 401: b'Authorization: Bearer ***", self.log[-1])
+        self.assertNotIn("hush", self.log[-1])
 
     def refuse_first(self, request):
         no = page("no", status="400 Bad Request")
@@ -3045,10 +3090,15 @@ class MainTest(NetworkTest):
             ALERTMANAGER_URL=f"http://{gone}/api/v2/alerts?token=hush",
             UNHEALTHY_WHEN="Q: q > 10; N: none > 1; Down: up > 1",
             LOG_FORMAT="json",
+            METRICS_TIMEOUT="2",
+            ALERT_LABELS="severity=critical",
         )
         start = json.loads(process.stderr.readline())
         self.assertEqual(start["rules"][0], "Q: q > 10")
         self.assertEqual(start["version"], health_check.__version__)
+        self.assertEqual((start["timeout"], start["interval"]), ("2s", "0s"))
+        self.assertIn("ALERT_LABELS severity=critical", start["message"])
+        self.assertEqual(start["ALERT_LABELS"], "severity=critical")
         self.assertEqual(start["alertmanager"], f"http://{gone}/api/v2/alerts")
         self.assertEqual(get(int(start["port"]))[0], 503)
         lines = [json.loads(process.stderr.readline()) for _ in range(4)]
@@ -3067,8 +3117,9 @@ class MainTest(NetworkTest):
             self.assertEqual({**line, **fields}, line)
 
     def test_a_formatter_keeps_a_traceback_and_makes_it_harmless(self):
+        message = "\x1b[2J\nBearer hush, from http://x/?t=hush"
         try:
-            raise ValueError("\x1b[2J\nnot a line of the log")
+            raise ValueError(message)
         except ValueError:
             error = sys.exc_info()
         record = logging.LogRecord("x", logging.ERROR, "", 1, "%s", "a\nb", error)
@@ -3078,6 +3129,7 @@ class MainTest(NetworkTest):
         fields = json.loads(health_check.JSONFormatter().format(record))
         self.assertEqual((fields["level"], fields["message"]), ("error", "a\nb"))
         self.assertIn("ValueError: ", fields["traceback"])
+        self.assertNotIn("hush", text + fields["traceback"])
 
     def test_a_port_that_cannot_be_had_is_one_line_and_exit_1(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -3166,6 +3218,10 @@ class MainTest(NetworkTest):
             code, out, err = self.run_main("--query", "r + on() q", **environ)
             self.assertEqual((code, out), (1, ""))
             self.assertIn("many-to-", err)
+            with mock.patch.object(Monitor, "_forget", side_effect=RuntimeError("x")):
+                code, out, err = self.run_main("--query", "q", **environ)
+            self.assertEqual(code, 1)
+            self.assertIn("this is a bug", err)
             server.pieces = (page(status="500 No"),)
             code, out, err = self.run_main("--query", "up", **environ)
             self.assertEqual(code, 1)
