@@ -1813,7 +1813,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
 
 # --- 7. Scrape: URL -> bytes ---------------------------------------------------------
 
-MAX_HEAD = 64 * 1024
+MAX_HEAD, MAX_FIELDS = 64 * 1024, 100
 MAX_REDIRECTS = 3
 RECEIVE_BUFFER = 1024 * 1024
 AGENT = f"health_check.py/{__version__}"
@@ -1827,13 +1827,16 @@ REASONS = (
     (http.client.IncompleteRead, "truncated"), (http.client.HTTPException, "bad_http"),
     (OSError, "network"), (ValueError, "bad_http"),
 )
-# A server may send back what it was sent.
-_SECRET = re.compile(r"(?i)(\?|\b(?:basic|bearer)\s+)\S+")
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})(?: .*)?")
+_FIELD = re.compile(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([^\0\r]*?)[ \t]*", re.ASCII)
+# Python would ignore what it does not understand of these two.
+_FRAMING = ("transfer-encoding", "(?i)chunked"), ("content-length", r"(?a)\d{1,18}")
 
 
 def redact(text: str) -> str:
     """Return ``text`` without query strings and credentials."""
-    return _SECRET.sub(r"\1***", text)
+    # A server may send back what it was sent.
+    return re.sub(r"(?i)(\?|\b(?:basic|bearer)\s+)\S+", r"\1***", text)
 
 
 class ScrapeError(Exception):
@@ -1867,21 +1870,16 @@ def open_stream(
     with _Translated():
         response = _get(target, deadline, access)
     with response:
-        lengths = response.headers.get_all("Content-Length", [])
-        encoding = response.headers.get("Content-Encoding", "identity")
+        fields = response.fields
+        encoding = fields.get("content-encoding", "identity")
         if response.status != 200:
             phrase = http.client.responses.get(response.status, "")
             raise ScrapeError("http_status", f"HTTP {response.status} {phrase}".strip())
         if encoding.lower() != "identity":
             raise ScrapeError("bad_http", f"unasked Content-Encoding {encoding[:40]!r}")
-        # ``http.client`` ignores a length of more digits than int() takes.
-        plain = all(re.match(r"\d{1,18}\Z", length) for length in lengths)
-        if len(set(lengths)) > 1 or not plain:
-            shown = ", ".join(lengths)[:40]
-            raise ScrapeError("bad_http", f"bad Content-Length {shown!r}")
-        framed = bool(lengths or response.chunked)
-        content_type = response.headers.get("Content-Type", "")
-        yield Stream(content_type, framed, partial(_readinto, response))
+        framed = response.chunked or "content-length" in fields
+        readinto = partial(_readinto, response)
+        yield Stream(fields.get("content-type", ""), framed, readinto)
 
 
 def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
@@ -1892,14 +1890,14 @@ def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
     return count
 
 
-def _get(target: Target, deadline: float, access: Access) -> http.client.HTTPResponse:
+def _get(target: Target, deadline: float, access: Access) -> Response:
     at = target
     for _ in range(MAX_REDIRECTS + 1):
         request = urllib.request.Request(at.address, headers={"Accept": ACCEPT})
         if target.authorization:
             request.add_header("Authorization", target.authorization)
         response = send(request, deadline, access)
-        location = response.headers.get("Location")
+        location = response.fields.get("location")
         if response.status not in (301, 302, 303, 307, 308) or not location:
             return response
         response.close()
@@ -1924,10 +1922,9 @@ class _Translated:
     """
 
     def __enter__(self) -> None:
-        """Begin."""
+        pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Raise a ScrapeError for what is known."""
         if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
             # urllib wraps what went wrong before the answer in a URLError.
             inner = getattr(error, "reason", None)
@@ -1938,8 +1935,8 @@ class _Translated:
 
 
 def send(
-    request: urllib.request.Request, deadline: float, access: Access
-) -> http.client.HTTPResponse:
+    request: urllib.request.Request, deadline: float, access: Access = OPEN
+) -> Response:
     """Send a request with what ``access`` grants, and return whatever answer comes.
 
     Raises ScrapeError for credentials that cannot be read, else what urllib raises.
@@ -1954,13 +1951,15 @@ def send(
                 raise OSError(errno.EINVAL, "expected one token", access.token_file)
             request.add_header("Authorization", f"Bearer {token}")
         secure = request.type == "https"
-        opener = _opener(access, _versions(access)) if secure else _opener()
+        context = _context(access, _versions(access)) if secure else None
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or type(error).__name__
         name = getattr(error, "filename", None) or "a token, CA or certificate file"
         raise ScrapeError("credentials", f"{name}: {problem}") from None
-    response = opener.open(request, timeout=_left(deadline))
-    return cast(http.client.HTTPResponse, response)
+    # An opener of urllib's would add proxies, redirects, other schemes, error pages.
+    request.timeout = _left(deadline)
+    handler = urllib.request.AbstractHTTPHandler()
+    return cast(Response, handler.do_open(_Connection, request, context=context))
 
 
 def _left(deadline: float) -> float:
@@ -1978,31 +1977,14 @@ def _versions(access: Access) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache(maxsize=8)
-def _opener(
-    access: Access | None = None, versions: tuple[tuple[int, ...], ...] = ()
-) -> urllib.request.OpenerDirector:
-    # One handler only: no proxy, no redirect, no other scheme, no error page.
-    opener, handler = urllib.request.OpenerDirector(), _Handler()
-    if access:
-        context = ssl.create_default_context(cafile=access.ca_file or None)
-        context.sslsocket_class = _TLSSocket
-        if access.cert_file:
-            context.load_cert_chain(access.cert_file, access.key_file or None)
-        if access.skip_verify:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        handler.context = context
-    opener.add_handler(handler)
-    return opener
-
-
-class _Handler(urllib.request.AbstractHTTPHandler):
-    context: ssl.SSLContext | None = None
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Connection, request, context=self.context)
-
-    https_open = http_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+def _context(access: Access, _: tuple[tuple[int, ...], ...]) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=access.ca_file or None)
+    context.sslsocket_class = _TLSSocket
+    if access.cert_file:
+        context.load_cert_chain(access.cert_file, access.key_file or None)
+    if access.skip_verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 class _Socket(socket.socket):
@@ -2031,7 +2013,46 @@ class _TLSSocket(_Socket, ssl.SSLSocket):
     """The same over TLS."""
 
 
+class Response(http.client.HTTPResponse):
+    """An answer whose head is read strictly, and not by the e-mail parser: it is slow.
+
+    Fields of one name are joined (RFC 9110 section 5.3), so each has one meaning.
+    """
+
+    fields: dict[str, str]
+
+    def begin(self) -> None:
+        """Read the head, and before it those of any ``100 Continue``."""
+        self.status = 100
+        while self.status == 100:
+            self.status, self.fields = _head(line.rstrip(b"\r\n") for line in self.fp)
+        self.code, self.reason, self.will_close = self.status, "", True
+        self.length = self.chunk_left = None
+        self.chunked = "transfer-encoding" in self.fields
+        for name, form in _FRAMING:
+            value = self.fields.get(name)
+            if value is not None and not re.fullmatch(form, value):
+                raise http.client.HTTPException(f"bad {name.title()} {value[:40]!r}")
+        if not self.chunked and "content-length" in self.fields:
+            self.length = int(self.fields["content-length"])
+
+
+def _head(lines: Iterator[bytes]) -> tuple[int, dict[str, str]]:
+    status, fields = _STATUS.fullmatch(next(lines, b"")), cast(Dict[str, str], {})
+    if not status:
+        raise http.client.BadStatusLine("not an answer of HTTP/1")
+    for count, line in enumerate(itertools.takewhile(bool, lines)):
+        field = _FIELD.fullmatch(line.decode("latin-1"))
+        if not field or count == MAX_FIELDS:
+            raise http.client.HTTPException(f"no header, or beyond {MAX_FIELDS}")
+        name, value = field[1].lower(), field[2]
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return int(status[1]), fields
+
+
 class _Connection(http.client.HTTPConnection):
+    response_class = Response
+
     def __init__(self, host: str, **options: Any) -> None:
         self._context: ssl.SSLContext | None = options.pop("context")
         self._deadline = time.monotonic() + options["timeout"]
@@ -3677,15 +3698,17 @@ def probe(environ: Mapping[str, str], path: str) -> int:
     """Ask the program that runs here, print its answer, return 0 if that is 200."""
     host = environ.get("APP_HOST", "").strip() or "localhost"
     host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(host, host)
+    host = f"[{host}]" if ":" in host else host
     port = environ.get("APP_PORT", "").strip()
     try:
-        port = str(_port(port)) if port and "://" not in port else "8081"
-        connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
-        connection.request("GET", path)
-        with connection.getresponse() as response:
-            print(response.read(MAX_REQUEST).decode(errors="replace"), end="")
-            return 0 if response.status == 200 else 1
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        with _Translated():
+            port = str(_port(port)) if port and "://" not in port else "8081"
+            request = urllib.request.Request(f"http://{host}:{port}{path}")
+            with send(request, time.monotonic() + PATIENCE) as response:
+                answer = response.read(RECEIVE_BUFFER).decode(errors="replace")
+        print(answer, end="")
+        return 0 if response.status == 200 else 1
+    except ScrapeError as error:
         print(f"no answer from {host} port {port}: {error}", file=sys.stderr)
         return 1
 

@@ -1413,6 +1413,7 @@ class ScrapeTest(NetworkTest):
             ("length", [page("x 1\n")], True),
             ("byte by byte", dripping(page("x 1\n"), 0.001), True),
             ("chunked", [chunks], True),
+            ("newlines", [page("x 1\n").replace(b"\r", b"")], True),
             ("until the end", [UNTIL_CLOSE + b"x 1\n"], False),
             ("after a 100", [b"HTTP/1.1 100 Continue\r\n\r\n", page("x 1\n")], True),
             ("identity", [page("x 1\n", extra="Content-Encoding: identity\r\n")], True),
@@ -1436,6 +1437,8 @@ class ScrapeTest(NetworkTest):
             ([page("x 1\n", extra=f"{length}99\r\n")], "bad_http: .*Content-Length"),
             ([UNTIL_CLOSE[:-2] + b"Content-Length: -1\r\n\r\n"], "bad_http: .*'-1'"),
             ([UNTIL_CLOSE[:-2], length.encode(), b"9" * 5000, b"\r\n\r\nx"], "bad_h"),
+            ([UNTIL_CLOSE[:-2] + b"Transfer-Encoding: x\r\n\r\n"], "bad_http: .*'x'"),
+            ([UNTIL_CLOSE[:-2] + b"A: b\r\n c\r\n\r\nx 1\n"], "bad_http: "),
             ([page("x 1\n")[:-2]], "truncated: 2 bytes less"),
             ([CHUNKED + b"4\r\nx 1\n"], "truncated: "),
             ([CHUNKED + b"q\r\nx 1\n"], "truncated: "),
@@ -3185,6 +3188,11 @@ class MainTest(NetworkTest):
                 self.assertEqual(found[:2], expected)
                 self.assertEqual(found[2].count("\n"), 0 if found[1] else 1)
         self.assertEqual(self.run_main("--probe", "/health/No", APP_PORT=port)[0], 1)
+        for pieces in ([page("x")[:-1], FOREVER], dripping(page("x" * 99), 0.05)):
+            slow = self.metrics(*pieces).instance.partition(":")[2]
+            with mock.patch.object(health_check, "PATIENCE", 0.1):
+                code, _, err = self.run_main("--probe", APP_PORT=slow)
+            self.assertEqual((code, "timed out" in err), (1, True), err)
 
     def test_query_prints_what_an_expression_gives(self):
         count = itertools.count(3)
