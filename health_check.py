@@ -2341,6 +2341,7 @@ class Job(NamedTuple):
 
 
 Outcome = Tuple[TargetStatus, Optional[Reading]]
+Values = Iterable[Tuple[Mapping[str, str], float]]
 
 
 class Monitor:
@@ -2374,7 +2375,12 @@ class Monitor:
         self._history: History = {}
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._scraped = False
-        self._unseen = _user_selectors(config.rules)
+        self._unseen = [
+            (rule.name, selector)
+            for rule in config.rules if not rule.builtin
+            for selector in find_selectors(rule.expr, ("absent", "absent_over_time"))
+            if selector.name not in SYNTHETIC
+        ]
         self._reserved: set[str] = set()
         self._scrapes: Counter[tuple[str, str]] = collections.Counter()
         self._durations, self._seconds = [0] * (len(BUCKETS) + 1), 0.0
@@ -2416,8 +2422,7 @@ class Monitor:
                 # Before anybody is answered, so that the log never lags behind.
                 for level, change, fields in transitions(self.verdict, verdict):
                     log(level, change, **fields)
-                text = verdict.reason or "Healthy"
-                LOG.debug("check %s: %s", verdict.sequence, text)
+                LOG.debug("check %s: %s", verdict.sequence, verdict.reason or "Healthy")
         except Exception as error:
             verdict = self._fault(error)
         self._publish(verdict)
@@ -2429,13 +2434,12 @@ class Monitor:
 
     def families(self) -> Iterator[Family]:
         """Yield what has been counted of scrapes, as metrics."""
-        yield Family(
-            "health_check_scrapes_total", "counter", "Scrapes by target and outcome.",
-            [
-                ("", {"target": instance, "outcome": outcome}, count)
-                for (instance, outcome), count in dict(self._scrapes).items()
-            ],
-        )
+        # A copy: the thread that checks may count meanwhile.
+        scrapes = dict(self._scrapes).items()
+        yield from _families(
+            ("health_check_scrapes_total", "Scrapes by target and outcome.",
+             [({"target": t, "outcome": o}, count) for (t, o), count in scrapes]),
+        )  # fmt: skip
         bounds = map(format_float, (*BUCKETS, math.inf))
         counts = list(itertools.accumulate(self._durations))
         buckets = [("_bucket", {"le": le}, n) for le, n in zip(bounds, counts)]
@@ -2468,9 +2472,8 @@ class Monitor:
     def _fault(self, error: Exception) -> Verdict:
         # The time stays that of the verdict before: a clock may be what is broken.
         sequence, fault = self.verdict.sequence + 1, f"bug: {report(error)}"
-        return self.verdict._replace(
-            sequence=sequence, fault=fault, rules=(), targets=()
-        )
+        before = self.verdict._replace(rules=(), targets=())
+        return before._replace(sequence=sequence, fault=fault)
 
     def _publish(self, verdict: Verdict) -> None:
         self.verdict = verdict
@@ -2571,8 +2574,7 @@ class Monitor:
     def _remember(self, labels: Labels, value: float, now: float) -> None:
         name = dict(labels)["__name__"]
         window = self._windows.get(name, 0.0)
-        series = self._history.setdefault(name, {})
-        points = series.setdefault(labels, Points())
+        points = self._history.setdefault(name, {}).setdefault(labels, Points())
         times = points.times
         # Of a storm of checks only the newest and well spaced older ones are kept.
         crowded = len(times) > 1 and times[-1] - times[-2] < window / POINTS_PER_RANGE
@@ -2605,7 +2607,7 @@ class Monitor:
                 text = format_expression(selector)
                 message = f"{rule_name}: no series of {text} is there{hint}"
                 log(logging.WARNING, message, rule=rule_name, selector=text)
-        self._unseen = ()
+        self._unseen = []
 
     def _count(self, verdict: Verdict) -> None:
         for target in verdict.targets:
@@ -2616,6 +2618,12 @@ class Monitor:
             missing = float(len(status.alerts)) if status.limit is None else math.nan
             value = missing if status.value is None else status.value
             self.trends[status.rule.name].append(value)
+
+
+def _families(*rows: tuple[str, str, Values]) -> Iterator[Family]:
+    for name, text, values in rows:
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield Family(name, kind, text, [("", labels, v) for labels, v in values])
 
 
 def log(level: int, message: str, **fields: object) -> None:
@@ -2695,15 +2703,6 @@ def _synthetic(status: TargetStatus, own: Labels) -> Iterator[tuple[Labels, floa
         yield tuple(sorted((*error, *own))), 1.0
 
 
-def _user_selectors(rules: Iterable[Rule]) -> Sequence[tuple[str, Selector]]:
-    return [
-        (rule.name, selector)
-        for rule in rules if not rule.builtin
-        for selector in find_selectors(rule.expr, ("absent", "absent_over_time"))
-        if selector.name not in SYNTHETIC
-    ]
-
-
 # --- 10. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
@@ -2748,11 +2747,10 @@ class Notifier:
         self._notices: dict[Labels, Notice] = {}
         self._problem, self._retry = "", -math.inf
         self._changed, self._stopping = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
 
     def start(self) -> None:
         """Start the thread that sends."""
-        self._thread.start()
+        threading.Thread(target=self._run, name="notify", daemon=True).start()
 
     def stop(self) -> None:
         """Ask the thread to end; nothing is resolved by that."""
@@ -2948,15 +2946,14 @@ def answer_rule(name: str, verdict: Verdict, query: str = "") -> Answer:
     status = next((s for s in verdict.rules if s.rule.name == name), None)
     if status and status.state == "firing":
         return Answer(503, "Unhealthy\n")
-    unknown = escape_controls(status.error if status else verdict.fault)
+    unknown = escape_controls((status.error if status else "") or verdict.fault)
     return Answer(200, f"Healthy (unknown: {unknown})\n" if unknown else "Healthy\n")
 
 
 def answer_livez(alive: bool) -> Answer:
     """Answer ``/livez``: whether this program can check, whatever the checks find."""
-    if alive:
-        return Answer(200, "Healthy\n")
-    return Answer(503, "Unhealthy: the monitor thread is dead\n")
+    dead = Answer(503, "Unhealthy: the monitor thread is dead\n")
+    return Answer(200, "Healthy\n") if alive else dead
 
 
 def _verbose_lines(verdict: Verdict, excluded: Sequence[str]) -> Iterator[str]:
@@ -3002,9 +2999,9 @@ def _target_json(target: TargetStatus, verdict: Verdict) -> dict[str, Any]:
 
 def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
     series = [
-        {"labels": dict(alert.labels), "value": _json_number(alert.value),
-         "state": alert.state, "since": format_time(verdict.wall_of(alert.began))}
-        for alert in status.alerts[:MAX_LISTED]
+        {"labels": dict(a.labels), "value": _json_number(a.value), "state": a.state,
+         "since": format_time(verdict.wall_of(a.began))}
+        for a in status.alerts[:MAX_LISTED]
     ]  # fmt: skip
     return _present({
         "status": WORDS[status.state], "state": status.state,
@@ -3038,15 +3035,6 @@ def answer_metrics(families: Iterable[Family]) -> Answer:
             lines.append(f"{format_series(series)} {format_float(value)}")
     text_type = "text/plain; version=0.0.4; charset=utf-8"
     return Answer(200, "\n".join(lines) + "\n", text_type)
-
-
-Values = Iterable[Tuple[Mapping[str, str], float]]
-
-
-def _families(*rows: tuple[str, str, Values]) -> Iterator[Family]:
-    for name, text, values in rows:
-        kind = "counter" if name.endswith("_total") else "gauge"
-        yield Family(name, kind, text, [("", labels, v) for labels, v in values])
 
 
 def verdict_families(verdict: Verdict) -> Iterator[Family]:
@@ -3102,13 +3090,9 @@ def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answ
         shown=shown if verdict.sequence else "not checked yet",
         sections="".join(sections), version=__version__,
     )  # fmt: skip
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
-    return Answer(200, body, "text/html; charset=utf-8", headers)
+    return Answer(200, body, "text/html; charset=utf-8", (
+        ("Content-Security-Policy", POLICY), ("Referrer-Policy", "no-referrer")
+    ))  # fmt: skip
 
 
 def _rule_html(
@@ -3185,6 +3169,11 @@ path { fill: none; stroke: currentColor; stroke-width: 1.5;
 time { white-space: nowrap; }
 header p, footer { color: var(--soft); margin: .2rem 0 1rem; }
 """
+_STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY = (
+    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -3268,10 +3257,9 @@ class Phase(NamedTuple):
     overdue: str
 
 
-READ = Phase(selectors.EVENT_READ, "sent no request in time")
+READ = Phase(selectors.EVENT_READ, "sent no request in time, or did not hang up")
 PARK = Phase(0, "no verdict within the deadline: the checker is stuck")
 WRITE = Phase(selectors.EVENT_WRITE, "did not read its answer in time")
-LINGER = Phase(selectors.EVENT_READ, "did not hang up in time")
 Conversation = Generator[Phase, None, T]
 
 
@@ -3307,7 +3295,7 @@ class Server:
             self._routes[f"/health/{rule.name}"] = partial(answer_rule, rule.name)
         self._requests: Counter[tuple[str, str]] = collections.Counter()
         self._waiting: dict[Phase, dict[Connection, float]] = {
-            phase: {} for phase in (READ, PARK, WRITE, LINGER)
+            phase: {} for phase in (READ, PARK, WRITE)
         }
         self._selector = selectors.DefaultSelector()
         self._stopping, self._warned = False, -math.inf
@@ -3384,7 +3372,7 @@ class Server:
     def _oldest(self) -> Connection | None:
         # Whoever waits for a verdict stays.  Of the others each takes a moment, unless
         # it is slow: with the oldest goes a slow one, not one that has just come.
-        queues = [self._waiting[phase] for phase in (READ, WRITE, LINGER)]
+        queues = [self._waiting[phase] for phase in (READ, WRITE)]
         found = [next(iter(queue.items())) for queue in queues if queue]
         return min(found, key=operator.itemgetter(1))[0] if found else None
 
@@ -3452,9 +3440,8 @@ class Server:
             # Closing with input unread would reset the connection, and the caller might
             # never see why it was refused.
             sock.shutdown(socket.SHUT_WR)
-            yield LINGER
-            while sock.recv(MAX_REQUEST):
-                yield LINGER
+            while (yield from _when(READ, sock.recv, MAX_REQUEST)):
+                pass
 
     def _answer(self, request: Request) -> Conversation[Answer]:
         route = self._routes.get(request.path)
@@ -3575,12 +3562,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     options = _parse_arguments(arguments) if arguments else {}
-    environ = dict(os.environ)
     path, text = options.get("probe"), options.get("query")
     if path is not None:
-        return probe(environ, path)
+        return probe(os.environ, path)
     try:
-        config = load_config(environ)
+        config = load_config(os.environ)
         expr = None if text is None else parse_expression(text)
     except (ConfigError, PromQLError) as error:
         print(f"health_check.py: {error}", file=sys.stderr)
@@ -3612,20 +3598,19 @@ def serve(config: Config) -> int:
     generator = page_url(config.pod_name, port)
     notifiers = [Notifier(config, to, generator) for to in config.alertmanager_url]
     monitor = Monitor(config)
+    threads: list[Monitor | Notifier] = [monitor, *notifiers]
     server = Server(listener, monitor, notifiers)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     # A signal that comes just before the loop sleeps would not wake it otherwise.
     signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
-    monitor.start()
-    for notifier in notifiers:
-        notifier.start()
+    for thread in threads:
+        thread.start()
     _log_start(config, port)
     server.serve()
     signal.set_wakeup_fd(-1)
-    monitor.stop()
-    for notifier in notifiers:
-        notifier.stop()
+    for thread in threads:
+        thread.stop()
     return 0
 
 
@@ -3644,13 +3629,11 @@ def check_once(config: Config) -> int:
 
     One check is no time: ``for`` counts as over, and a rule with a range is left out.
     """
-    rules = [rule for rule in config.rules if not _longest_range(rule.expr)]
-    for rule in config.rules:
-        if rule not in rules:
-            text = _range_text(rule.expr)
-            print(f"[?]{rule.name} undecided: one check has no {text}")
-    decided = tuple(rule._replace(hold=0.0) for rule in rules)
-    monitor = Monitor(config._replace(rules=decided))
+    undecided = {r: _range_text(r.expr) for r in config.rules if _range_text(r.expr)}
+    for rule, text in undecided.items():
+        print(f"[?]{rule.name} undecided: one check has no {text}")
+    decided = [r._replace(hold=0.0) for r in config.rules if r not in undecided]
+    monitor = Monitor(config._replace(rules=tuple(decided)))
     monitor.start_workers()
     answer = answer_health(monitor.check(), "verbose")
     print(answer.body, end="")
@@ -3663,7 +3646,7 @@ def query(config: Config, expr: Expr) -> int:
     monitor = Monitor(config._replace(rules=(Rule("Query", asked),)))
     monitor.start_workers()
     verdict = monitor.check()
-    if _longest_range(expr):
+    if _range_text(expr):
         time.sleep(QUERY_PAUSE)
         verdict = monitor.check()
     for target in verdict.targets:
@@ -3716,17 +3699,14 @@ def probe(environ: Mapping[str, str], path: str) -> int:
 def describe_rule(rule: Rule) -> str:
     """Return what --check-config says of a rule: its text, type, range and series."""
     names = sorted({selector.name for selector in find_selectors(rule.expr)})
-    longest = _range_text(rule.expr) if _longest_range(rule.expr) else "no range"
+    longest = _range_text(rule.expr) or "no range"
     kind = "built in" if rule.builtin else "yours"
     return f"{format_rule(rule)}\n    {kind}; {longest}; reads {', '.join(names)}"
 
 
-def _longest_range(expr: Expr) -> float:
-    return max((selector.window for selector in find_selectors(expr)), default=0.0)
-
-
 def _range_text(expr: Expr) -> str:
-    return f"range of {format_duration(_longest_range(expr))}"
+    longest = max((selector.window for selector in find_selectors(expr)), default=0.0)
+    return f"range of {format_duration(longest)}" if longest else ""
 
 
 def _log_start(config: Config, port: int) -> None:
@@ -3746,9 +3726,8 @@ def _log_start(config: Config, port: int) -> None:
 
 def _log_to_stderr(config: Config) -> None:
     handler = logging.StreamHandler()
-    json_format = config.log_format == "json"
-    text = "%(asctime)s %(levelname)s %(message)s"
-    handler.setFormatter(JSONFormatter() if json_format else TextFormatter(text))
+    formatter = JSONFormatter if config.log_format == "json" else TextFormatter
+    handler.setFormatter(formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.handlers[:], LOG.propagate = [handler], False
     LOG.setLevel(config.log_level.upper())
 

@@ -2073,7 +2073,8 @@ class MonitorTest(NetworkTest):
             for _ in range(2):
                 expected = (503, "Unhealthy: bug: KeyError: 'injected'\n")
                 self.assertEqual(get(port, "/health?verbose"), expected)
-                self.assertEqual(get(port, "/health/Stalled")[0], 200)
+                unknown = (200, "Healthy (unknown: bug: KeyError: 'injected')\n")
+                self.assertEqual(get(port, "/health/Stalled"), unknown)
                 self.assertEqual(get(port, "/livez")[0], 200)
             self.assertEqual(get(port), (200, "Healthy\n"))
         self.assertEqual(sum("this is a bug" in line for line in self.log), 4)
@@ -2088,6 +2089,14 @@ class MonitorTest(NetworkTest):
         self.assertTrue(monitor.alive() and monitor.verdict.healthy)
         self.assert_any("this is a bug", self.log)
         self.log.clear()
+
+    def test_before_a_first_scrape_it_is_not_known_whether_a_rule_fires(self):
+        gone = f"http://127.0.0.1:{free_port()}/"
+        for interval in "0", "1":
+            port = self.serve(self.running(gone, SCRAPE_INTERVAL=interval))
+            self.assertEqual(get(port), (503, "Unhealthy\n"))
+            unknown = (200, "Healthy (unknown: never scraped)\n")
+            self.assertEqual(get(port, "/health/Stalled"), unknown)
 
     def test_a_monitor_that_is_dead_is_told_to_livez_and_health(self):
         monitor = self.running(self.metrics(page()))
