@@ -3572,8 +3572,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"health_check.py: {error}", file=sys.stderr)
         return 2
     _log_to_stderr(config)
-    for warning in config.warnings:
-        LOG.warning("%s", warning)
     if options.get("check_config"):
         print("\n".join(map(describe_rule, config.rules)))
         return 0
@@ -3729,6 +3727,10 @@ def _log_to_stderr(config: Config) -> None:
     formatter = JSONFormatter if config.log_format == "json" else TextFormatter
     handler.setFormatter(formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.handlers[:], LOG.propagate = [handler], False
+    # Who wants errors only must see once what a setting risks.
+    LOG.setLevel(logging.WARNING)
+    for warning in config.warnings:
+        LOG.warning("%s", warning)
     LOG.setLevel(config.log_level.upper())
 
 

@@ -3063,6 +3063,13 @@ class MainTest(NetworkTest):
         if hanging:
             self.assertEqual(receive(caller), "")
 
+    def test_what_a_setting_risks_is_said_at_every_level_of_the_log(self):
+        process = self.launch(METRICS_TLS_SKIP_VERIFY="true", LOG_LEVEL="error")
+        self.assertIn("METRICS_TLS_SKIP_VERIFY", process.stderr.readline())
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        self.assertEqual(process.stderr.read(), "")
+
     def test_a_log_line_is_one_line_and_holds_no_secret(self):
         server = self.metrics(page("\x1b[31m\x85oops\r\n"))
         for log_format in ("text", "json"):
