@@ -313,6 +313,8 @@ _DURATION = re.compile(
     re.ASCII,
 )
 _UNIT_SECONDS = (31536000, 604800, 86400, 3600, 60, 1, 0.001)
+# Go counts nanoseconds in 64 bits.
+MAX_DURATION = 2**63 / 1e9
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -361,9 +363,10 @@ def parse_duration(text: str) -> float:
     match = _DURATION.match(text)
     if match and text:
         units = zip(_UNIT_SECONDS, match.groups("0"))
-        return float(sum(seconds * int(count) for seconds, count in units))
-    seconds = parse_float(text)
-    if not 0 <= seconds < math.inf:
+        seconds = float(sum(size * int(count) for size, count in units))
+    else:
+        seconds = parse_float(text)
+    if not 0 <= seconds < MAX_DURATION:
         raise ValueError(f"{text!r} is not a duration")
     return seconds
 
@@ -435,13 +438,17 @@ Instruction = Tuple[Optional[Callable[[str], object]], str, Tuple[int, ...]]
 Program = Sequence[Instruction]
 
 END: Instruction = (None, "end", ())
+MAX_PATTERN = 4000
 MAX_INSTRUCTIONS = 1000
 MAX_REPEAT = 1000
 MAX_DEPTH = 50
 _ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
-_REPEAT = re.compile(r"(?:([*+?])|\{(\d{1,4})(,?)(\d{0,4})\})\??")
+_INTEGER = r"(0|[1-9][0-9]*)"
+_REPEAT = re.compile(rf"(?:([*+?])|\{{{_INTEGER}(?:(,){_INTEGER}?)?\}})\??")
+_ESCAPED = r"\\[^dDwWsSnrtfv\W_]"
 _UNCOMMON = re.compile(
-    r"\\[^dDwWsSnrtfv\W_]|\[.*(?:(?<!\\)\[|--|&&|~~|\|\||\\S)", re.DOTALL
+    rf"{_ESCAPED}|\[(?:\\.|[^\\])*?(?:\[|--|&&|~~|\|\||\\S|\\s-[^]]|{_ESCAPED})",
+    re.DOTALL,
 )
 
 
@@ -451,6 +458,8 @@ def compile_regex(pattern: str) -> Program:
 
     Left out are flags, named groups, ``\b``, ``\p`` and POSIX classes.
     """
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError("this regular expression is too large")
     at, program = _alternatives(pattern, 0, 0)
     if at < len(pattern):
         raise ValueError("unexpected ) in this regular expression")
@@ -537,7 +546,7 @@ def _atom(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
             raise ValueError("missing ) in this regular expression")
         return at + 1, program
     match = _ATOM.match(pattern, at)
-    if not match or _REPEAT.match(pattern, at) or _UNCOMMON.search(match[0]):
+    if not match or _REPEAT.match(pattern, at) or _UNCOMMON.match(match[0]):
         raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
     if match[0] in ("^", "$"):
         return match.end(), [(None, match[0], (1,))]
@@ -552,8 +561,7 @@ def _atom(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
 
 # --- 3. PromQL: text -> Expr ---------------------------------------------------------
 # The language is that of Prometheus 3 (promql/parser/lex.go, generated_parser.y), less
-# what REFUSED and SIGNATURES leave out.  A parse function takes the tokens and a
-# position, and returns the position behind what it read and what that means.
+# what REFUSED and SIGNATURES leave out.
 
 SCALAR, VECTOR, RANGE = "scalar", "instant vector", "range vector"
 _LEVELS = ("or", "and unless", "== != <= < >= >", "+ -", "* / %", "^")
@@ -650,9 +658,6 @@ class Token(NamedTuple):
         return self.error(f"expected {expected}, found {shown or repr(self.text[:40])}")
 
 
-Tokens = Sequence[Token]
-
-
 def parse_expression(text: str) -> Expr:
     """Return the syntax tree of one PromQL expression.
 
@@ -661,23 +666,11 @@ def parse_expression(text: str) -> Expr:
     >>> parse_expression("up == 0").operands
     (Selector(name='up', matchers=(), window=0.0), Number(value=0.0))
     """
-    tokens = [token for token in tokenize(text) if token.kind != "newline"]
-    at, expr = parse_at(tokens, 0)
-    if tokens[at].kind != "end":
-        raise tokens[at].unexpected("an operator or the end")
+    parser = Parser(t for t in tokenize(text) if t.kind != "newline")
+    expr = parser.expression()
+    if parser.token.kind != "end":
+        raise parser.token.unexpected("an operator or the end")
     return expr
-
-
-def parse_at(tokens: Tokens, at: int) -> tuple[int, Expr]:
-    """Return the expression that starts at a position; it ends where no operator is."""
-    operators = 0
-    for token in itertools.islice(tokens, at, None):
-        operators += token.key in PRECEDENCE or token.key == "("
-        if operators > MAX_OPERATORS:
-            raise token.error(f"more than {MAX_OPERATORS} operators and brackets")
-        if token.kind == "newline" or token.key == ";":
-            break
-    return _binary(tokens, at)
 
 
 def tokenize(text: str) -> list[Token]:
@@ -690,7 +683,7 @@ def tokenize(text: str) -> list[Token]:
     depth = 0
     for match in _TOKEN.finditer(text):
         kind, found = str(match.lastgroup), match[0]
-        key = found.lower() if kind in ("word", "op") else ""
+        key = {"word": found.lower(), "op": found, "newline": "\n"}.get(kind, "")
         token = Token(kind, found, key, match.start(), text)
         if kind == "wrong":
             quotes = dict.fromkeys("\"'", "unterminated string")
@@ -704,16 +697,175 @@ def tokenize(text: str) -> list[Token]:
     return [*tokens, Token("end", "", "", len(text), text)]
 
 
-def _binary(tokens: Tokens, at: int, floor: int = 0) -> tuple[int, Expr]:
-    at, left = _unary(tokens, at)
-    while PRECEDENCE.get(tokens[at].key, -1) >= floor:
-        token, returns_bool = tokens[at], tokens[at + 1].key == "bool"
-        at, grouping = _grouping(tokens, at + 1 + returns_bool, "on", "ignoring")
-        # Only the power is right-associative.
-        at, right = _binary(tokens, at, PRECEDENCE[token.key] + (token.key != "^"))
-        left = Operation(token.key, (left, right), grouping, returns_bool)
-        _check(left, token)
-    return at, left
+class Parser:
+    """A descent through the tokens of one or more rules; ``token`` is the next one."""
+
+    def __init__(self, tokens: Iterable[Token]) -> None:
+        self._tokens = tuple(tokens)
+        self._at = self._operators = 0
+
+    @property
+    def token(self) -> Token:
+        return self._tokens[self._at]
+
+    @property
+    def following(self) -> Token:
+        """The token behind the next one, or that one where it is the last."""
+        return self._tokens[self._at : self._at + 2][-1]
+
+    def take(self) -> Token:
+        """Return the next token and go on behind it."""
+        token = self.token
+        self._operators += token.key in PRECEDENCE or token.key == "("
+        if self._operators > MAX_OPERATORS:
+            raise token.error(f"more than {MAX_OPERATORS} operators and brackets")
+        self._at += 1
+        return token
+
+    def accept(self, key: str) -> bool:
+        """Take the next token if that is this one."""
+        found = self.token.key == key
+        if found:
+            self.take()
+        return found
+
+    def expect(self, key: str) -> None:
+        """Take the next token, or raise PromQLError if that is another one."""
+        if not self.accept(key):
+            raise self.token.unexpected(repr(key))
+
+    def expression(self) -> Expr:
+        """Return the expression that starts here; it ends where no operator is."""
+        self._operators = 0
+        return self._binary()
+
+    def _binary(self, floor: float = 0) -> Expr:
+        left = self._unary()
+        while PRECEDENCE.get(self.token.key, -1) >= floor:
+            token = self.take()
+            returns_bool = self.accept("bool")
+            grouping = self._grouping("on", "ignoring")
+            # Only the power is right-associative.
+            right = self._binary(PRECEDENCE[token.key] + (token.key != "^"))
+            left = Operation(token.key, (left, right), grouping, returns_bool)
+            _check(left, token)
+        return left
+
+    def _unary(self) -> Expr:
+        self.accept("\n")
+        if self.token.key not in ("+", "-"):
+            return self._operand()
+        sign, operand = self.take(), self._binary(POWER)
+        if type_of(operand) == RANGE:
+            raise sign.error(f"{sign.key!r} takes no range vector")
+        return operand if sign.key == "+" else _negative(operand)
+
+    def _operand(self) -> Expr:
+        token, following = self.token, self.following.key
+        expr: Expr
+        if self.accept("("):
+            expr = self._binary()
+            self.expect(")")
+        elif token.kind == "number" or token.key in ("inf", "nan"):
+            expr = Number(_number(self.take()))
+        elif token.key in AGGREGATORS and following in ("(", "by", "without"):
+            expr = self._call(token.key)
+        elif token.kind == "word" and following == "(":
+            expr = self._call(token.text)
+        elif token.key == "{" or (token.kind == "word" and token.key not in MODIFIERS):
+            return self._selector()
+        else:
+            raise token.unexpected("an expression")
+        if self.token.key == "[":
+            raise self.token.error("only a selector can have a range")
+        return expr
+
+    def _list(self, brackets: str, item: Callable[[], T]) -> list[T]:
+        items: list[T] = []
+        self.accept("\n")
+        self.expect(brackets[0])
+        while not self.accept(brackets[1]):
+            items.append(item())
+            if self.token.key != brackets[1]:
+                self.expect(",")
+        return items
+
+    def _grouping(self, *words: str) -> Grouping | None:
+        if self.token.key not in words:
+            return None
+        word = self.take().key
+        label = partial(self._label, besides=("inf", "nan", "without"))
+        return Grouping(word in ("by", "on"), tuple(self._list("()", label)))
+
+    def _label(self, besides: Sequence[str] = ()) -> str:
+        token = self.token
+        if token.kind == "string":
+            return _unquote(self.take())
+        if token.kind != "word" or ":" in token.text or token.key in besides:
+            raise token.unexpected("a label name")
+        return self.take().text
+
+    def _call(self, name: str) -> Operation:
+        if name not in SIGNATURES:
+            raise self.token.unexpected(f"a function ({', '.join(SIGNATURES)})")
+        token, grouping = self.take(), self._grouping("by", "without")
+        operands = self._list("()", self._argument)
+        if name == "round" and len(operands) == 1:
+            operands.append(Number(1.0))
+        types, found = SIGNATURES[name][0], tuple(map(type_of, operands))
+        if found != types:
+            wanted, given = (" and ".join(t) or "nothing" for t in (types, found))
+            raise token.error(f"{name} takes {wanted}, not {given}")
+        if name in AGGREGATORS and not grouping:
+            grouping = self._grouping("by", "without") or Grouping(True, ())
+        return Operation(name, tuple(operands), grouping)
+
+    def _argument(self) -> Expr:
+        expr = self._binary()
+        if self.token.key == "," and self.following.key == ")":
+            raise self.following.unexpected("an argument")
+        return expr
+
+    def _selector(self) -> Selector:
+        start, matchers = self.token, []
+        if start.kind == "word":
+            matchers.append(Matcher("__name__", "=", self.take().text))
+        if self.token.key == "{":
+            matchers += self._list("{}", self._matcher)
+        names = [matcher for matcher in matchers if matcher.label == "__name__"]
+        if [matcher.op for matcher in names] != ["="] or not names[0].value:
+            raise start.error("a selector must name its metric, once and exactly")
+        others = tuple(matcher for matcher in matchers if matcher.label != "__name__")
+        return Selector(names[0].value, others, self._window())
+
+    def _matcher(self) -> Matcher:
+        token, label, op = self.token, self._label(), self.token
+        if token.kind == "string" and op.key in (",", "}"):
+            return Matcher("__name__", "=", label)
+        if op.key not in ("=", "!=", "=~", "!~"):
+            raise op.unexpected("=, !=, =~ or !~")
+        self.take()
+        value = self.token
+        if value.kind != "string":
+            raise value.unexpected("a string in quotes")
+        matcher = Matcher(label, op.key, _unquote(self.take()))
+        try:
+            compile_regex(matcher.value if "~" in op.key else "")
+        except ValueError as error:
+            raise value.error(str(error)) from None
+        return matcher
+
+    def _window(self) -> float:
+        if not self.accept("["):
+            return 0.0
+        length = self.token
+        if length.kind != "number":
+            raise length.unexpected("a duration")
+        seconds = _number(self.take())
+        if not MIN_RANGE <= seconds < MAX_DURATION:
+            raise length.error("a range must be longer than 0, and shorter than 292y")
+        self.expect("]")
+        return seconds
 
 
 def _check(expr: Operation, token: Token) -> None:
@@ -732,41 +884,11 @@ def _check(expr: Operation, token: Token) -> None:
             raise token.error(problem)
 
 
-def _unary(tokens: Tokens, at: int) -> tuple[int, Expr]:
-    at += tokens[at].kind == "newline"
-    sign = tokens[at]
-    if sign.key not in ("+", "-"):
-        return _operand(tokens, at)
-    at, operand = _binary(tokens, at + 1, POWER)
-    if type_of(operand) == RANGE:
-        raise sign.error(f"{sign.key!r} takes no range vector")
-    return at, operand if sign.key == "+" else _negative(operand)
-
-
 def _negative(operand: Expr) -> Expr:
     # A minus is a multiplication, also in what becomes of the metric's name.
     if isinstance(operand, Number):
         return Number(-operand.value)
     return Operation("*", (Number(-1.0), operand))
-
-
-def _operand(tokens: Tokens, at: int) -> tuple[int, Expr]:
-    token, following = tokens[at], tokens[at : at + 2][-1].key
-    expr: Expr
-    if token.key == "(":
-        at, expr = _binary(tokens, at + 1)
-        at = _expect(tokens, at, ")")
-    elif token.kind == "number" or token.key in ("inf", "nan"):
-        at, expr = at + 1, Number(_number(token))
-    elif token.key in AGGREGATORS and following in ("(", "by", "without"):
-        at, expr = _call(tokens, at, token.key)
-    elif token.kind == "word" and following == "(":
-        at, expr = _call(tokens, at, token.text)
-    elif token.key == "{" or (token.kind == "word" and token.key not in MODIFIERS):
-        at, expr = _selector(tokens, at)
-    else:
-        raise token.unexpected("an expression")
-    return _window(tokens, at, expr) if tokens[at].key == "[" else (at, expr)
 
 
 def _number(token: Token) -> float:
@@ -779,107 +901,6 @@ def _number(token: Token) -> float:
         return parse_duration(text) if text[-1] in "smhdwy" else parse_float(text)
     except (ValueError, OverflowError):
         raise token.error("bad number or duration") from None
-
-
-def _expect(tokens: Tokens, at: int, key: str) -> int:
-    if tokens[at].key != key:
-        raise tokens[at].unexpected(repr(key))
-    return at + 1
-
-
-def _list(
-    tokens: Tokens, at: int, brackets: str, item: Callable[[Tokens, int], tuple[int, T]]
-) -> tuple[int, list[T]]:
-    at += tokens[at].kind == "newline"
-    at, items = _expect(tokens, at, brackets[0]), []
-    while tokens[at].key != brackets[1]:
-        at, value = item(tokens, at)
-        items.append(value)
-        if tokens[at].key != brackets[1]:
-            at = _expect(tokens, at, ",")
-    return at + 1, items
-
-
-def _grouping(tokens: Tokens, at: int, *words: str) -> tuple[int, Grouping | None]:
-    if tokens[at].key not in words:
-        return at, None
-    label = partial(_label, besides=("inf", "nan", "without"))
-    end, labels = _list(tokens, at + 1, "()", label)
-    return end, Grouping(tokens[at].key in ("by", "on"), tuple(labels))
-
-
-def _label(tokens: Tokens, at: int, besides: Sequence[str] = ()) -> tuple[int, str]:
-    token = tokens[at]
-    if token.kind == "string":
-        return at + 1, _unquote(token)
-    if token.kind != "word" or ":" in token.text or token.key in besides:
-        raise token.unexpected("a label name")
-    return at + 1, token.text
-
-
-def _call(tokens: Tokens, at: int, name: str) -> tuple[int, Expr]:
-    token, grouping = tokens[at], None
-    if name not in SIGNATURES:
-        raise token.unexpected(f"a function ({', '.join(SIGNATURES)})")
-    at, grouping = _grouping(tokens, at + 1, "by", "without")
-    at, operands = _list(tokens, at, "()", _binary)
-    if tokens[at - 2].key == ",":
-        raise tokens[at - 1].unexpected("an argument")
-    if name == "round" and len(operands) == 1:
-        operands.append(Number(1.0))
-    types, found = SIGNATURES[name][0], tuple(map(type_of, operands))
-    if found != types:
-        wanted, given = (" and ".join(kinds) or "nothing" for kinds in (types, found))
-        raise token.error(f"{name} takes {wanted}, not {given}")
-    if name in AGGREGATORS and not grouping:
-        at, grouping = _grouping(tokens, at, "by", "without")
-        grouping = grouping or Grouping(True, ())
-    return at, Operation(name, tuple(operands), grouping)
-
-
-def _selector(tokens: Tokens, at: int) -> tuple[int, Expr]:
-    start, at = tokens[at], at + (tokens[at].kind == "word")
-    matchers: list[Matcher] = []
-    if tokens[at].key == "{":
-        at, matchers = _list(tokens, at, "{}", _matcher)
-    if start.kind == "word":
-        matchers.append(Matcher("__name__", "=", start.text))
-    names = [matcher for matcher in matchers if matcher.label == "__name__"]
-    if [matcher.op for matcher in names] != ["="] or not names[0].value:
-        raise start.error("a selector must name its metric, once and exactly")
-    others = tuple(matcher for matcher in matchers if matcher.label != "__name__")
-    return at, Selector(names[0].value, others)
-
-
-def _matcher(tokens: Tokens, at: int) -> tuple[int, Matcher]:
-    end, label = _label(tokens, at)
-    op = tokens[end]
-    if tokens[at].kind == "string" and op.key in (",", "}"):
-        return end, Matcher("__name__", "=", label)
-    if op.key not in ("=", "!=", "=~", "!~"):
-        raise op.unexpected("=, !=, =~ or !~")
-    value = tokens[end + 1]
-    if value.kind != "string":
-        raise value.unexpected("a string in quotes")
-    matcher = Matcher(label, op.key, _unquote(value))
-    try:
-        compile_regex(matcher.value if "~" in op.key else "")
-    except ValueError as error:
-        raise value.error(str(error)) from None
-    return end + 2, matcher
-
-
-def _window(tokens: Tokens, at: int, expr: Expr) -> tuple[int, Expr]:
-    length = tokens[at + 1]
-    if length.kind != "number":
-        raise length.unexpected("a duration")
-    seconds = _number(length)
-    if not MIN_RANGE <= seconds < math.inf:
-        raise length.error("a range must be longer than 0")
-    end = _expect(tokens, at + 2, "]")
-    if not isinstance(expr, Selector) or tokens[at - 1].key == ")":
-        raise tokens[at].error("only a selector can have a range")
-    return end, expr._replace(window=seconds)
 
 
 def _unquote(token: Token) -> str:
@@ -1186,7 +1207,10 @@ def _power(left: float, right: float) -> float:
 
 
 def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
-    return lambda value: float(function(value)) if math.isfinite(value) else value
+    # What rounds to 0 keeps its sign.
+    return lambda value: (
+        math.copysign(function(value), value) if math.isfinite(value) else value
+    )
 
 
 def _round(value: float, nearest: float) -> float:
@@ -1368,14 +1392,13 @@ def parse_rules(text: str, builtin: bool = False) -> tuple[Rule, ...]:
     >>> [rule.name for rule in parse_rules("Down: up == 0; up > 1 for 5m")]
     ['Down', 'Rule2']
     """
-    tokens, at = tokenize(text), 0
+    parser = Parser(tokenize(text))
     rules: dict[str, Rule] = {}
-    while tokens[at].kind != "end":
-        if tokens[at].kind == "newline" or tokens[at].key == ";":
-            at += 1
+    while parser.token.kind != "end":
+        if parser.accept("\n") or parser.accept(";"):
             continue
-        start = tokens[at]
-        at, rule = _rule(tokens, at, f"Rule{len(rules) + 1}")
+        start = parser.token
+        rule = _rule(parser, f"Rule{len(rules) + 1}")
         if rule.name in rules:
             raise start.error(f"there is a rule named {rule.name} already")
         rules[rule.name] = rule._replace(builtin=builtin)
@@ -1453,28 +1476,27 @@ def _advance(
     return alert
 
 
-def _rule(tokens: Tokens, at: int, name: str) -> tuple[int, Rule]:
-    start, end = tokens[at], tokens[at].position + len(tokens[at].text)
+def _rule(parser: Parser, name: str) -> Rule:
+    start, end = parser.token, parser.token.position + len(parser.token.text)
     if _NAME.match(start.text) and not start.source[end : end + 1].strip():
-        name, at = start.text[:-1], at + 1
-    first = tokens[at]
-    at, expr = parse_at(tokens, at)
+        name = parser.take().text[:-1]
+    first, expr = parser.token, parser.expression()
     if type_of(expr) != VECTOR:
         raise first.error(f"a rule is an {VECTOR}, this is a {type_of(expr)}")
-    seconds = dict.fromkeys(RULE_WORDS, 0.0)
-    for word in RULE_WORDS:
-        if tokens[at].key == word:
-            at, seconds[word] = _seconds(tokens, at + 1)
-    if tokens[at].kind not in ("newline", "end") and tokens[at].key != ";":
-        raise tokens[at].unexpected("an operator, 'for', ';' or the end of the line")
-    return at, Rule(name, expr, seconds["for"], seconds["keep_firing_for"])
+    seconds = {
+        word: _seconds(parser.take()) if parser.accept(word) else 0.0
+        for word in RULE_WORDS
+    }
+    if parser.token.kind != "end" and parser.token.key not in ("\n", ";"):
+        raise parser.token.unexpected("an operator, 'for', ';' or the end of the line")
+    return Rule(name, expr, seconds["for"], seconds["keep_firing_for"])
 
 
-def _seconds(tokens: Tokens, at: int) -> tuple[int, float]:
+def _seconds(token: Token) -> float:
     try:
-        return at + 1, parse_duration(tokens[at].text)
+        return parse_duration(token.text)
     except ValueError:
-        raise tokens[at].unexpected("a duration such as 30s") from None
+        raise token.unexpected("a duration such as 30s") from None
 
 
 # --- 6. Config: environ -> Config ----------------------------------------------------
@@ -1677,23 +1699,26 @@ def _shown(name: str, text: str) -> str:
 
 
 def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if text and not items:
+        raise ValueError("expected more than commas")
+    return items
 
 
 def _endpoints(text: str) -> tuple[Target, ...]:
     targets = tuple(map(_target, _items(text)))
     instances = [target.instance for target in targets]
     twice = {instance for instance in instances if instances.count(instance) > 1}
-    if twice or not targets:
-        raise ValueError(f"expected one URL or several, each once {''.join(twice)}")
+    if twice:
+        raise ValueError(f"expected each URL once, not so {', '.join(sorted(twice))}")
     return targets
 
 
 def _target(url: str) -> Target:
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port or DEFAULT_PORTS[parts.scheme]
-        if not parts.hostname or parts.fragment or re.search("[^!-~]", url):
+        port = DEFAULT_PORTS[parts.scheme] if parts.port is None else parts.port
+        if not (parts.hostname and port) or parts.fragment or re.search("[^!-~]", url):
             raise ValueError(url)
     except (ValueError, KeyError):
         raise ValueError("expected a URL as in http://localhost:8000/metrics") from None

@@ -455,6 +455,7 @@ class Vocabulary(unittest.TestCase):
         for text in (
             "", "s", "-1", "-5m", "1.5m", "30s1m", "1m1m", "5M", "5 m", "5m ", "5min",
             "inf", "nan", "0x10", "\u0663s", "9" * 400 + "y", "9" * 5000 + "s",
+            "293y", "1e10",
         ):
             with self.subTest(text[:9]), self.assertRaises(ValueError):
                 parse_duration(text)
@@ -639,6 +640,7 @@ class PromQL(unittest.TestCase):
             x{a« => found the end                      x[5m« => expected ']'
             x[«] => a duration                         x[«y] => a duration
             x[«0s] => longer than 0                    x[«30s1m] => duration
+            x[«1e300] => shorter than 292y             x[«293y] => duration
             x[«5M] => duration                         x[«1.5m] => duration
             x[5m]«[5m] => found '['                    (x)«[5m] => only a selector
             rate(x[5m])«[5m] => only a selector        «1_000 => bad number
@@ -702,14 +704,26 @@ class PromQL(unittest.TestCase):
                 deep = parse_expression(left * 140 + "x" + right * 140)
                 self.assertEqual(parse_expression(format_expression(deep)), deep)
                 with self.assertRaises(PromQLError):
-                    parse_expression(left * 10000 + "x" + right * 10000)
-        with self.assertRaises(PromQLError):
-            parse_expression("x" + " or x" * 1000)
+                    parse_expression(left * 9999 + "x" + right * 9999)
+        for piece in "x or ", "x + ", "1 ^\n", "x +\n", "x\n+", "x + on (a)\n":
+            with self.subTest(piece), self.assertRaises(PromQLError):
+                parse_rules(piece * 1000 + "x")
+
+    def test_a_metric_may_have_the_name_of_a_kind_of_token(self):
+        for name in "end newline number string word op blank wrong".split():
+            (rule,) = parse_rules(f"{name} > 1\n")
+            self.assertEqual(format_expression(rule.expr), f"{name} > 1")
+            for text in (f"x[{name}]", f"x{{a={name}}}"):
+                with self.assertRaises(PromQLError):
+                    parse_expression(text)
+
+    def test_many_rules_take_time_linear_in_their_number(self):
+        self.assertEqual(len(parse_rules("x;" * 20000)), 20000)
 
     def test_a_text_of_any_length_is_refused_in_peace(self):
         for piece in "a", '"', "'", "1", "0x", "\\", " ", "#":
             with self.subTest(piece), self.assertRaises(PromQLError):
-                parse_expression(piece * 1000000 + "$")
+                parse_expression(piece * 200000 + "$")
         for piece in "(", "-", "a ", "{", "[", "\n(", "x{a=''} ":
             with self.subTest(piece), self.assertRaises(PromQLError):
                 parse_expression(piece * 20000)
@@ -746,6 +760,8 @@ class PromQL(unittest.TestCase):
             (r"\.\*\\\/\-\{", [".*\\/-{"], ["x"]),
             (r"\t\n\r\f\v", ["\t\n\r\f\v"], [""]),
             ("a{,2}", ["a{,2}"], ["", "aa"]),
+            ("a{02}", ["a{02}"], ["aa"]), ("a{\u0662}", ["a{\u0662}"], ["aa"]),
+            (r"[\s-][\\b]", [" b", "-\\"], ["a-"]),
         ):
             for text in matching + other:
                 with self.subTest(pattern, text=text):
@@ -757,6 +773,8 @@ class PromQL(unittest.TestCase):
             *r"(?i)a (?P<a>b) (?#a) (a)\1 (? \b \A \z \pL \Qa\E \x41 \a \u0041".split(),
             *r"\é [[:alpha:]] [a&&b] [a||b] [a--b] [\S] a{3,2} a{1001}".split(),
             "(" * 100 + ")" * 100, "((a{99}){99}){99}", "a" * 9999, "a|" * 9999,
+            r"[\s-a]", r"[\w\s-_]", r"[a\z]", "[" + r"\[" * 99999 + "]", "a{99999}",
+            "a{500}b{600}",
         ):
             with self.subTest(pattern[:20]), self.assertRaises(ValueError):
                 compile_regex(pattern)
@@ -960,6 +978,8 @@ class Evaluate(unittest.TestCase):
     def test_functions_of_values_are_those_of_Prometheus(self):
         self.check("""
             abs(x) <- x -1.5 => {} 1.5        ceil(x) <- x 1.2 => {} 2
+            1 / ceil(x) <- x -0.5 => {} -Inf
+            1 / floor(x) <- x 0.5 => {} +Inf
             floor(x) <- x -1.2 => {} -2       floor(x) <- x NaN => {} NaN
             ceil(x) <- x -Inf => {} -Inf      round(x) <- x 2.5 => {} 3
             round(x) <- x -2.5 => {} -2       round(x, 0.5) <- x 1.3 => {} 1.5
@@ -1229,10 +1249,12 @@ class Config(unittest.TestCase):
                 self.assertEqual(getattr(config, name.lower()), value)
 
     def test_each_setting_refuses_the_rest_and_says_what_it_expects(self):
-        urls = "h:80 ftp://h/ http:// http://h:x/ http://h:99999/ file:///h http://h/#x"
+        urls = "h:80 ftp://h/ http:// http://h:x/ http://h:0/ file:///h http://h/#x"
         for name, texts, words in (
             ("METRICS_ENDPOINT", urls.split(), "http://localhost:8000/metrics"),
-            ("METRICS_ENDPOINT", ["http://[::1", "http://h/\u00e9", ","], "URL"),
+            ("METRICS_ENDPOINT", ["http://[::1", "http://h/\u00e9", "http://:"], "URL"),
+            ("METRICS_ENDPOINT", [",", " , ,"], "commas"),
+            ("ALERTMANAGER_URL", [","], "commas"), ("ALERT_LABELS", [","], "commas"),
             ("METRICS_ENDPOINT", ["http://h:1/a, http://H:1/b"], "h:1"),
             ("METRICS_TLS_SKIP_VERIFY", ["1", "yes"], "true, false"),
             ("TARGET_LABELS", ["job", "9=a", "a-b=c", "a.b=c"], "job=vllm"),

@@ -692,6 +692,8 @@ ONCE_DIFFERED = (
     ('absent(nothing{engine="1", engine="2", engine="3"})', "", 0),
     ('absent_over_time(nothing{zone!="a", zone="b"}[1m])', "", 0),
     ("plain + ignoring () 1", "", 0),
+    ("1 / ceil(plain / 1000 - 0.9)", "", 0),
+    (r"word{text=~`a{01}|[\s\-_]+`}", "", 0),
     ("increase(wild[25s])", "wild", 25),
     ("increase(wild[1m])", "wild", 60),
     ("rate(wild[5m])", "wild", 300),
