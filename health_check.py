@@ -673,53 +673,51 @@ def parse_expression(text: str) -> Expr:
     return expr
 
 
-def tokenize(text: str) -> list[Token]:
-    """Return the tokens of one or more rules, the last of kind ``end``.
+def tokenize(text: str) -> Iterator[Token]:
+    """Yield the tokens of one or more rules, the last of kind ``end``.
 
     A newline inside brackets or before an operator only continues a rule and is left
     out; where an expression cannot end yet, the parser skips it.  Raises PromQLError.
     """
-    tokens: list[Token] = []
-    depth = 0
+    depth, newline = 0, None
     for match in _TOKEN.finditer(text):
         kind, found = str(match.lastgroup), match[0]
-        key = {"word": found.lower(), "op": found, "newline": "\n"}.get(kind, "")
+        key = found.lower() if kind in ("word", "op") else ""
         token = Token(kind, found, key, match.start(), text)
         if kind == "wrong":
             quotes = dict.fromkeys("\"'", "unterminated string")
             raise token.error(quotes.get(found, "bad number, duration or character"))
         depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
-        if kind == "blank" or (kind == "newline" and depth > 0):
-            continue
-        if key in JOINERS and tokens and tokens[-1].kind == "newline":
-            tokens.pop()
-        tokens.append(token)
-    return [*tokens, Token("end", "", "", len(text), text)]
+        if kind == "newline" and depth <= 0:
+            newline = token._replace(key="\n")
+        elif kind not in ("newline", "blank"):
+            if newline and key not in JOINERS:
+                yield newline
+            newline = None
+            yield token
+    yield Token("end", "", "", len(text), text)
 
 
 class Parser:
-    """A descent through the tokens of one or more rules; ``token`` is the next one."""
+    """A descent through the tokens of one or more rules; ``token`` is the next one.
+
+    Tokens are made as they are taken: a long text is refused at its first fault.
+    """
 
     def __init__(self, tokens: Iterable[Token]) -> None:
-        self._tokens = tuple(tokens)
-        self._at = self._operators = 0
-
-    @property
-    def token(self) -> Token:
-        return self._tokens[self._at]
-
-    @property
-    def following(self) -> Token:
-        """The token behind the next one, or that one where it is the last."""
-        return self._tokens[self._at : self._at + 2][-1]
+        self._rest = iter(tokens)
+        self.token = next(self._rest)
+        self.following = next(self._rest, self.token)
+        self._operators = 0
 
     def take(self) -> Token:
-        """Return the next token and go on behind it."""
+        """Return the next token and go on behind it, if it is not the end."""
         token = self.token
         self._operators += token.key in PRECEDENCE or token.key == "("
         if self._operators > MAX_OPERATORS:
             raise token.error(f"more than {MAX_OPERATORS} operators and brackets")
-        self._at += 1
+        self.token = self.following
+        self.following = next(self._rest, self.token)
         return token
 
     def accept(self, key: str) -> bool:
