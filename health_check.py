@@ -2157,7 +2157,8 @@ def format_for(names: Iterable[str], labels: Labels) -> Format:
     """Return the format that finds the series of some metrics and labels them."""
     wanted = frozenset(names) - frozenset(SYNTHETIC)
     tree = _prefix_tree(sorted(wanted.union(SYNTHETIC))).encode()
-    lines = re.compile(rb"\n[ \t]*(?:" + tree + rb"(?![\w:])|\{)")
+    # For Prometheus 3, blanks before a name are part of it: it is no wanted one.
+    lines = re.compile(rb"\n(?:" + tree + rb"|\{)")
     # Room for a newline on either side of the text.
     return Format(wanted, lines, labels, bytearray(CHUNK + 2))
 
@@ -2171,8 +2172,9 @@ def _prefix_tree(names: Sequence[str]) -> str:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
         stem = "".join(letter for letter, _ in same)
         tails = [name[len(stem) :] for name in alike]
-        branches.append(re.escape(stem) + (_prefix_tree(tails) if tails[1:] else ""))
-    return "(?:" + "|".join(branches) + ")"
+        rest = rf"(?:{_prefix_tree(tails)})" if tails[1:] else r"(?![\w:])"
+        branches.append(re.escape(stem) + rest)
+    return "|".join(branches)
 
 
 def read_samples(

@@ -1734,7 +1734,7 @@ class Exposition(unittest.TestCase):
             self.assertEqual(self.result(text), r'x{a="b\nc"} 5')
 
     def test_names_match_whole(self):
-        others = 'x_by_reason 1\nx_ five\nax 2\nx:y 3\nxy 5\n# x 7\nz{n="x 8"}\n'
+        others = 'x_by_reason 1\nx_ five\nax 2\nx:y 3\n x 6\n# x 7\nz{n="x 8"}\n'
         self.check((others + "x 4\n" + others + "y 10\n", "x 4; y 10"))
         for wanted in ["a", "ab", "abc", "b"], ["vllm:num", "vllm:num_total", "v"]:
             text = "".join(f"{name} 1\n{name}_ 2\n{name}: 3\n" for name in wanted)
@@ -1757,7 +1757,7 @@ class Exposition(unittest.TestCase):
             'x{a="b" 5', "x{a=b} 5", "x{a} 5", 'x{a="b",,c="d"} 5', 'x{,a="b"} 5',
             'x{a="b",a="c"} 5', 'x{a:b="c"} 5', 'x{9="c"} 5', 'x{"y"} 5', "x{a='b'} 5",
             '{"x","y"} 5', "{} 5", '{a="b"} 5', '{"x"', 'x{a="b} 5', 'x{a="b\\"} 5',
-            "x 5\v", " x 5", b'x{a="\xff"} 5', b"x \xff",
+            "x 5\v", b'x{a="\xff"} 5', b"x \xff",
         ):
             text = line if isinstance(line, bytes) else line.encode()
             self.check((b"# a\n" + text + b"\ny 1\n", "bad_line"))
