@@ -44,12 +44,12 @@ if __name__ == "__main__":
 import base64
 import collections
 import difflib
+import email.utils
 import errno
 import hashlib
 import html
 import http.client
 import http.server
-import io
 import itertools
 import json
 import logging
@@ -239,8 +239,10 @@ class RuleStatus(NamedTuple):
         >>> RuleStatus(Rule("Down", Number(1))).state
         'inactive'
         """
-        states = ["error"] if self.error else [alert.state for alert in self.alerts]
-        return min(states, key=("error", "firing", "pending").index, default="inactive")
+        if self.error:
+            return "error"
+        states = {alert.state for alert in self.alerts}
+        return "firing" if "firing" in states else "pending" if states else "inactive"
 
     @property
     def failing(self) -> bool:
@@ -1045,7 +1047,8 @@ def select(selector: Selector, instant: Instant) -> dict[Labels, Points]:
             for labels, points in instant.history.get(selector.name, {}).items()
             if all(_fits(matcher, dict(labels)) for matcher in selector.matchers)
         }
-    return cast(Dict[Labels, Points], instant.found[key])
+    found: dict[Labels, Points] = instant.found[key]
+    return found
 
 
 def select_range(selector: Selector, instant: Instant) -> dict[Labels, Points]:
@@ -2061,7 +2064,8 @@ class Response(http.client.HTTPResponse):
 
 
 def _head(lines: Iterator[bytes]) -> tuple[int, dict[str, str]]:
-    status, fields = _STATUS.fullmatch(next(lines, b"")), cast(Dict[str, str], {})
+    fields: dict[str, str] = {}
+    status = _STATUS.fullmatch(next(lines, b""))
     if not status:
         raise http.client.BadStatusLine("not an answer of HTTP/1")
     for count, line in enumerate(itertools.takewhile(bool, lines)):
@@ -2390,7 +2394,8 @@ class Monitor:
         }
         lock = threading.Lock()
         self._ordered, self._news = threading.Condition(lock), threading.Condition(lock)
-        self._job, self._outcomes = Job(0, 0.0, False), cast(Dict[int, Outcome], {})
+        self._job = Job(0, 0.0, False)
+        self._outcomes: dict[int, Outcome] = {}
         self._asked, self._stopped = -1, False
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         selectors = [s for rule in config.rules for s in find_selectors(rule.expr)]
@@ -2533,7 +2538,8 @@ class Monitor:
             config.metrics_tls_skip_verify,
         )
         format = format_for(self._windows, self._own_labels(target.instance))
-        known, job = cast(Dict[bytes, Labels], {}), self._next_job(0)
+        known: dict[bytes, Labels] = {}
+        job = self._next_job(0)
         while job:
             started, status = time.monotonic(), TargetStatus(target.instance)
             reading = None
@@ -3218,61 +3224,57 @@ PAGE = """<!DOCTYPE html>
 </html>
 """
 _HEAD_END = re.compile(rb"\n\r?\n")
-_FIELDS = re.compile(rb"(?:[\w!#$%&'*+.^`|~-]+:[^\0\r\n]*\r?\n)*\r?\n")
-_BODY = re.compile(rb"(?im)^(transfer-encoding:|content-length:(?![ \t]*0[ \t]*\r?$))")
+_REQUEST_LINE = re.compile(r"(\S+) (\S+) HTTP/(\d)\.\d", re.ASCII)
+_FIELDS = re.compile(r"(?:[\w!#$%&'*+.^`|~-]+:[^\0\r\n]*\r?\n)*\r?\n", re.ASCII)
+_BODY = re.compile(r"(?im)^(transfer-encoding:|content-length:(?![ \t]*0[ \t]*\r?$))")
 # The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
 # section 3.2); it matches any text.
 _TARGET = re.compile(r"(?:https?://[^/?#]*)?([^?#]*)\??([^#]*)")
 
 
-class Request(http.server.BaseHTTPRequestHandler):
+class Request(NamedTuple):
     """The head of a request; ``refusal`` is the answer to one that is not taken."""
 
-    def __init__(self, head: bytes) -> None:
-        # The base class would read from a socket and answer at once, and give the
-        # fields to the e-mail parser, which takes longer than all the rest.
-        self.raw_requestline, _, fields = head.partition(b"\n")
-        self.rfile = io.BytesIO(b"\r\n")
-        self.command = self.path = self.requestline = ""
-        self.refusal: Answer | None = None
-        if len(head) > MAX_REQUEST or head.count(b"\n") > MAX_LINES:
-            self.send_error(431)
-        elif self.parse_request():
-            self.refusal = self._refuse(fields)
-        elif not self.refusal:
-            self.send_error(400)
-        self.path, self.query = _TARGET.findall(self.path)[0]
+    line: str
+    method: str
+    path: str
+    query: str
+    refusal: Answer | None
 
-    def response(self, answer: Answer) -> bytes:
-        """Return the whole response; the connection ends with it."""
-        body = answer.body.encode(errors="backslashreplace")
-        fields = (
-            ("Server", AGENT), ("Date", self.date_time_string()),
-            ("Content-Type", answer.content_type), ("Content-Length", str(len(body))),
-            ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-            ("Connection", "close"), *answer.headers,
-        )  # fmt: skip
-        status = f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}\r\n"
-        head = status + "".join(f"{name}: {value}\r\n" for name, value in fields)
-        return f"{head}\r\n".encode() + (b"" if self.command == "HEAD" else body)
 
-    def send_error(
-        self, code: int, message: str | None = None, explain: str | None = None
-    ) -> None:
-        """Refuse in plain text what the base class refuses, without its echo."""
-        self.refusal = Answer(code, f"{http.client.responses[code]}\n")
+def parse_request(head: bytes) -> Request:
+    """Return the request of a head, all of it or too much of it (RFC 9112)."""
+    line, _, fields = head.decode("latin-1").partition("\n")
+    match = _REQUEST_LINE.fullmatch(line.rstrip("\r"))
+    method, target, version = match.groups() if match else ("", "", "")
+    path, query = _TARGET.findall(target)[0]
+    refusal: Answer | None = None
+    if len(head) > MAX_REQUEST or head.count(b"\n") > MAX_LINES:
+        refusal = Answer(431, "the head of the request is too large\n")
+    elif not match or not _FIELDS.fullmatch(fields):
+        refusal = Answer(400, "not a request of HTTP/1\n")
+    elif version != "1":
+        refusal = Answer(505, "only HTTP/1\n")
+    elif method not in ALLOWED:
+        allow = (("Allow", ", ".join(ALLOWED)),)
+        refusal = Answer(405, f"only {' and '.join(ALLOWED)}\n", TEXT, allow)
+    elif _BODY.search(fields):
+        refusal = Answer(400, "a request has no body here\n")
+    return Request(line, method, path, query, refusal)
 
-    def _refuse(self, fields: bytes) -> Answer | None:
-        if self.request_version == "HTTP/0.9":
-            return Answer(400, "HTTP/0.9 is not spoken here\n")
-        if self.command not in ALLOWED:
-            allow = (("Allow", ", ".join(ALLOWED)),)
-            return Answer(405, f"only {' and '.join(ALLOWED)}\n", TEXT, allow)
-        if not _FIELDS.fullmatch(fields):
-            return Answer(400, "a malformed header field\n")
-        if _BODY.search(fields):
-            return Answer(400, "a request has no body here\n")
-        return None
+
+def format_response(answer: Answer, method: str) -> bytes:
+    """Return the whole response to a request; the connection ends with it."""
+    body = answer.body.encode(errors="backslashreplace")
+    fields = (
+        ("Server", AGENT), ("Date", email.utils.formatdate(usegmt=True)),
+        ("Content-Type", answer.content_type), ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+        ("Connection", "close"), *answer.headers,
+    )  # fmt: skip
+    status = f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}\r\n"
+    head = status + "".join(f"{name}: {value}\r\n" for name, value in fields)
+    return f"{head}\r\n".encode() + (b"" if method == "HEAD" else body)
 
 
 class Phase(NamedTuple):
@@ -3456,8 +3458,8 @@ class Server:
         answer = request.refusal or (yield from self._answer(request))
         path = request.path if request.path in self._routes else "other"
         self._requests[path, str(answer.status)] += 1
-        LOG.debug("%s: %s %s", client, request.requestline, answer.status)
-        output = memoryview(request.response(answer))
+        LOG.debug("%s: %s %s", client, request.line, answer.status)
+        output = memoryview(format_response(answer, request.method))
         while output:
             sent = yield from _when(WRITE, sock.send, output)
             output = output[sent:]
@@ -3517,7 +3519,7 @@ def _receive(sock: socket.socket) -> Conversation[Request]:
             raise ConnectionError("no whole request")
         received += data
         end = _HEAD_END.search(received)
-    return Request(received[: end.end()] if end else received)
+    return parse_request(received[: end.end()] if end else received)
 
 
 def _when(phase: Phase, action: Callable[[Any], T], argument: Any) -> Conversation[T]:
