@@ -2776,7 +2776,7 @@ class Notifier:
         self._verdict: Verdict | None = None
         self._firing: frozenset[tuple[str, Labels]] = frozenset()
         self._notices: dict[Labels, Notice] = {}
-        self._problem, self._retry = "", -math.inf
+        self._problem, self._retry, self._crowded = "", -math.inf, False
         self._changed, self._stopping = threading.Event(), False
 
     def start(self) -> None:
@@ -2833,6 +2833,10 @@ class Notifier:
             _alert_labels(status.rule, alert, self._config): (status, alert)
             for status, alert in _firing(verdict)
         }
+        crowded, self._crowded = self._crowded, len(firing) > MAX_ALERTS
+        if self._crowded and not crowded:
+            text = f"{len(firing)} alerts fire: only {MAX_ALERTS} of them are sent"
+            log(logging.WARNING, text, alertmanager=self.target.url)
         for labels, (status, alert) in itertools.islice(firing.items(), MAX_ALERTS):
             old, started = self._notices.pop(labels, None), alert.fired or verdict.time
             sent = old.sent if old and old.ended is None else None
@@ -3366,8 +3370,7 @@ class Server:
             self._step(connection)
 
     def _accept(self) -> None:
-        # Half the descriptors at most, or callers could leave none for a scrape.
-        most = min(MAX_CONNECTIONS, os.sysconf("SC_OPEN_MAX") // 2)
+        most = _most_connections()
         for taken in range(ACCEPTS):
             try:
                 sock, address = self._listener.accept()
@@ -3509,6 +3512,13 @@ class Server:
              [(label, notifier.failed) for label, notifier in told]),
         )  # fmt: skip
         yield from process_families()
+
+
+def _most_connections() -> int:
+    # Half the descriptors at most, or callers could leave none for a scrape; a system
+    # without a limit says -1.
+    files = os.sysconf("SC_OPEN_MAX")
+    return MAX_CONNECTIONS if files < 0 else min(MAX_CONNECTIONS, files // 2)
 
 
 def _receive(sock: socket.socket) -> Conversation[Request]:

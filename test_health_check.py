@@ -2308,10 +2308,12 @@ class AlertmanagerTest(NetworkTest):
 
     def test_label_values_that_change_with_each_check_cannot_grow_its_memory(self):
         for check in range(3):
-            names = (f"{check}-{number}" for number in range(MAX_ALERTS))
+            names = (f"{check}-{number}" for number in range(MAX_ALERTS + 1))
             self.publish(*map(self.alert, names))
             self.notifier.work()
         self.sent()
+        (warning,) = self.log
+        self.assertEqual(warning, "1025 alerts fire: only 1024 of them are sent")
         self.clock.now += 60
         self.publish()
         self.notifier.work()
@@ -2886,6 +2888,11 @@ class ServeTest(NetworkTest):
         self.assertEqual(get(port), (200, "Healthy\n"))
         for sock in idle:
             sock.close()
+
+    def test_where_descriptors_have_no_limit_a_caller_is_answered(self):
+        port = self.serve(self.running(self.metrics(page())))
+        with mock.patch.object(os, "sysconf", return_value=-1):
+            self.assertEqual(get(port), (200, "Healthy\n"))
 
     def test_without_a_file_descriptor_the_oldest_idle_caller_makes_room(self):
         port = self.serve(self.running(self.metrics(page())))
