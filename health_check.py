@@ -620,6 +620,7 @@ _TOKEN = re.compile(
     |(?P<wrong>.)""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPES = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\"))
 _ESCAPE = re.compile(
     r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3][0-7]{2}|.)", re.DOTALL
@@ -911,11 +912,14 @@ def _unquote(token: Token) -> str:
         number = int(code.lstrip("xuU"), base) if code[1:] else sys.maxunicode + 1
         if code == mark or code in _ESCAPES:
             parts[index] = _ESCAPES.get(code, mark)
-        elif number > sys.maxunicode or 0xD800 <= number <= 0xDFFF:
+        elif number > sys.maxunicode:
             raise token.error(f"unknown escape \\{code}")
         else:
             parts[index] = chr(number)
-    return "".join(parts)
+    text = "".join(parts)
+    if _SURROGATE.search(text):
+        raise token.error("this string is not Unicode")
+    return text
 
 
 def type_of(expr: Expr) -> str:
@@ -1854,7 +1858,7 @@ REASONS = (
     (OSError, "network"), (ValueError, "bad_http"),
 )
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})(?: .*)?")
-_FIELD = re.compile(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([^\0\r]*?)[ \t]*", re.ASCII)
+_FIELD = re.compile(r"([\w!#$%&'*+.^`|~-]+):([^\0\r]*)", re.ASCII)
 # Python would ignore what it does not understand of these two.
 _FRAMING = ("transfer-encoding", "(?i)chunked"), ("content-length", r"(?a)\d{1,18}")
 
@@ -2048,9 +2052,9 @@ class Response(http.client.HTTPResponse):
     fields: dict[str, str]
 
     def begin(self) -> None:
-        """Read the head, and before it those of any ``100 Continue``."""
+        """Read the head, and before it those of any interim answers (1xx)."""
         self.status = 100
-        while self.status == 100:
+        while self.status < 200:
             self.status, self.fields = _head(line.rstrip(b"\r\n") for line in self.fp)
         self.code, self.reason, self.will_close = self.status, "", True
         self.length = self.chunk_left = None
@@ -2070,9 +2074,11 @@ def _head(lines: Iterator[bytes]) -> tuple[int, dict[str, str]]:
         raise http.client.BadStatusLine("not an answer of HTTP/1")
     for count, line in enumerate(itertools.takewhile(bool, lines)):
         field = _FIELD.fullmatch(line.decode("latin-1"))
-        if not field or count == MAX_FIELDS:
-            raise http.client.HTTPException(f"no header, or beyond {MAX_FIELDS}")
-        name, value = field[1].lower(), field[2]
+        if not field:
+            raise http.client.HTTPException(f"not a header field: {line[:40]!r}")
+        if count == MAX_FIELDS:
+            raise http.client.HTTPException(f"more than {MAX_FIELDS} header fields")
+        name, value = field[1].lower(), field[2].strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return int(status[1]), fields
 
@@ -2113,7 +2119,8 @@ class _Connection(http.client.HTTPConnection):
 
 # --- 8. Exposition: bytes x wanted names -> samples ----------------------------------
 # The text format 0.0.4 and OpenMetrics 1.0 as Prometheus' scraper reads them
-# (model/textparse/promlex.l): only the lines of wanted names are looked at.
+# (model/textparse/promlex.l): only the lines of wanted names are looked at.  So a bare
+# newline within a label of another metric, which no client library writes, ends a line.
 
 CHUNK = 256 * 1024
 NEWLINE = ord("\n")
@@ -2933,6 +2940,7 @@ def _annotations(
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
 MAX_LINES = 102
+TLS_HANDSHAKE = b"\x16"
 ACCEPTS = 64
 # Of 5,000 series an answer would have megabytes, and a second go by for a few callers.
 MAX_LISTED = 20
@@ -3233,7 +3241,7 @@ _FIELDS = re.compile(r"(?:[\w!#$%&'*+.^`|~-]+:[^\0\r\n]*\r?\n)*\r?\n", re.ASCII)
 _BODY = re.compile(r"(?im)^(transfer-encoding:|content-length:(?![ \t]*0[ \t]*\r?$))")
 # The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
 # section 3.2); it matches any text.
-_TARGET = re.compile(r"(?:https?://[^/?#]*)?([^?#]*)\??([^#]*)")
+_TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?([^?#]*)\??([^#]*)")
 
 
 class Request(NamedTuple):
@@ -3248,8 +3256,9 @@ class Request(NamedTuple):
 
 def parse_request(head: bytes) -> Request:
     """Return the request of a head, all of it or too much of it (RFC 9112)."""
-    line, _, fields = head.decode("latin-1").partition("\n")
-    match = _REQUEST_LINE.fullmatch(line.rstrip("\r"))
+    line, _, fields = head.decode("latin-1").lstrip("\r\n").partition("\n")
+    line = line.rstrip("\r")
+    match = _REQUEST_LINE.fullmatch(line)
     method, target, version = match.groups() if match else ("", "", "")
     path, query = _TARGET.findall(target)[0]
     refusal: Answer | None = None
@@ -3470,8 +3479,10 @@ class Server:
             # Closing with input unread would reset the connection, and the caller might
             # never see why it was refused.
             sock.shutdown(socket.SHUT_WR)
-            while (yield from _when(READ, sock.recv, MAX_REQUEST)):
-                pass
+            # Once a turn, or who sends without a pause would keep all others out.
+            yield READ
+            while sock.recv(MAX_REQUEST):
+                yield READ
 
     def _answer(self, request: Request) -> Conversation[Answer]:
         route = self._routes.get(request.path)
@@ -3523,7 +3534,8 @@ def _most_connections() -> int:
 
 def _receive(sock: socket.socket) -> Conversation[Request]:
     received, end = b"", None
-    while not end and len(received) <= MAX_REQUEST:
+    # A TLS handshake, of a probe with the wrong scheme, would not end like a request.
+    while not end and len(received) <= MAX_REQUEST and received[:1] != TLS_HANDSHAKE:
         data = yield from _when(READ, sock.recv, MAX_REQUEST + 1 - len(received))
         if not data:
             raise ConnectionError("no whole request")

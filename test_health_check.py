@@ -635,7 +635,7 @@ class PromQL(unittest.TestCase):
             x{a='b'«c='d'} => expected ','             x{a«>'b'} => !~
             x{a=«b} => a string                        x{a=~«'('} => regular expression
             x{a=«'b => unterminated string             x{a=«'\q'} => unknown escape \q
-            x{a=«'\ud800'} => unknown escape
+            x{a=«'\ud800'} => not Unicode
             x{a=«'\U00110000'} => unknown escape
             x{a« => found the end                      x[5m« => expected ']'
             x[«] => a duration                         x[«y] => a duration
@@ -1438,6 +1438,8 @@ class ScrapeTest(NetworkTest):
             ("newlines", [page("x 1\n").replace(b"\r", b"")], True),
             ("until the end", [UNTIL_CLOSE + b"x 1\n"], False),
             ("after a 100", [b"HTTP/1.1 100 Continue\r\n\r\n", page("x 1\n")], True),
+            ("after a 103", [b"HTTP/1.1 103 E\r\nA: b\r\n\r\n", page("x 1\n")], True),
+            ("odd blanks", [page("x 1\n", extra="A: b" + " " * 60000 + "c\r\n")], True),
             ("identity", [page("x 1\n", extra="Content-Encoding: identity\r\n")], True),
         ):
             with self.subTest(name):
@@ -1460,7 +1462,8 @@ class ScrapeTest(NetworkTest):
             ([UNTIL_CLOSE[:-2] + b"Content-Length: -1\r\n\r\n"], "bad_http: .*'-1'"),
             ([UNTIL_CLOSE[:-2], length.encode(), b"9" * 5000, b"\r\n\r\nx"], "bad_h"),
             ([UNTIL_CLOSE[:-2] + b"Transfer-Encoding: x\r\n\r\n"], "bad_http: .*'x'"),
-            ([UNTIL_CLOSE[:-2] + b"A: b\r\n c\r\n\r\nx 1\n"], "bad_http: "),
+            ([UNTIL_CLOSE[:-2] + b"A: b\r\n c\r\n\r\nx 1\n"], "bad_http: .*b' c'"),
+            ([UNTIL_CLOSE[:-2] + b"A:" + b" " * 60000 + b"\0\n\n"], "bad_http: .*'A:"),
             ([page("x 1\n")[:-2]], "truncated: 2 bytes less"),
             ([CHUNKED + b"4\r\nx 1\n"], "truncated: "),
             ([CHUNKED + b"q\r\nx 1\n"], "truncated: "),
@@ -2556,7 +2559,8 @@ class ServeTest(NetworkTest):
             ("GET /health HTTP/1.0\r\n\r\n", 200),
             ("GET /health HTTP/1.0\n\n", 200),
             ("GET /health?a=b;c#d HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 200),
-            ("GET http://a.example:80/health HTTP/1.1\r\nHost: b\r\n\r\n", 200),
+            ("GET HTTP://a.example:80/health HTTP/1.1\r\nHost: b\r\n\r\n", 200),
+            ("\r\nGET /health HTTP/1.1\r\n\r\n", 200),
             ("GET /health HTTP/1.1\r\nExpect: 100-continue\r\n\r\n", 200),
             (request_for("/health") * 3, 200),
             (request_for("/livez"), 200),
@@ -2579,7 +2583,7 @@ class ServeTest(NetworkTest):
             ("GET /health\r\n\r\n", 400),
             ("GET /health HTTP/1.1 x\r\n\r\n", 400),
             ("GET /health HTTP/x\r\n\r\n", 400),
-            ("\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
+            ("\x16\x03\x01\x02\x00\x01", 400),
             ("\r\n\r\n", 400),
             ("GET /health HTTP/2.0\r\n\r\n", 505),
             ("GET /health HTTP/1.1\r\n" + "A: b\r\n" * 200 + "\r\n", 431),
@@ -2592,6 +2596,20 @@ class ServeTest(NetworkTest):
                 self.assertEqual(answer.count("HTTP/1.1"), 1)
                 self.assertEqual("\r\nAllow: GET, HEAD\r\n" in answer, status == 405)
                 self.assertNotIn("<", answer)
+
+    def test_who_is_refused_and_sends_on_does_not_keep_the_loop(self):
+        server = Server(listen("127.0.0.1", 0), self.monitor(self.metrics(page())))
+        self.addCleanup(server.serve)
+        self.addCleanup(server.stop)
+        there, here = socket.socketpair()
+        with there, here:
+            here.setblocking(False)
+            there.sendall(b"POST /health HTTP/1.1\r\n\r\n")
+            steps = server._converse(here, "a caller")
+            for _ in range(3):
+                self.assertIs(next(steps), health_check.READ)
+                there.sendall(b"b" * 65536)
+            self.assertTrue(here.recv(1), "all was read in one go")
 
     def test_verbose_names_each_rule_and_each_failed_scrape(self):
         good, down = self.metrics(page("q 11\nr 3\n")), f"127.0.0.1:{free_port()}"
@@ -3118,6 +3136,7 @@ class MainTest(NetworkTest):
             log = process.stderr.read()
             with self.subTest(log_format):
                 self.assertIn("u001b[2J", log)
+                self.assertIn("GET /health HTTP/1.1 503", log)
                 self.assertIn("oops", log)
                 self.assertNotIn("hush", log + process.stdout.read())
                 self.assertRegex(log, r"\A[ -~\n]+\Z")
