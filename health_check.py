@@ -14,7 +14,8 @@ those metrics on each ``GET /health`` and answers ``200 Healthy`` or ``503 Unhea
 
 A rule is a PromQL alert expression and means what it means to Prometheus: the server
 is unhealthy while the expression returns at least one series.  One rule a line, or
-separated by ``;``; an open bracket or an operator continues a line; ``#`` comments:
+separated by ``;``; a line goes on inside brackets, before and after an operator, and
+before ``for``; ``#`` comments:
 
     [Name: ] EXPRESSION [for DURATION] [keep_firing_for DURATION]
 
@@ -344,7 +345,7 @@ def float_or_nan(text: str) -> float:
 
 
 def format_float(value: float) -> str:
-    """Return ``value`` as Prometheus prints it, without an exponent.
+    """Return ``value`` without an exponent; it parses to the same number.
 
     >>> format_float(10.0), format_float(1.5e-07), format_float(math.inf)
     ('10', '0.00000015', '+Inf')
@@ -417,11 +418,16 @@ def format_series(labels: Labels) -> str:
     >>> format_series((("__name__", "up"), ("job", "vllm")))
     'up{job="vllm"}'
     """
-    name = dict(labels).get("__name__", "")
-    pairs = [f"{format_name(k)}={quote(v)}" for k, v in labels if k != "__name__"]
-    if name != format_name(name, ":"):
-        name, pairs = "", [quote(name), *pairs] if name else pairs
-    return f"{name}{{{', '.join(pairs)}}}" if pairs or not name else name
+    pairs = [(name, "=", value) for name, value in labels if name != "__name__"]
+    return format_selector(dict(labels).get("__name__", ""), pairs) or "{}"
+
+
+def format_selector(name: str, matchers: Iterable[tuple[str, str, str]]) -> str:
+    """Return a selector; a name that is not plain stands among the matchers."""
+    pairs = [f"{format_name(k)}{op}{quote(v)}" for k, op, v in matchers]
+    if name and name != format_name(name, ":"):
+        name, pairs = "", [quote(name), *pairs]
+    return f"{name}{{{', '.join(pairs)}}}" if pairs else name
 
 
 def format_name(name: str, colon: str = "") -> str:
@@ -448,6 +454,7 @@ _ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
 _INTEGER = r"(0|[1-9][0-9]*)"
 _REPEAT = re.compile(rf"(?:([*+?])|\{{{_INTEGER}(?:(,){_INTEGER}?)?\}})\??")
 _ESCAPED = r"\\[^dDwWsSnrtfv\W_]"
+_PAIR_ESCAPED = re.compile(r"\\.", re.DOTALL)
 _UNCOMMON = re.compile(
     rf"{_ESCAPED}|\[(?:\\.|[^\\])*?(?:\[|--|&&|~~|\|\||\\S|\\s-[^]]|{_ESCAPED})",
     re.DOTALL,
@@ -553,8 +560,9 @@ def _atom(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
     if match[0] in ("^", "$"):
         return match.end(), [(None, match[0], (1,))]
     # Python's blanks have a vertical tab that RE2's have not.
-    text = match[0].replace(r"\S", r"[^\t\n\f\r ]")
-    text = text.replace(r"\s", r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]")
+    blanks = r"\t\n\f\r " if match[0][0] == "[" else r"[\t\n\f\r ]"
+    meanings = {r"\s": blanks, r"\S": r"[^\t\n\f\r ]"}
+    text = _PAIR_ESCAPED.sub(lambda pair: meanings.get(pair[0], pair[0]), match[0])
     try:
         return match.end(), [(re.compile(text, re.ASCII | re.DOTALL).match, "", ())]
     except re.error as error:
@@ -573,20 +581,18 @@ SIGN = POWER - 0.5  # less than a power, more than a product
 SET_OPERATORS = ("and", "or", "unless")
 COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
 AGGREGATORS = ("sum", "min", "max", "avg", "count", "group")
-SIGNATURES: dict[str, tuple[tuple[str, ...], str]] = {
-    name: (operands, result)
-    for names, operands, result in (
-        ("rate increase irate delta idelta changes resets", (RANGE,), VECTOR),
-        ("absent_over_time avg_over_time min_over_time", (RANGE,), VECTOR),
-        ("max_over_time sum_over_time count_over_time", (RANGE,), VECTOR),
-        ("last_over_time present_over_time", (RANGE,), VECTOR),
-        ("abs absent ceil floor timestamp", (VECTOR,), VECTOR),
-        ("clamp_min clamp_max round", (VECTOR, SCALAR), VECTOR),
-        (" ".join(AGGREGATORS), (VECTOR,), VECTOR),
-        ("histogram_quantile", (SCALAR, VECTOR), VECTOR),
-        ("scalar", (VECTOR,), SCALAR),
-        ("vector", (SCALAR,), VECTOR),
-        ("time", (), SCALAR),
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    name: operands
+    for operands, names in (
+        ((RANGE,), "rate increase irate delta idelta changes resets absent_over_time"),
+        ((RANGE,), "avg_over_time min_over_time max_over_time sum_over_time"),
+        ((RANGE,), "count_over_time last_over_time present_over_time"),
+        ((VECTOR,), "abs absent ceil floor timestamp scalar"),
+        ((VECTOR,), " ".join(AGGREGATORS)),
+        ((VECTOR, SCALAR), "clamp_min clamp_max round"),
+        ((SCALAR, VECTOR), "histogram_quantile"),
+        ((SCALAR,), "vector"),
+        ((), "time"),
     )
     for name in names.split()
 }
@@ -601,10 +607,12 @@ REFUSED = {
     "deriv": "write delta(v[5m]) / 300",
     "predict_linear": "write v + delta(v[5m]) / 300 * seconds",
     "quantile_over_time": "use max_over_time or avg_over_time",
+    "[": "only a selector can have a range",
     ":": "give the inner expression a rule of its own, instead of a subquery",
 }
 RULE_WORDS = ("for", "keep_firing_for")
 MODIFIERS = ("bool", "on", "ignoring", "group_left", "group_right", "atan2", "offset")
+NO_NAMES = (*MODIFIERS, "inf", "nan")
 JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS}
 MAX_OPERATORS = 150
 MIN_RANGE = 0.001
@@ -620,7 +628,6 @@ _TOKEN = re.compile(
     |(?P<wrong>.)""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPES = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\"))
 _ESCAPE = re.compile(
     r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3][0-7]{2}|.)", re.DOTALL
@@ -679,24 +686,26 @@ def parse_expression(text: str) -> Expr:
 def tokenize(text: str) -> Iterator[Token]:
     """Yield the tokens of one or more rules, the last of kind ``end``.
 
-    A newline inside brackets or before an operator only continues a rule and is left
-    out; where an expression cannot end yet, the parser skips it.  Raises PromQLError.
+    A newline inside brackets, between a function and its bracket, or before a word of
+    JOINERS only continues a rule and is left out; where an expression cannot end yet,
+    the parser skips it.  Raises PromQLError.
     """
-    depth, newline = 0, None
+    depth, newline, last = 0, None, ""
     for match in _TOKEN.finditer(text):
         kind, found = str(match.lastgroup), match[0]
         key = found.lower() if kind in ("word", "op") else ""
         token = Token(kind, found, key, match.start(), text)
         if kind == "wrong":
-            quotes = dict.fromkeys("\"'", "unterminated string")
+            quotes = dict.fromkeys("\"'`", "unterminated string")
             raise token.error(quotes.get(found, "bad number, duration or character"))
         depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
         if kind == "newline" and depth <= 0:
             newline = token._replace(key="\n")
         elif kind not in ("newline", "blank"):
-            if newline and key not in JOINERS:
+            calls = key == "(" and last in SIGNATURES
+            if newline and key not in JOINERS and not calls:
                 yield newline
-            newline = None
+            newline, last = None, key
             yield token
     yield Token("end", "", "", len(text), text)
 
@@ -763,23 +772,19 @@ class Parser:
 
     def _operand(self) -> Expr:
         token, following = self.token, self.following.key
-        expr: Expr
         if self.accept("("):
             expr = self._binary()
             self.expect(")")
-        elif token.kind == "number" or token.key in ("inf", "nan"):
-            expr = Number(_number(self.take()))
-        elif token.key in AGGREGATORS and following in ("(", "by", "without"):
-            expr = self._call(token.key)
-        elif token.kind == "word" and following == "(":
-            expr = self._call(token.text)
-        elif token.key == "{" or (token.kind == "word" and token.key not in MODIFIERS):
+            return expr
+        if token.kind == "number" or token.key in ("inf", "nan"):
+            return Number(_number(self.take()))
+        if token.key in AGGREGATORS and following in ("(", "by", "without"):
+            return self._call(token.key)
+        if token.kind == "word" and following == "(":
+            return self._call(token.text)
+        if token.key == "{" or (token.kind == "word" and token.key not in MODIFIERS):
             return self._selector()
-        else:
-            raise token.unexpected("an expression")
-        if self.token.key == "[":
-            raise self.token.error("only a selector can have a range")
-        return expr
+        raise token.unexpected("an expression")
 
     def _list(self, brackets: str, item: Callable[[], T]) -> list[T]:
         items: list[T] = []
@@ -813,7 +818,7 @@ class Parser:
         operands = self._list("()", self._argument)
         if name == "round" and len(operands) == 1:
             operands.append(Number(1.0))
-        types, found = SIGNATURES[name][0], tuple(map(type_of, operands))
+        types, found = SIGNATURES[name], tuple(map(type_of, operands))
         if found != types:
             wanted, given = (" and ".join(t) or "nothing" for t in (types, found))
             raise token.error(f"{name} takes {wanted}, not {given}")
@@ -915,11 +920,13 @@ def _unquote(token: Token) -> str:
         elif number > sys.maxunicode:
             raise token.error(f"unknown escape \\{code}")
         else:
-            parts[index] = chr(number)
-    text = "".join(parts)
-    if _SURROGATE.search(text):
-        raise token.error("this string is not Unicode")
-    return text
+            # \x and octal numbers are bytes of UTF-8; a surrogate stands for one.
+            byte = code[0] not in "uU" and number > 127
+            parts[index] = chr(number + 0xDC00 * byte)
+    try:
+        return "".join(parts).encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        raise token.error("this string is not UTF-8") from None
 
 
 def type_of(expr: Expr) -> str:
@@ -933,7 +940,7 @@ def type_of(expr: Expr) -> str:
     if isinstance(expr, Selector):
         return RANGE if expr.window else VECTOR
     if expr.name in SIGNATURES:
-        return SIGNATURES[expr.name][1]
+        return SCALAR if expr.name in ("scalar", "time") else VECTOR
     return VECTOR if VECTOR in map(type_of, expr.operands) else SCALAR
 
 
@@ -953,7 +960,11 @@ def format_expression(expr: Expr, floor: float = 0) -> str:
     'a > 1 or b'
     """
     if isinstance(expr, Selector):
-        return _format_selector(expr)
+        name, matchers, window = expr
+        if name.lower() in NO_NAMES:
+            name, matchers = "", (Matcher("__name__", "=", name), *matchers)
+        length = f"[{format_duration(window)}]" if window else ""
+        return format_selector(name, matchers) + length
     if isinstance(expr, Number):
         text = format_float(expr.value)
         level = SIGN if text.startswith("-") else POWER + 1
@@ -973,20 +984,11 @@ def format_expression(expr: Expr, floor: float = 0) -> str:
     return f"({text})" if level < floor else text
 
 
-def _format_grouping(grouping: Grouping | None, keep: str, drop: str) -> str:
-    if not grouping or (keep == "by" and grouping == (True, ())):
+def _format_grouping(grouping: Grouping | None, kept: str, dropped: str) -> str:
+    if not grouping or (kept == "by" and grouping == (True, ())):
         return ""
     labels = ", ".join(map(format_name, grouping.labels))
-    return f" {keep if grouping.keep else drop} ({labels})"
-
-
-def _format_selector(expr: Selector) -> str:
-    name = format_name(expr.name, ":")
-    pairs = [f"{format_name(m.label)}{m.op}{quote(m.value)}" for m in expr.matchers]
-    if name != expr.name:
-        name, pairs = "", [name, *pairs]
-    window = f"[{format_duration(expr.window)}]" if expr.window else ""
-    return name + ("{" + ", ".join(pairs) + "}" if pairs else "") + window
+    return f" {kept if grouping.keep else dropped} ({labels})"
 
 
 # --- 4. Evaluate: Expr x History -> Vector -------------------------------------------
@@ -1001,13 +1003,15 @@ class EvaluationError(ValueError):
 class Instant(NamedTuple):
     """The moment an expression is about, in monotonic and in Unix seconds.
 
-    ``found`` keeps what selectors and range functions gave at it, for all rules.
+    ``selected`` and ``computed`` keep what selectors and range functions gave at it,
+    for all rules.
     """
 
     now: float
     wall: float
     history: History
-    found: dict[Expr, Any]
+    selected: dict[Selector, dict[Labels, Points]]
+    computed: dict[Operation, Vector]
 
 
 Value = Union[float, Vector]
@@ -1045,14 +1049,13 @@ def evaluate_vector(expr: Expr, instant: Instant) -> Vector:
 def select(selector: Selector, instant: Instant) -> dict[Labels, Points]:
     """Return the remembered series, fresh or not, that a selector matches."""
     key = selector._replace(window=0.0) if selector.window else selector
-    if key not in instant.found:
-        instant.found[key] = {
+    if key not in instant.selected:
+        instant.selected[key] = {
             labels: points
             for labels, points in instant.history.get(selector.name, {}).items()
             if all(_fits(matcher, dict(labels)) for matcher in selector.matchers)
         }
-    found: dict[Labels, Points] = instant.found[key]
-    return found
+    return instant.selected[key]
 
 
 def select_range(selector: Selector, instant: Instant) -> dict[Labels, Points]:
@@ -1071,9 +1074,9 @@ def operate(expr: Operation, left: Value, right: Value) -> Value:
     if expr.name in SET_OPERATORS:
         return _combine(expr, cast(Vector, left), cast(Vector, right))
     apply, filters = OPERATORS[expr.name], is_filter(expr)
-    results: dict[Labels, tuple[Labels, float]] = {}
     if isinstance(left, float) and isinstance(right, float):
         return float(apply(left, right))
+    results: dict[Labels, tuple[Labels, float]] = {}
     for key, labels, value, one, other in _pairs(expr, left, right):
         result = apply(one, other)
         if filters and not result:
@@ -1169,19 +1172,18 @@ def _aggregate(expr: Operation, _: Instant, vector: Vector) -> Vector:
     return {key: REDUCERS[expr.name](values) for key, values in groups.items()}
 
 
-def _sum(values: Iterable[float]) -> float:
-    numbers = list(values)
+def _sum(values: Sequence[float]) -> float:
     try:
-        return math.fsum(numbers)
+        return math.fsum(values)
     except (OverflowError, ValueError):
         # It overflows on the way, or there are infinities of both signs.
-        return float(sum(numbers))
+        return float(sum(values))
 
 
 def _average(values: Sequence[float]) -> float:
     # Where the sum overflows, the mean need not.
     mean = _sum(values) / len(values)
-    return _sum(v / len(values) for v in values) if math.isinf(mean) else mean
+    return _sum([v / len(values) for v in values]) if math.isinf(mean) else mean
 
 
 def _extreme(choose: Callable[..., float], values: Sequence[float]) -> float:
@@ -1237,7 +1239,7 @@ def _each(function: Callable[..., float]) -> Callable[..., Vector]:
 
 
 def _over_range(expr: Operation, instant: Instant) -> Vector:
-    if expr not in instant.found:
+    if expr not in instant.computed:
         function = RANGE_FUNCTIONS[expr.name]
         selector = cast(Selector, expr.operands[0])
         results = {
@@ -1246,12 +1248,12 @@ def _over_range(expr: Operation, instant: Instant) -> Vector:
             if len(points.times) > 1 or expr.name not in DIFFERENCES
         }
         named = expr.name == "last_over_time"
-        instant.found[expr] = results if named else _nameless(results.items())
-    return cast(Vector, instant.found[expr])
+        instant.computed[expr] = results if named else _nameless(results.items())
+    return instant.computed[expr]
 
 
-def _extrapolated(
-    points: Points, start: float, end: float, *, counter: bool, per_second: bool
+def _increase(
+    points: Points, start: float, end: float, *, counter: bool = True
 ) -> float:
     times, values = points.times, points.values
     result = values[-1] - values[0]
@@ -1267,8 +1269,7 @@ def _extrapolated(
     )
     if counter and result > 0 and values[0] >= 0:
         lead = min(lead, covered * (values[0] / result))
-    result *= (covered + lead + tail) / covered
-    return result / (end - start) if per_second else result
+    return result * ((covered + lead + tail) / covered)
 
 
 def _irate(points: Points, *_: float) -> float:
@@ -1356,9 +1357,9 @@ RANGE_FUNCTIONS: dict[str, Callable[[Points, float, float], float]] = {
     **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
     "changes": _of_values(_changes),
     "resets": lambda points, start, end: float(len(points.falls[0])),
-    "rate": partial(_extrapolated, counter=True, per_second=True),
-    "increase": partial(_extrapolated, counter=True, per_second=False),
-    "delta": partial(_extrapolated, counter=False, per_second=False),
+    "rate": lambda points, start, end: _increase(points, start, end) / (end - start),
+    "increase": _increase,
+    "delta": partial(_increase, counter=False),
     "irate": _irate,
     "idelta": _of_values(lambda values: values[-1] - values[-2]),
 }
@@ -1452,17 +1453,17 @@ def _selectors(expr: Expr) -> tuple[Selector, ...]:
 
 
 def _measure(expr: Expr, instant: Instant) -> tuple[float | None, float | None, Vector]:
-    if not isinstance(expr, Operation) or not is_filter(expr):
+    if not (
+        isinstance(expr, Operation) and is_filter(expr)
+        and isinstance(expr.operands[1], Number)
+    ):  # fmt: skip
         return None, None, evaluate_vector(expr, instant)
-    left, right = expr.operands
-    if not isinstance(right, Number):
-        return None, None, evaluate_vector(expr, instant)
-    measured = evaluate_vector(left, instant)
-    found = cast(Vector, operate(expr, measured, right.value))
+    measured, limit = evaluate_vector(expr.operands[0], instant), expr.operands[1].value
+    found = cast(Vector, operate(expr, measured, limit))
     worst = REDUCERS["min" if expr.name in ("<", "<=") else "max"]
     # With == and != the worst is neither the greatest nor the least.
     value = worst(list((found or measured).values())) if measured else None
-    return value, right.value, found
+    return value, limit, found
 
 
 def _advance(
@@ -2125,7 +2126,7 @@ class _Connection(http.client.HTTPConnection):
 CHUNK = 256 * 1024
 NEWLINE = ord("\n")
 MAX_SERIES, MAX_SERIES_TEXT = 5000, 2 * 1024 * 1024
-# A regex takes up to 160 bytes of memory for each of a text whose strings it repeats.
+# A regex takes up to 160 bytes for each byte of a text in which it repeats a string.
 MAX_LABELS = 32 * 1024
 MAX_NAMES = 10000
 SYNTHETIC = ("up", "scrape_error", "scrape_duration_seconds", "scrape_body_size_bytes")
@@ -2155,6 +2156,7 @@ _NOTHING = re.compile(rb"\s*(?:null\s*)?\Z")
 class Format(NamedTuple):
     """How to read a body: what to find, the labels that each sample gets, and where.
 
+    ``names`` are the wanted ones; ``lines`` also finds those that a server may not use.
     It has a buffer, so only one body can be read by it at a time.
     """
 
@@ -2377,7 +2379,7 @@ class Job(NamedTuple):
 
 
 Outcome = Tuple[TargetStatus, Optional[Reading]]
-Values = Iterable[Tuple[Mapping[str, str], float]]
+Rows = Iterable[Tuple[Mapping[str, str], float]]
 
 
 class Monitor:
@@ -2467,7 +2469,7 @@ class Monitor:
 
     def instant(self) -> Instant:
         """Return what expressions can be evaluated against, as of the latest check."""
-        return Instant(self.verdict.time, self.verdict.wall, self._history, {})
+        return Instant(self.verdict.time, self.verdict.wall, self._history, {}, {})
 
     def families(self) -> Iterator[Family]:
         """Yield what has been counted of scrapes, as metrics."""
@@ -2586,7 +2588,7 @@ class Monitor:
         targets = tuple(self._record(*outcome, now) for outcome in outcomes)
         self._forget(now)
         self._scraped = self._scraped or not all(target.reason for target in targets)
-        instant = Instant(now, wall, self._history, {})
+        instant = Instant(now, wall, self._history, {}, {})
         self._statuses = tuple(_judged(status, instant) for status in self._statuses)
         self._warn([reading for _, reading in outcomes if reading], instant)
         fault = "" if self._scraped else "never scraped"
@@ -2658,7 +2660,7 @@ class Monitor:
             self.trends[status.rule.name].append(value)
 
 
-def _families(*rows: tuple[str, str, Values]) -> Iterator[Family]:
+def _families(*rows: tuple[str, str, Rows]) -> Iterator[Family]:
     for name, text, values in rows:
         kind = "counter" if name.endswith("_total") else "gauge"
         yield Family(name, kind, text, [("", labels, v) for labels, v in values])
@@ -2703,7 +2705,7 @@ def transitions(
 
 
 def describe(status: RuleStatus, now: float) -> str:
-    """Return the state of a rule in words, with the worst of its series.
+    """Return the state of a rule in words, with its first series or its worst value.
 
     >>> describe(RuleStatus(Rule("Full", Number(1)), (), "", 1, 3.0, 10.0), 0.0)
     'ok: 3 (limit 10)'
@@ -2830,7 +2832,7 @@ class Notifier:
                 self._retry = now + RETRY
                 return RETRY
             for notice in batch:
-                sent = _known(notice, verdict, now)
+                sent = _as_of(notice, verdict, now)
                 self._notices[notice.labels] = notice._replace(sent=sent)
         times = [notice.sent or now for notice in self._notices.values()]
         return max(min(times) + RESEND - self._clock(), RETRY) if times else None
@@ -2850,7 +2852,9 @@ class Notifier:
             annotations = _annotations(status, alert, verdict.targets)
             self._notices[labels] = Notice(labels, annotations, started, None, sent)
         for labels, notice in list(self._notices.items()):
-            if notice.ended is not None and now - notice.ended > RETENTION:
+            if notice.ended is not None and (
+                labels in firing or now - notice.ended > RETENTION
+            ):
                 del self._notices[labels]
             elif notice.ended is None and labels not in firing:
                 self._notices[labels] = notice._replace(ended=verdict.time, sent=None)
@@ -2891,14 +2895,14 @@ class Notifier:
         }
 
 
-def _known(notice: Notice, verdict: Verdict, now: float) -> float:
+def _as_of(notice: Notice, verdict: Verdict, now: float) -> float:
     # That an alert fires is known as of the verdict, that it has ended for ever.
     return verdict.time if notice.ended is None else now
 
 
 def _due(notice: Notice, verdict: Verdict, now: float) -> bool:
     # Without fresh verdicts nobody knows whether an alert still fires.
-    known = _known(notice, verdict, now)
+    known = _as_of(notice, verdict, now)
     fresh = now - known < LIFETIME
     return fresh and (notice.sent is None or known - notice.sent >= RESEND)
 
@@ -2942,7 +2946,7 @@ MAX_REQUEST = 16 * 1024
 MAX_LINES = 102
 TLS_HANDSHAKE = b"\x16"
 ACCEPTS = 64
-# Of 5,000 series an answer would have megabytes, and a second go by for a few callers.
+# With 5,000 series an answer would be megabytes, and a few callers hold up the loop.
 MAX_LISTED = 20
 PATIENCE = 5.0
 ALLOWED = ("GET", "HEAD")
@@ -3048,7 +3052,7 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
     ]  # fmt: skip
     return _present({
         "status": WORDS[status.state], "state": status.state,
-        "time": format_time(verdict.wall), "expression": _text(status.rule),
+        "time": format_time(verdict.wall), "expression": _rule_body(status.rule),
         "matched": status.matched, "observedValue": _json_number(status.value),
         "limit": _json_number(status.limit), "series": series,
         "alerts": len(status.alerts), "output": status.error,
@@ -3064,7 +3068,7 @@ def _json_number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else format_float(value)
 
 
-def _text(rule: Rule) -> str:
+def _rule_body(rule: Rule) -> str:
     return format_rule(rule).partition(": ")[2]
 
 
@@ -3106,7 +3110,7 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
 def process_families() -> Iterator[Family]:
     """Yield what Prometheus' client libraries tell of a process."""
     versions = {"version": __version__, "python": sys.version.split()[0]}
-    resident: Values = ()
+    resident: Rows = ()
     with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         resident = [({}, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))]
     return _families(
@@ -3143,7 +3147,7 @@ def _rule_html(
 ) -> str:
     # The Monitor may add to a trend meanwhile.
     graph = _graph(tuple(trends.get(status.rule.name, ())), status.limit)
-    code = f"<code>{_escape(_text(status.rule))}</code>"
+    code = f"<code>{_escape(_rule_body(status.rule))}</code>"
     text = describe(status, now)
     return _section(WORDS[status.state], status.rule.name, text, graph, code)
 
@@ -3555,7 +3559,8 @@ def _when(phase: Phase, action: Callable[[Any], T], argument: Any) -> Conversati
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens on a port; without a host, on IPv6 and IPv4.
 
-    Raises OSError where the port is taken or not permitted.
+    Raises OSError where the port is taken or not permitted, and ValueError for a host
+    that cannot be one.
     """
     # All that the kernel grants: of a burst it drops what finds no room, and the
     # caller, a probe perhaps, tries again after a second.
@@ -3635,9 +3640,9 @@ def serve(config: Config) -> int:
     """Answer until SIGTERM or SIGINT; return 0, or 1 where the port cannot be had."""
     try:
         listener = listen(config.app_host, config.app_port)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         where = f"{config.app_host or 'any address'}, port {config.app_port}"
-        problem = str(error.strerror or error).partition(" (while")[0]
+        problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         LOG.error("cannot listen on %s: %s", where, problem)
         return 1
     port = listener.getsockname()[1]

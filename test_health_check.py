@@ -111,7 +111,7 @@ def history(text, step=1.0, now=NOW):
         known = [(a, parse_float(v)) for a, v in zip(ages, column) if v != "_"]
         points = Points((now - age * step, value) for age, value in known)
         remembered.setdefault(dict(labels)["__name__"], {})[labels] = points
-    return Instant(now, WALL, remembered, {})
+    return Instant(now, WALL, remembered, {}, {})
 
 
 def shown(value):
@@ -568,6 +568,7 @@ class PromQL(unittest.TestCase):
         for text, value in (
             (r'"\a\b\f\n\r\t\v\\\""', '\a\b\f\n\r\t\v\\"'),
             (r"'\'\x41\102\u00e9\U0001F600'", "'AB\u00e9\U0001f600"),
+            (r"'\xc3\xA9\303\251'", "\u00e9\u00e9"),
             (r"`\n'" + '"`', r"\n'" + '"'), ("`\n`", "\n"),
             ('"# ; for \u2028"', "# ; for \u2028"),
         ):
@@ -635,14 +636,16 @@ class PromQL(unittest.TestCase):
             x{a='b'«c='d'} => expected ','             x{a«>'b'} => !~
             x{a=«b} => a string                        x{a=~«'('} => regular expression
             x{a=«'b => unterminated string             x{a=«'\q'} => unknown escape \q
-            x{a=«'\ud800'} => not Unicode
+            x{a=«`b => unterminated string             x{a=«'\xc3'} => not UTF-8
+            x{a=«'\udcff'} => not UTF-8              x{a=«'\251'} => not UTF-8
+            x{a=«'\ud800'} => not UTF-8
             x{a=«'\U00110000'} => unknown escape
             x{a« => found the end                      x[5m« => expected ']'
             x[«] => a duration                         x[«y] => a duration
             x[«0s] => longer than 0                    x[«30s1m] => duration
             x[«1e300] => shorter than 292y             x[«293y] => duration
             x[«5M] => duration                         x[«1.5m] => duration
-            x[5m]«[5m] => found '['                    (x)«[5m] => only a selector
+            x[5m]«[5m] => only a selector              (x)«[5m] => only a selector
             rate(x[5m])«[5m] => only a selector        «1_000 => bad number
             «1.2.3 => bad number                       x «$ =>
         """))
@@ -687,7 +690,8 @@ class PromQL(unittest.TestCase):
             "a[1h]", 'a{b!="c", d=~"e.*", f!~"g"}[90s]', '{"a.b", "c d"="e"}',
             r'a{b="\\\"\n\t\u2028"}', 'sum by ("a.b", c) (x)', "x[1m1ms]", "a % 2 == 1",
             "histogram_quantile(0.9, a)", "time() - 1e-7", "vector(scalar(a))",
-            "a and on () b unless ignoring (c) d or e", "-(2 ^ a)",
+            "a and on () b unless ignoring (c) d or e", "-(2 ^ a)", '{"for"} - for',
+            '{"on"} + {"Offset"}', 'rate({"NaN", a="b"}[5m]) / {"bool"}',
         ):
             with self.subTest(text):
                 expr = parse_expression(text)
@@ -762,6 +766,7 @@ class PromQL(unittest.TestCase):
             ("a{,2}", ["a{,2}"], ["", "aa"]),
             ("a{02}", ["a{02}"], ["aa"]), ("a{\u0662}", ["a{\u0662}"], ["aa"]),
             (r"[\s-][\\b]", [" b", "-\\"], ["a-"]),
+            (r"[\\s][\\S]", ["sS", "\\\\"], ["tS", " S", "ss"]),
         ):
             for text in matching + other:
                 with self.subTest(pattern, text=text):
@@ -1061,7 +1066,8 @@ class Rules(unittest.TestCase):
             ("sum(\na\n)\nb", "Rule1: sum(a)", "Rule2: b"),
             ("rate(a{\nb='c', #;\n}[\n5m\n])", "Rule1: rate(a{b='c'}[5m])"),
             ("a\nfor 5m\n\nkeep_firing_for 1h", "Rule1: a for 5m keep_firing_for 1h"),
-            ("A:\n a", "A: a"),
+            ("A:\n a", "A: a"), ("Count\n(a)\nsum by (b)\n(c)\n(d)", "count(a)",
+                                "Rule2: sum by (b) (c)", "Rule3: (d)"),
         ):
             with self.subTest(text):
                 expected = tuple(parse_rules(rule)[0] for rule in rules)
@@ -2324,6 +2330,15 @@ class AlertmanagerTest(NetworkTest):
         self.assertLessEqual({f"2-{n}" for n in range(MAX_ALERTS)}, {*ended})
         self.assertLessEqual(len(ended), 2 * MAX_ALERTS)
 
+    def test_one_that_fires_beyond_the_bound_is_not_told_to_have_ended(self):
+        with mock.patch.object(health_check, "MAX_ALERTS", 1):
+            for engines in "a", "b", "ba", "ba":
+                self.publish(*map(self.alert, engines))
+                self.notifier.work()
+                ended = {engine for engine, _, end in self.sent() if end <= 1000 + 180}
+                self.assertEqual(ended & {*engines}, set())
+                self.clock.now += 60
+
     def test_one_that_was_away_gets_the_truth_when_it_comes_back(self):
         for answer, problem in (
             (page("no", status="503 Unavailable"), "HTTP 503: b'no'"),
@@ -3206,6 +3221,7 @@ class MainTest(NetworkTest):
                 {"APP_PORT": port, "APP_HOST": "127.0.0.1"},
                 {"APP_PORT": "0", "APP_HOST": "192.0.2.1"},
                 {"APP_PORT": "0", "APP_HOST": "1.2.3.4.5"},
+                {"APP_PORT": "0", "APP_HOST": "a..b"},
             ):
                 with self.subTest(environ):
                     code, out, err = self.run_main(**environ)

@@ -226,7 +226,7 @@ class Recording(NamedTuple):
                 name: {k: blur(points, noise) for k, points in series.items()}
                 for name, series in history.items()
             }
-        return hc.Instant(now / 1000, (self.start + now) / 1000, history, {})
+        return hc.Instant(now / 1000, (self.start + now) / 1000, history, {}, {})
 
     def history(self, now: int) -> History:
         """Return all that was scraped until then."""
@@ -1072,7 +1072,8 @@ x{a="b}
 x{a='b"}
 x{a="\q"}
 x{a="\400"}
-x{a="\377"}
+x{a="\303\251"}
+x{a="\xc3\xA9"}
 x{a="\xg0"}
 x{a="\u12"}
 x{a="\ud800"}
@@ -1410,6 +1411,7 @@ LEFT_OUT = {
         '{__name__="x", __name__=~"x"}',
     ),
     "strings": ('"a"', "'a'", "`a`", '("a")'),
+    "bytes that are no UTF-8": (r'x{a="\377"}', r'x{a="\xc3("}'),
     "regular expressions": (
         *('x{a=~"(?i)b"}', r'x{a=~"\\bb"}', r'x{a=~"\\pL"}', 'x{a=~"[[:alpha:]]"}'),
         *(
@@ -1660,7 +1662,7 @@ def our_alerts(timeline: Timeline) -> Iterator[dict[Labels, str]]:
         }
         now = step * STEP
         history = remember(samples, now * 1000)
-        status = hc.judge(rule, status, hc.Instant(now, now, history, {}))
+        status = hc.judge(rule, status, hc.Instant(now, now, history, {}, {}))
         if status.error:
             raise AssertionError(status.error)
         yield {
@@ -1831,7 +1833,7 @@ class WhatPrometheusThreeDoesDifferently(unittest.TestCase):
             label, _, value = pair.partition("=")
             labels: Labels = (("__name__", metric), *[(label, value)] * bool(pair))
             series[labels] = {int(at * 1000): float(v) for at, v in points.items()}
-        instant = hc.Instant(30.0, 30.0, remember(series, 30_000), {})
+        instant = hc.Instant(30.0, 30.0, remember(series, 30_000), {}, {})
         return ours(text, instant)
 
     def test_answers(self) -> None:
