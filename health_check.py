@@ -2432,7 +2432,8 @@ class Monitor:
     def start_workers(self) -> None:
         """Start the workers alone, for a caller that calls ``check`` itself."""
         for index, target in enumerate(self.config.metrics_endpoint):
-            name, work = f"scrape {target.instance}", partial(self._work, index)
+            format = format_for(self._windows, self._own_labels(target.instance))
+            work, name = partial(self._work, index, format), f"scrape {target.instance}"
             threading.Thread(target=work, name=name, daemon=True).start()
 
     def stop(self) -> None:
@@ -2539,14 +2540,13 @@ class Monitor:
             for index, target in enumerate(targets)
         ]
 
-    def _work(self, index: int) -> None:
+    def _work(self, index: int, format: Format) -> None:
         config, target = self.config, self.config.metrics_endpoint[index]
         access = Access(
             config.metrics_bearer_token_file, config.metrics_ca_file,
             config.metrics_cert_file, config.metrics_key_file,
             config.metrics_tls_skip_verify,
         )
-        format = format_for(self._windows, self._own_labels(target.instance))
         known: dict[bytes, Labels] = {}
         job = self._next_job(0)
         while job:
