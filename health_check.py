@@ -68,6 +68,8 @@ from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
+from select import PIPE_BUF
+from select import select as ready_of
 from typing import (
     Any,
     Callable,
@@ -318,6 +320,7 @@ _DURATION = re.compile(
 _UNIT_SECONDS = (31536000, 604800, 86400, 3600, 60, 1, 0.001)
 # Go counts nanoseconds in 64 bits.
 MAX_DURATION = 2**63 / 1e9
+MAX_TEXT = 1000
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -422,6 +425,11 @@ def format_series(labels: Labels) -> str:
     return format_selector(dict(labels).get("__name__", ""), pairs) or "{}"
 
 
+def shorten(text: str) -> str:
+    """Return at most 1,000 characters of a text for people."""
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
+
+
 def format_selector(name: str, matchers: Iterable[tuple[str, str, str]]) -> str:
     """Return a selector; a name that is not plain stands among the matchers."""
     pairs = [f"{format_name(k)}{op}{quote(v)}" for k, op, v in matchers]
@@ -485,6 +493,8 @@ def regex_matches(pattern: str, text: str) -> bool:
     states = _closure(program, [0], "^" if text else "^$")
     for character in text:
         states = _step(pattern, states, character)
+        if not states:
+            return False
     return len(program) - 1 in _closure(program, states, "$" if text else "^$")
 
 
@@ -1387,6 +1397,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
 
 # --- 5. Rules: text -> Rules; Vector -> inactive, pending, firing --------------------
 
+MAX_FOUND = 20000
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
 
 
@@ -1437,8 +1448,12 @@ def judge(rule: Rule, before: RuleStatus, instant: Instant) -> RuleStatus:
         _advance(rule, alerts.get(key), samples.get(key), instant.now)
         for key in {**alerts, **samples}
     )
+    found = tuple(filter(None, advanced))
+    if len(found) > MAX_FOUND:
+        problem = f"more than {MAX_FOUND} alerts: label values change with each scrape"
+        return before._replace(error=problem, value=None)
     matched = sum(len(select(s, instant)) for s in _selectors(rule.expr))
-    return RuleStatus(rule, tuple(filter(None, advanced)), "", matched, value, limit)
+    return RuleStatus(rule, found, "", matched, value, limit)
 
 
 def restart_clocks(status: RuleStatus) -> RuleStatus:
@@ -2095,16 +2110,18 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
-        for family, kind, protocol, _, address in found:
-            self.sock = _Socket(family, kind, protocol)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        for place, (*kind, _, address) in enumerate(found, 1):
             try:
+                self.sock = _Socket(*kind)
+                option = socket.SOL_SOCKET, socket.SO_RCVBUF
+                self.sock.setsockopt(*option, RECEIVE_BUFFER)
                 self.sock.settimeout(_left(self._deadline))
                 self.sock.connect(address)
                 break
             except OSError:
-                self.sock.close()
-                if address is found[-1][4]:
+                if self.sock:
+                    self.sock.close()
+                if place == len(found):
                     raise
         self.sock.settimeout(_left(self._deadline))
         if self._context:
@@ -2128,7 +2145,7 @@ NEWLINE = ord("\n")
 MAX_SERIES, MAX_SERIES_TEXT = 5000, 2 * 1024 * 1024
 # A regex takes up to 160 bytes for each byte of a text in which it repeats a string.
 MAX_LABELS = 32 * 1024
-MAX_NAMES = 10000
+MAX_NAMES = 2000
 SYNTHETIC = ("up", "scrape_error", "scrape_duration_seconds", "scrape_body_size_bytes")
 
 # None of these can be slow: where two repeats meet, no text fits both.
@@ -2148,7 +2165,7 @@ _OPEN_STRING = re.compile(
     rb'[^"\n]*(?:' + _STRING + rb'[^"\n]*)*"[^"\\]*(?:\\.[^"\\]*)*\Z', re.DOTALL
 )
 _LABEL_ESCAPE = re.compile(rb'\\([\\"n])')
-_LISTED_NAME = re.compile(rb"\n([a-zA-Z_:][\w:]*)")
+_LISTED_NAME = re.compile(rb"\n([a-zA-Z_:][\w:]{0,199})(?![\w:])")
 _NOT_BLANK = re.compile(rb"\S")
 _NOTHING = re.compile(rb"\s*(?:null\s*)?\Z")
 
@@ -2181,13 +2198,21 @@ def _prefix_tree(names: Sequence[str]) -> str:
     branches = []
     for _, group in itertools.groupby(names, key=lambda name: name[:1]):
         alike = list(group)
-        pairs = zip(alike[0], alike[-1])
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        stem = "".join(letter for letter, _ in same)
+        stem = alike[0][: common_prefix(alike[0], alike[-1])]
         tails = [name[len(stem) :] for name in alike]
         rest = rf"(?:{_prefix_tree(tails)})" if tails[1:] else r"(?![\w:])"
         branches.append(re.escape(stem) + rest)
     return "|".join(branches)
+
+
+def common_prefix(one: str, other: str) -> int:
+    """Return how many letters two names have in common where they begin.
+
+    >>> common_prefix("num_requests_running", "num_requests_waiting")
+    13
+    """
+    pairs = enumerate(zip(one, other))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def read_samples(
@@ -2218,8 +2243,9 @@ def read_samples(
         end = buffer.rfind(b"\n", 0, filled) + 1
         started = started or _starts(buffer, end, stream.content_type)
         kept = reading.scan(buffer, end, final)
-        if list_names and len(reading.names) < MAX_NAMES:
-            reading.names.update(_LISTED_NAME.findall(buffer, 0, end))
+        room = MAX_NAMES - len(reading.names)
+        if list_names and room:
+            reading.names.update(_LISTED_NAME.findall(buffer, 0, end)[:room])
         if end > 1:
             ended = buffer.endswith(b"\n# EOF\n", 0, end)
         view[: filled - kept], filled = view[kept:filled], filled - kept
@@ -2343,8 +2369,8 @@ def parse_series(text: bytes) -> dict[str, str]:
             plain, quoted, value = match.groups()
             # A quoted text alone is the metric's own name.
             label = _unescape(quoted) if quoted else (plain or b"__name__").decode()
-            if label in labels:
-                raise ValueError("a label twice")
+            if not label or label in labels:
+                raise ValueError("a label twice or without a name")
             labels[label], at = _unescape(value), match.end()
         if not labels.get("__name__"):
             raise ValueError("no name")
@@ -2599,8 +2625,7 @@ class Monitor:
         self, status: TargetStatus, reading: Reading | None, now: float
     ) -> TargetStatus:
         samples = reading.samples if reading else {}
-        most = 2 * MAX_SERIES * len(self.config.metrics_endpoint)
-        if sum(map(len, self._history.values())) + len(samples) > most:
+        if self._crowded(samples):
             message = "label values change with each scrape: too many series"
             status, samples = status._replace(reason="too_large", message=message), {}
         before = {t.instance: t for t in self.verdict.targets}.get(status.instance)
@@ -2610,6 +2635,17 @@ class Monitor:
         for labels, value in (*_synthetic(status, own), *samples.items()):
             self._remember(labels, value, now)
         return status
+
+    def _crowded(self, samples: Iterable[Labels]) -> bool:
+        # Those that are remembered already take no more room.
+        named = ((dict(labels)["__name__"], labels) for labels in samples)
+        new = [s for name, s in named if s not in self._history.get(name, {})]
+        held = [*new, *itertools.chain.from_iterable(self._history.values())]
+        size = sum(len(value) for labels in held for _, value in labels) if new else 0
+        most = 2 * len(self.config.metrics_endpoint)
+        return bool(new) and (
+            len(held) > most * MAX_SERIES + 100 or size > most * MAX_SERIES_TEXT
+        )
 
     def _remember(self, labels: Labels, value: float, now: float) -> None:
         name = dict(labels)["__name__"]
@@ -2642,8 +2678,8 @@ class Monitor:
         names = {name.decode() for reading in readings for name in reading.names}
         for rule_name, selector in self._unseen:
             if not select(selector, instant):
-                near = difflib.get_close_matches(selector.name, names, 1)
-                hint = f"; {near[0]} is" if near else ""
+                near = nearest_name(selector.name, names)
+                hint = f"; {near} is" if near else ""
                 text = format_expression(selector)
                 message = f"{rule_name}: no series of {text} is there{hint}"
                 log(logging.WARNING, message, rule=rule_name, selector=text)
@@ -2658,6 +2694,21 @@ class Monitor:
             missing = float(len(status.alerts)) if status.limit is None else math.nan
             value = missing if status.value is None else status.value
             self.trends[status.rule.name].append(value)
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """Return the name that is most like another, empty if none is.
+
+    >>> nearest_name("vllm:num_request_waiting", ["up", "vllm:num_requests_waiting"])
+    'vllm:num_requests_waiting'
+    """
+
+    def common(other: str) -> int:
+        return common_prefix(name, other) + common_prefix(name[::-1], other[::-1])
+
+    # With thousands of names made to be alike, difflib would take seconds.
+    likely = sorted(names, key=common, reverse=True)[:50]
+    return next(iter(difflib.get_close_matches(name, likely, 1)), "")
 
 
 def _families(*rows: tuple[str, str, Rows]) -> Iterator[Family]:
@@ -2719,7 +2770,7 @@ def describe(status: RuleStatus, now: float) -> str:
         return "ok" if status.matched else "ok (no series)"
     first, *others = [a for a in status.alerts if a.state == status.state]
     more = f" and {len(others)} more" if others else ""
-    series = f"{format_series(first.labels)} {format_float(first.value)}{more}"
+    series = f"{shorten(format_series(first.labels))} {format_float(first.value)}{more}"
     return f"{status.state} for {format_duration(int(now - first.began))}: {series}"
 
 
@@ -2753,7 +2804,7 @@ RETENTION = 900.0
 RETRY = 5.0
 SEND_TIMEOUT = 10.0
 BATCH = 256
-MAX_ALERTS = 1024
+MAX_ALERTS, MAX_ALERT_TEXT = 1024, 4096
 
 
 class Notice(NamedTuple):
@@ -2916,7 +2967,7 @@ def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
     # Labels are an alert's identity; localhost:8000 is the same in every pod.
     labels = {
         re.sub(r"[^a-zA-Z0-9_]|^(?=\d)", "_", "exported_pod" if k == "pod" else k): v
-        for k, v in unnamed(alert.labels)
+        for k, v in _fitting(unnamed(alert.labels))
     }
     labels.update(config.target_labels)
     labels.update({"pod": config.pod_name, **dict(config.alert_labels)})
@@ -2924,11 +2975,20 @@ def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
     return tuple(sorted(labels.items()))
 
 
+def _fitting(labels: Labels) -> Iterator[tuple[str, str]]:
+    # A label of kilobytes tells nobody anything, and 2,048 alerts are remembered.
+    room = MAX_ALERT_TEXT
+    for name, value in labels:
+        if len(name) + len(value) <= room:
+            room -= len(name) + len(value)
+            yield name, value
+
+
 def _annotations(
     status: RuleStatus, alert: Alert, targets: Sequence[TargetStatus]
 ) -> dict[str, str]:
     value = format_float(alert.value)
-    series = f"{format_series(alert.labels)} {value}"
+    series = f"{shorten(format_series(alert.labels))} {value}"
     what = [f"The rule {format_rule(status.rule)} fires for {series}"]
     # No series of Down: up == 0 has the reason.
     for target in targets:
@@ -2947,7 +3007,7 @@ MAX_LINES = 102
 TLS_HANDSHAKE = b"\x16"
 ACCEPTS = 64
 # With 5,000 series an answer would be megabytes, and a few callers hold up the loop.
-MAX_LISTED = 20
+MAX_LISTED, MAX_LISTED_TEXT = 20, 16 * 1024
 PATIENCE = 5.0
 ALLOWED = ("GET", "HEAD")
 WORDS = {"firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass"}
@@ -3048,7 +3108,7 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
     series = [
         {"labels": dict(a.labels), "value": _json_number(a.value), "state": a.state,
          "since": format_time(verdict.wall_of(a.began))}
-        for a in status.alerts[:MAX_LISTED]
+        for a in _listed(status.alerts)
     ]  # fmt: skip
     return _present({
         "status": WORDS[status.state], "state": status.state,
@@ -3057,6 +3117,12 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
         "limit": _json_number(status.limit), "series": series,
         "alerts": len(status.alerts), "output": status.error,
     })  # fmt: skip
+
+
+def _listed(alerts: Sequence[Alert]) -> list[Alert]:
+    texts = (itertools.chain(*alert.labels) for alert in alerts[:MAX_LISTED])
+    sizes = itertools.accumulate(sum(map(len, text)) for text in texts)
+    return [alert for alert, size in zip(alerts, sizes) if size <= MAX_LISTED_TEXT]
 
 
 def _present(fields: dict[str, Any]) -> dict[str, Any]:
@@ -3264,7 +3330,7 @@ def parse_request(head: bytes) -> Request:
     line = line.rstrip("\r")
     match = _REQUEST_LINE.fullmatch(line)
     method, target, version = match.groups() if match else ("", "", "")
-    path, query = _TARGET.findall(target)[0]
+    path, query = next(_TARGET.finditer(target)).groups()
     refusal: Answer | None = None
     if len(head) > MAX_REQUEST or head.count(b"\n") > MAX_LINES:
         refusal = Answer(431, "the head of the request is too large\n")
@@ -3503,7 +3569,11 @@ class Server:
         age = time.monotonic() - latest.time
         if latest.sequence and age <= 3 * monitor.config.scrape_interval:
             return latest
+        most = _most_connections()
         try:
+            # Room is left for those who need no verdict: load must not drive liveness.
+            if len(self._waiting[PARK]) >= most - most // 8:
+                raise TimeoutError("too many callers wait for a verdict")
             monitor.request(latest.sequence)
             while monitor.verdict.sequence <= latest.sequence:
                 yield PARK
@@ -3661,6 +3731,9 @@ def serve(config: Config) -> int:
     _log_start(config, port)
     server.serve()
     signal.set_wakeup_fd(-1)
+    # Python restores what a signal does by default as it ends.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     for thread in threads:
         thread.stop()
     return 0
@@ -3777,7 +3850,7 @@ def _log_start(config: Config, port: int) -> None:
 
 
 def _log_to_stderr(config: Config) -> None:
-    handler = logging.StreamHandler()
+    handler = PatientHandler()
     formatter = JSONFormatter if config.log_format == "json" else TextFormatter
     handler.setFormatter(formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.handlers[:], LOG.propagate = [handler], False
@@ -3786,6 +3859,23 @@ def _log_to_stderr(config: Config) -> None:
     for warning in config.warnings:
         LOG.warning("%s", warning)
     LOG.setLevel(config.log_level.upper())
+
+
+class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Drops what stderr cannot take at once: a reader that stalls may stop no check."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, in pieces that a pipe which is ready takes whole."""
+        try:
+            descriptor = self.stream.fileno()
+        except (AttributeError, OSError, ValueError):
+            super().emit(record)
+            return
+        line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        with suppress(OSError):
+            for start in range(0, len(line), PIPE_BUF):
+                if ready_of([], [descriptor], [], 0.1 if start else 0)[1]:
+                    os.write(descriptor, line[start : start + PIPE_BUF])
 
 
 class TextFormatter(logging.Formatter):
@@ -3802,7 +3892,7 @@ class TextFormatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """Return a traceback, whose errors may hold a secret."""
-        return redact(super().formatException(ei))
+        return redact(super().formatException(ei)).replace("\n", "\n  ")
 
 
 class JSONFormatter(TextFormatter):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import calendar
 import contextlib
+import difflib
 import doctest
+import fcntl
 import gc
 import io
 import itertools
@@ -20,12 +22,14 @@ import signal
 import socket
 import socketserver
 import ssl
+import string
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -63,6 +67,7 @@ from health_check import (
     judge,
     listen,
     load_config,
+    nearest_name,
     open_stream,
     parse_duration,
     parse_expression,
@@ -1550,6 +1555,16 @@ class ScrapeTest(NetworkTest):
                 self.assertLess(time.monotonic() - started, 0.05 + 2.0)
                 self.assertEqual(message, "timeout: timed out")
 
+    def test_an_address_of_a_family_that_is_not_there_is_passed_over(self):
+        server, lookup = self.metrics(page("x 1\n")), socket.getaddrinfo
+
+        def found(*arguments):
+            usable = lookup(*arguments)
+            return [(9999, *other) for _, *other in usable] + usable
+
+        with mock.patch.object(socket, "getaddrinfo", found):
+            self.assertEqual(self.scrape(server), (b"x 1\n", True))
+
     def test_redirects_stay_within_the_origin(self):
         def answer(request):
             return [page("x 1\n") if b"GET /there?" in request else moved]
@@ -1742,6 +1757,15 @@ class Exposition(unittest.TestCase):
             text = "# a\n" * count + 'x{a="b\nc"} 5\n'
             self.assertEqual(self.result(text), r'x{a="b\nc"} 5')
 
+    def test_of_all_the_names_some_are_kept(self):
+        names = [f"{letter}{'b' * 150}" for letter in string.ascii_letters]
+        text = "".join(f"{name} 1\n" for name in names)
+        self.assertEqual(len(self.read("# a\n" + text).names), len(names))
+        text = "".join(f"{name}{'b' * 150} 1\na{number} 1\n" for number in range(3000)
+                       for name in names[:1])  # fmt: skip
+        found = self.read("# a\n" + text).names
+        self.assertEqual((len(found), len(max(found, key=len))), (2000, 5))
+
     def test_names_match_whole(self):
         others = 'x_by_reason 1\nx_ five\nax 2\nx:y 3\n x 6\n# x 7\nz{n="x 8"}\n'
         self.check((others + "x 4\n" + others + "y 10\n", "x 4; y 10"))
@@ -1902,7 +1926,7 @@ class Exposition(unittest.TestCase):
             (b'{"a b","c.d"="e"}', {"__name__": "a b", "c.d": "e"}),
         ):
             self.assertEqual(parse_series(text), labels)
-        for text in b'{a="b"}', b'{"x","y"}', b"x{a}", b'x{a="\xff"}':
+        for text in b'{a="b"}', b'{"x","y"}', b"x{a}", b'x{a="\xff"}', b'x{""="b"}':
             with self.assertRaises(ScrapeError) as caught:
                 parse_series(text)
             self.assertEqual(caught.exception.reason, "bad_line")
@@ -2033,6 +2057,48 @@ class MonitorTest(NetworkTest):
         reasons = [monitor.check().targets[0].reason for _ in range(3)]
         self.assertEqual(reasons, ["", "", "too_large"])
         self.assertEqual(monitor.verdict.reason, "Down")
+
+    def test_series_that_stay_are_no_reason_to_fail(self):
+        many = "".join(f'q{{n="{number}"}} 1\n' for number in range(5000))
+        server = self.metrics(page(many))
+        monitor = self.monitor(server, UNHEALTHY_WHEN="Q: changes(q[1h]) > 1")
+        self.assertEqual([monitor.check().reason for _ in range(3)], [""] * 3)
+
+    def test_long_label_values_that_change_cannot_grow_the_history(self):
+        count, letters = itertools.count(), "b" * 30000
+
+        def answer(_):
+            labels = (f'q{{n="{next(count)}{letters}"}} 1\n' for _ in range(60))
+            return [page("".join(labels))]
+
+        rules = "changes(q[1h]) > 1"
+        monitor = self.monitor(self.metrics(answer), UNHEALTHY_WHEN=rules)
+        reasons = [monitor.check().targets[0].reason for _ in range(4)]
+        self.assertEqual(reasons, ["", "", "too_large", "too_large"])
+
+    def test_firing_series_that_change_make_the_rule_an_error_for_a_while(self):
+        clock, count = Clock(), itertools.count()
+        server = self.metrics(lambda _: [page(f'q{{n="{next(count)}"}} 1\n')])
+        rules = "Q: q > 0 keep_firing_for 10m"
+        monitor = self.monitor(server, UNHEALTHY_WHEN=rules, clock=clock)
+        states = []
+        with mock.patch.object(health_check, "MAX_FOUND", 2):
+            for _ in range(4):
+                clock.now += 1
+                states.append(self.state(monitor.check(), "Q"))
+            self.assertEqual(states, ["firing", "firing", "error", "error"])
+            self.assertIn("more than 2 alerts", monitor.verdict.rules[0].error)
+            server.pieces = (page(""),)
+            clock.now += 1
+            monitor.check()
+            clock.now += 601
+            self.assertEqual(self.state(monitor.check(), "Q"), "inactive")
+
+    def test_names_made_to_be_alike_are_compared_with_in_time(self):
+        names = [f"{'abcdefgh' * 9}{number:05}"[::-1] for number in range(2000)]
+        with mock.patch.object(difflib, "get_close_matches", return_value=[]) as asked:
+            self.assertEqual(nearest_name("hgfedcba" * 9, names), "")
+        self.assertEqual(len(asked.call_args[0][1]), 50)
 
     def test_a_name_that_is_not_there_is_warned_of_once_with_the_nearest(self):
         server = self.metrics(page("# nothing yet\n"))
@@ -2339,6 +2405,14 @@ class AlertmanagerTest(NetworkTest):
                 self.assertEqual(ended & {*engines}, set())
                 self.clock.now += 60
 
+    def test_labels_of_kilobytes_are_left_out(self):
+        for letter in "ab":
+            self.publish(self.alert(letter * 5000), self.alert(letter))
+            self.notifier.work()
+        self.assertLess(max(len(body) for _, body in self.received), 8000)
+        engines = [a["labels"].get("engine") for a in json.loads(self.received[0][1])]
+        self.assertEqual(engines, [None, "a"])
+
     def test_one_that_was_away_gets_the_truth_when_it_comes_back(self):
         for answer, problem in (
             (page("no", status="503 Unavailable"), "HTTP 503: b'no'"),
@@ -2626,6 +2700,24 @@ class ServeTest(NetworkTest):
                 there.sendall(b"b" * 65536)
             self.assertTrue(here.recv(1), "all was read in one go")
 
+    def test_long_labels_make_no_long_answer(self):
+        many = "".join(f'q{{n="{n:03}{chr(1) * 25000}"}} 1\n' for n in range(60))
+        rules = "A: q > 0; B: q > 0"
+        port = self.serve(self.running(self.metrics(page(many)), UNHEALTHY_WHEN=rules))
+        for path in "/health?verbose", "/health?format=json", "/":
+            body = get(port, path)[1]
+            self.assertIn("firing", body)
+            self.assertLess(len(body), 30000)
+        self.assertLess(max(map(len, self.log)), 3000)
+
+    def test_a_target_of_number_signs_is_looked_at_once(self):
+        head = b"GET " + b"#" * 16000 + b" HTTP/1.1\r\n\r\n"
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        request = health_check.parse_request(head)
+        self.assertEqual((request.path, request.refusal), ("", None))
+        self.assertLess(tracemalloc.get_traced_memory()[1], 200000)
+
     def test_verbose_names_each_rule_and_each_failed_scrape(self):
         good, down = self.metrics(page("q 11\nr 3\n")), f"127.0.0.1:{free_port()}"
         rules = "Q: q > 10; R: r < 2; S: s > 1; P: q > 10 for 1h"
@@ -2852,7 +2944,7 @@ class ServeTest(NetworkTest):
         self.assert_any("given up: no whole request", self.log)
 
     def test_a_caller_that_does_not_read_is_given_up(self):
-        label = "x" * 30000
+        label = "x" * 15000
         rules = ";".join(f"Q{number}: q > 0" for number in range(8))
         server = self.metrics(page(f'q{{a="{label}"}} 1\n'))
         listener = listen("127.0.0.1", 0)
@@ -2863,7 +2955,7 @@ class ServeTest(NetworkTest):
             sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", port))
-            sock.sendall(request_for("/health?verbose").encode())
+            sock.sendall(request_for("/health?format=json").encode())
             time.sleep(0.1)
             return sock
 
@@ -2896,6 +2988,19 @@ class ServeTest(NetworkTest):
             for sock in asked:
                 self.assertIn("200 OK", receive(sock))
         self.assertEqual(get(port)[0], 200)
+
+    def test_callers_that_wait_leave_room_for_those_who_need_no_verdict(self):
+        port = self.serve(self.running(self.metrics(FOREVER), METRICS_TIMEOUT="0.4"))
+        with mock.patch.object(health_check, "MAX_CONNECTIONS", 16):
+            waiting = [send(port, request_for("/health")) for _ in range(30)]
+            time.sleep(0.05)
+            for path in "/livez", "/health/Down":
+                sock = send(port, "")
+                time.sleep(0.05)
+                sock.sendall(request_for(path).encode())
+                self.assertIn("200 OK", receive(sock))
+            answers = {receive(sock)[9:12] for sock in waiting}
+        self.assertEqual(answers, {"503"})
 
     def test_a_burst_of_callers_finds_room_before_it_is_accepted(self):
         most = Path("/proc/sys/net/core/somaxconn")
@@ -3083,6 +3188,28 @@ class MainTest(NetworkTest):
         for number, hanging in ((signal.SIGTERM, True), (signal.SIGINT, False)):
             with self.subTest(number, hanging=hanging):
                 self.assert_ends(number, hanging)
+
+    def test_a_second_SIGTERM_changes_nothing(self):
+        process = self.launch(METRICS_ENDPOINT=self.metrics(page()).url)
+        self.port_of(process)
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.002)
+        self.assertEqual((process.wait(), process.stderr.read()), (0, ""))
+
+    def test_a_log_that_nobody_reads_stops_nothing(self):
+        server = self.metrics(page("x 1\n"))
+        process = self.launch(METRICS_ENDPOINT=server.url, LOG_LEVEL="debug")
+        port = self.port_of(process)
+        with open(f"/proc/{process.pid}/fd/2", "wb", buffering=0) as pipe:
+            fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_NONBLOCK)
+            while pipe.write(b"x" * 4096):
+                pass
+        server.pieces = (page("", status="500 No"),)
+        self.assertEqual(get(port), (503, "Unhealthy\n"))
+        self.assertEqual(get(port, "/livez"), (200, "Healthy\n"))
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(2), 0)
 
     def test_SIGTERM_among_the_imports_ends_it_without_a_word(self):
         for *argv, code in ((0,), ("--demo", 0), ("--once", 1), ("--query", "up", 1)):
