@@ -3862,20 +3862,32 @@ def _log_to_stderr(config: Config) -> None:
 
 
 class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Drops what stderr cannot take at once: a reader that stalls may stop no check."""
+    """Drops a line that stderr cannot take: a reader that stalls may stop no check."""
+
+    lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, in pieces that a pipe which is ready takes whole."""
+        """Write a line, and before it how many were lost."""
         try:
             descriptor = self.stream.fileno()
         except (AttributeError, OSError, ValueError):
             super().emit(record)
             return
+        if self.lost:
+            text = f"nobody read the log: {self.lost} lines are lost"
+            told = logging.makeLogRecord({"msg": text, "levelname": "WARNING"})
+            self.lost -= self.lost * self._write(descriptor, told)
+        self.lost += not self._write(descriptor, record)
+
+    def _write(self, descriptor: int, record: logging.LogRecord) -> bool:
+        # A pipe that is ready takes this much, and the rest after a moment.
         line = f"{self.format(record)}\n".encode(errors="backslashreplace")
         with suppress(OSError):
             for start in range(0, len(line), PIPE_BUF):
-                if ready_of([], [descriptor], [], 0.1 if start else 0)[1]:
-                    os.write(descriptor, line[start : start + PIPE_BUF])
+                if not ready_of([], [descriptor], [], 0.1 if start else 0)[1]:
+                    return False
+                os.write(descriptor, line[start : start + PIPE_BUF])
+        return True
 
 
 class TextFormatter(logging.Formatter):

@@ -3208,6 +3208,10 @@ class MainTest(NetworkTest):
         server.pieces = (page("", status="500 No"),)
         self.assertEqual(get(port), (503, "Unhealthy\n"))
         self.assertEqual(get(port, "/livez"), (200, "Healthy\n"))
+        os.read(process.stderr.fileno(), 1 << 20)
+        get(port, "/nowhere")
+        self.assertRegex(process.stderr.readline(), "nobody .* [0-9]+ lines are lost")
+        self.assertIn("/nowhere", process.stderr.readline())
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(2), 0)
 
