@@ -1451,7 +1451,9 @@ def judge(rule: Rule, before: RuleStatus, instant: Instant) -> RuleStatus:
     found = tuple(filter(None, advanced))
     if len(found) > MAX_FOUND:
         problem = f"more than {MAX_FOUND} alerts: label values change with each scrape"
-        return before._replace(error=problem, value=None)
+        # Those that were known go on, and so end in time and make room again.
+        known = tuple(alert for alert in found if unnamed(alert.labels) in alerts)
+        return before._replace(alerts=known, error=problem, value=None)
     matched = sum(len(select(s, instant)) for s in _selectors(rule.expr))
     return RuleStatus(rule, found, "", matched, value, limit)
 
@@ -1530,7 +1532,8 @@ DEFAULT_RULES = """
     or dynamo_frontend_queued_requests) > {threshold}
 
   # Requests run or wait, and nothing has moved.  delta() has no answer from a single
-  # sample, where changes() would say 0; absent series never fire.
+  # sample, where changes() would say 0; absent series never fire.  Where nothing moves
+  # as a request arrives, they must have run or waited for as long.
   Stalled: (vllm:num_requests_running > 0 or vllm:num_requests_waiting > 0)
       and ignoring (pid) delta(vllm:generation_tokens_total[2m]) == 0
       unless ignoring (pid) (changes(vllm:prompt_tokens_total[2m]) > 0
@@ -1540,6 +1543,8 @@ DEFAULT_RULES = """
       and ignoring (mode, priority) delta(sglang:realtime_tokens_total[2m]) == 0
       unless ignoring (mode, priority) changes(sglang:realtime_tokens_total[2m]) > 0
     or (tgi_batch_current_size > 0 or tgi_queue_size > 0)
+      and (min_over_time(tgi_batch_current_size[2m]) > 0
+        or min_over_time(tgi_queue_size[2m]) > 0)
       and ignoring (method) delta(tgi_batch_inference_success[2m]) == 0
       unless ignoring (method) changes(tgi_batch_inference_success[2m]) > 0
     or (llamacpp:requests_processing > 0 or llamacpp:requests_deferred > 0)
@@ -1560,6 +1565,8 @@ DEFAULT_RULES = """
       unless (changes(lmdeploy:prompt_tokens_total[2m]) > 0
         or changes(lmdeploy:gpu_cache_usage_perc[2m]) > 0)
     or (dynamo_frontend_inflight_requests > 0 or dynamo_frontend_queued_requests > 0)
+      and (min_over_time(dynamo_frontend_inflight_requests[2m]) > 0
+        or min_over_time(dynamo_frontend_queued_requests[2m]) > 0)
       and delta(dynamo_frontend_output_tokens_total[2m]) == 0
     for 3m
 """
@@ -2388,7 +2395,7 @@ def _unescape(quoted: bytes) -> str:
 # --- 9. Monitor: owns history, rule states, the latest Verdict -----------------------
 
 LOG = logging.getLogger("health_check")
-POINTS_PER_RANGE = 512
+POINTS_PER_RANGE, LEAST_POINTS, MAX_POINTS = 512, 32, 2048
 MAX_GAP = 300.0
 TREND = 120
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -2437,6 +2444,15 @@ class Monitor:
         # The longest window of a name comes last, and stays.
         selectors.sort(key=lambda selector: selector.window)
         self._windows = {selector.name: selector.window for selector in selectors}
+        shortest = {s.name: s.window for s in reversed(selectors) if s.window}
+        # A short range beside a long one of the same metric needs points of its own.
+        self._spacing = {
+            name: max(
+                min(window / POINTS_PER_RANGE, shortest[name] / LEAST_POINTS),
+                window / MAX_POINTS,
+            )
+            for name, window in self._windows.items() if window
+        }  # fmt: skip
         self._history: History = {}
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._scraped = False
@@ -2651,11 +2667,15 @@ class Monitor:
         name = dict(labels)["__name__"]
         window = self._windows.get(name, 0.0)
         points = self._history.setdefault(name, {}).setdefault(labels, Points())
-        times = points.times
-        # Of a storm of checks only the newest and well spaced older ones are kept.
-        crowded = len(times) > 1 and times[-1] - times[-2] < window / POINTS_PER_RANGE
-        if times and (crowded or not window):
+        if not window and points.times:
             points.pop()
+        elif len(points.times) > 1:
+            (one, other), (start, end) = points.values[-2:], points.times[-2:]
+            # Of a storm of checks only the newest and well spaced older ones are kept;
+            # what is no peak and no reset tells nothing that its neighbours do not.
+            dull = min(one, value) <= other <= max(one, value)
+            if end - start < (self._spacing[name] if dull else window / MAX_POINTS):
+                points.pop()
         points.add(now, value)
 
     def _forget(self, now: float) -> None:
@@ -3864,7 +3884,7 @@ def _log_to_stderr(config: Config) -> None:
 class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Drops a line that stderr cannot take: a reader that stalls may stop no check."""
 
-    lost = 0
+    lost, _cut = 0, False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, and before it how many were lost."""
@@ -3874,7 +3894,7 @@ class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
             return
         if self.lost:
-            text = f"nobody read the log: {self.lost} lines are lost"
+            text = f"nobody read the log, lines lost: {self.lost}"
             told = logging.makeLogRecord({"msg": text, "levelname": "WARNING"})
             self.lost -= self.lost * self._write(descriptor, told)
         self.lost += not self._write(descriptor, record)
@@ -3883,10 +3903,13 @@ class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
         # A pipe that is ready takes this much, and the rest after a moment.
         line = f"{self.format(record)}\n".encode(errors="backslashreplace")
         with suppress(OSError):
+            # What was cut off has no end: this line must not go on with it.
+            line = b"\n" + line if self._cut else line
             for start in range(0, len(line), PIPE_BUF):
                 if not ready_of([], [descriptor], [], 0.1 if start else 0)[1]:
                     return False
                 os.write(descriptor, line[start : start + PIPE_BUF])
+                self._cut = start + PIPE_BUF < len(line)
         return True
 
 

@@ -1117,6 +1117,17 @@ class Rules(unittest.TestCase):
             ("x\ny «z", "expected an operator, 'for', ';' or the end of the line"),
         ))
 
+    def test_alerts_that_end_make_room_although_their_rule_is_an_error(self):
+        status = RuleStatus(parse_rules("x > 0 keep_firing_for 1m")[0])
+        old, new = 'x{a="1"} 1; x{a="2"} 1', 'x{b="1"} 1; x{b="2"} 1'
+        with mock.patch.object(health_check, "MAX_FOUND", 3):
+            for now, text, state in (0, old, "firing"), (30, new, "error"):
+                status = judge(status.rule, status, history(text, now=now))
+                self.assertEqual(status.state, state)
+            status = judge(status.rule, status, history(new, now=90))
+        self.assertEqual(status.error, "")
+        self.assertEqual([dict(a.labels)["b"] for a in status.alerts], ["1", "2"])
+
     def test_rules_are_written_as_text_that_gives_them_again(self):
         rules = parse_rules(RULES)
         names = "QueueFull CacheFull Stalled SlowTokens Down Rule6 Slow".split()
@@ -2093,6 +2104,43 @@ class MonitorTest(NetworkTest):
             monitor.check()
             clock.now += 601
             self.assertEqual(self.state(monitor.check(), "Q"), "inactive")
+
+    def firing(self, rules, texts, every, name="R"):
+        """Return at which checks of a target with these texts a rule fires."""
+        clock, server = Clock(), self.metrics()
+        monitor = self.monitor(server, UNHEALTHY_WHEN=rules, clock=clock)
+        found = []
+        for text in texts:
+            clock.now += every
+            server.pieces = (page(text),)
+            found.append(self.state(monitor.check(), name) == "firing")
+        return found
+
+    def test_a_peak_and_a_reset_outlast_the_thinning_of_their_range(self):
+        for rule, usual, odd, later in (
+            ("R: max_over_time(x[1h]) > 10", 1, 50, 1),
+            ("R: resets(x[1h]) > 0", 3, 0, 4),
+        ):
+            for phase in 8, 9:
+                values = [usual] * phase + [odd] + [later] * 8
+                found = self.firing(rule, [f"x {value}\n" for value in values], 5)
+                self.assertEqual(found, [False] * phase + [True] * 9)
+
+    def test_a_long_range_takes_no_points_from_a_short_one(self):
+        rules = "R: rate(x[1m]) > 0.5; L: increase(x[6h]) > 1e9"
+        found = self.firing(rules, [f"x {n * 10}\n" for n in range(60)], 10)
+        self.assertEqual(found[7:], [True] * 53)
+
+    def test_a_long_prefill_of_an_idle_server_is_not_stalled(self):
+        rule = next(r for r in self.config("http://a").rules if r.name == "Stalled")
+        tgi, dynamo = 'tgi_batch_inference_success{method="decode"}', "dynamo_frontend_"
+        for busy, progress in (
+            ("tgi_queue_size", tgi), ("tgi_batch_current_size", tgi),
+            (f"{dynamo}inflight_requests", f"{dynamo}output_tokens_total"),
+        ):
+            texts = [f"{busy} {int(n >= 15)}\n{progress} 7\n" for n in range(50)]
+            found = self.firing(format_rule(rule), texts, 10, "Stalled")
+            self.assertEqual(found.index(True), 15 + 29)
 
     def test_names_made_to_be_alike_are_compared_with_in_time(self):
         names = [f"{'abcdefgh' * 9}{number:05}"[::-1] for number in range(2000)]
@@ -3210,10 +3258,24 @@ class MainTest(NetworkTest):
         self.assertEqual(get(port, "/livez"), (200, "Healthy\n"))
         os.read(process.stderr.fileno(), 1 << 20)
         get(port, "/nowhere")
-        self.assertRegex(process.stderr.readline(), "nobody .* [0-9]+ lines are lost")
+        told = "nobody read the log, lines lost: [0-9]+$"
+        self.assertRegex(process.stderr.readline(), told)
         self.assertIn("/nowhere", process.stderr.readline())
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(2), 0)
+
+    def test_a_long_line_is_cut_at_its_end_and_never_in_its_middle(self):
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        handler = health_check.PatientHandler(os.fdopen(write, "w"))
+        self.addCleanup(handler.stream.close)
+        for letter in "ab":
+            handler.emit(logging.makeLogRecord({"msg": letter * 40000}))
+        held = os.read(read, 1 << 20)
+        handler.emit(logging.makeLogRecord({"msg": "end"}))
+        first, cut, *rest = (held + os.read(read, 1 << 20)).decode().split("\n")
+        self.assertEqual((first, {*cut}), ("a" * 40000, {"b"}))
+        self.assertEqual(rest, ["nobody read the log, lines lost: 1", "end", ""])
 
     def test_SIGTERM_among_the_imports_ends_it_without_a_word(self):
         for *argv, code in ((0,), ("--demo", 0), ("--once", 1), ("--query", "up", 1)):
