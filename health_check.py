@@ -2444,14 +2444,9 @@ class Monitor:
         # The longest window of a name comes last, and stays.
         selectors.sort(key=lambda selector: selector.window)
         self._windows = {selector.name: selector.window for selector in selectors}
-        shortest = {s.name: s.window for s in reversed(selectors) if s.window}
-        # A short range beside a long one of the same metric needs points of its own.
         self._spacing = {
-            name: max(
-                min(window / POINTS_PER_RANGE, shortest[name] / LEAST_POINTS),
-                window / MAX_POINTS,
-            )
-            for name, window in self._windows.items() if window
+            selector.name: _spacing(selector.window, self._windows[selector.name])
+            for selector in reversed(selectors) if selector.window
         }  # fmt: skip
         self._history: History = {}
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
@@ -2714,6 +2709,12 @@ class Monitor:
             missing = float(len(status.alerts)) if status.limit is None else math.nan
             value = missing if status.value is None else status.value
             self.trends[status.rule.name].append(value)
+
+
+def _spacing(shortest: float, longest: float) -> float:
+    # A short range beside a long one of the same metric needs points of its own.
+    wanted = min(longest / POINTS_PER_RANGE, shortest / LEAST_POINTS)
+    return max(wanted, longest / MAX_POINTS)
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
@@ -3896,8 +3897,9 @@ class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
         if self.lost:
             text = f"nobody read the log, lines lost: {self.lost}"
             told = logging.makeLogRecord({"msg": text, "levelname": "WARNING"})
-            self.lost -= self.lost * self._write(descriptor, told)
-        self.lost += not self._write(descriptor, record)
+            self.lost = 0 if self._write(descriptor, told) else self.lost
+        if not self._write(descriptor, record):
+            self.lost += 1
 
     def _write(self, descriptor: int, record: logging.LogRecord) -> bool:
         # A pipe that is ready takes this much, and the rest after a moment.
