@@ -1881,7 +1881,8 @@ REASONS = (
     (OSError, "network"), (ValueError, "bad_http"),
 )
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})(?: .*)?")
-_FIELD = re.compile(r"([\w!#$%&'*+.^`|~-]+):([^\0\r]*)", re.ASCII)
+FIELD_NAME = r"[\w!#$%&'*+.^`|~-]+"
+_FIELD = re.compile(rf"({FIELD_NAME}):([^\0\r]*)", re.ASCII)
 # Python would ignore what it does not understand of these two.
 _FRAMING = ("transfer-encoding", "(?i)chunked"), ("content-length", r"(?a)\d{1,18}")
 
@@ -2651,12 +2652,12 @@ class Monitor:
         # Those that are remembered already take no more room.
         named = ((dict(labels)["__name__"], labels) for labels in samples)
         new = [s for name, s in named if s not in self._history.get(name, {})]
+        if not new:
+            return False
         held = [*new, *itertools.chain.from_iterable(self._history.values())]
-        size = sum(len(value) for labels in held for _, value in labels) if new else 0
+        size = sum(len(value) for labels in held for _, value in labels)
         most = 2 * len(self.config.metrics_endpoint)
-        return bool(new) and (
-            len(held) > most * MAX_SERIES + 100 or size > most * MAX_SERIES_TEXT
-        )
+        return len(held) > most * MAX_SERIES + 100 or size > most * MAX_SERIES_TEXT
 
     def _remember(self, labels: Labels, value: float, now: float) -> None:
         name = dict(labels)["__name__"]
@@ -3328,7 +3329,7 @@ PAGE = """<!DOCTYPE html>
 """
 _HEAD_END = re.compile(rb"\n\r?\n")
 _REQUEST_LINE = re.compile(r"(\S+) (\S+) HTTP/(\d)\.\d", re.ASCII)
-_FIELDS = re.compile(r"(?:[\w!#$%&'*+.^`|~-]+:[^\0\r\n]*\r?\n)*\r?\n", re.ASCII)
+_FIELDS = re.compile(rf"(?:{FIELD_NAME}:[^\0\r\n]*\r?\n)*\r?\n", re.ASCII)
 _BODY = re.compile(r"(?im)^(transfer-encoding:|content-length:(?![ \t]*0[ \t]*\r?$))")
 # The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
 # section 3.2); it matches any text.
