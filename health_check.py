@@ -1595,8 +1595,8 @@ class Target(NamedTuple):
         return f"{self.url}?{self.query}" if self.query else self.url
 
 
-class Access(NamedTuple):
-    """What opens a door that is not open to all; each is a path or empty."""
+class Credentials(NamedTuple):
+    """What a server may ask for before it answers; each is a path or empty."""
 
     token_file: str = ""
     ca_file: str = ""
@@ -1605,7 +1605,7 @@ class Access(NamedTuple):
     skip_verify: bool = False
 
 
-OPEN = Access()
+ANONYMOUS = Credentials()
 
 
 class Config(NamedTuple):
@@ -1745,18 +1745,23 @@ def _endpoints(text: str) -> tuple[Target, ...]:
 def _target(url: str) -> Target:
     try:
         parts = urllib.parse.urlsplit(url)
-        port = DEFAULT_PORTS[parts.scheme] if parts.port is None else parts.port
+        default = DEFAULT_PORTS[parts.scheme]
+        port = default if parts.port is None else parts.port
         if not (parts.hostname and port) or parts.fragment or re.search("[^!-~]", url):
             raise ValueError(url)
     except (ValueError, KeyError):
         raise ValueError("expected a URL as in http://localhost:8000/metrics") from None
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path or '/'}"
-    authorization = ""
-    if parts.username is not None:
-        user = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-        authorization = "Basic " + base64.b64encode(user.encode()).decode()
-    return Target(f"{host}:{port}", address, parts.query, authorization)
+    return Target(f"{host}:{port}", address, parts.query, _basic(parts))
+
+
+def _basic(parts: urllib.parse.SplitResult) -> str:
+    # RFC 7617 section 2.
+    if parts.username is None:
+        return ""
+    user = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+    return "Basic " + base64.b64encode(user.encode()).decode()
 
 
 def _alertmanagers(text: str) -> tuple[Target, ...]:
@@ -1870,8 +1875,10 @@ MAX_HEAD, MAX_FIELDS = 64 * 1024, 100
 MAX_REDIRECTS = 3
 RECEIVE_BUFFER = 1024 * 1024
 AGENT = f"health_check.py/{__version__}"
+# Of version 1.0.0 without allow-utf-8, prometheus_client 0.23 and later would serve
+# sglang:x as sglang_x, at whatever q.
 ACCEPT = (
-    "text/plain;version=0.0.4;q=1,application/openmetrics-text;version=1.0.0;q=0.7,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8,text/plain;version=0.0.4;q=0.9,"
     "*/*;q=0.1"
 )
 REASONS = (
@@ -1915,14 +1922,14 @@ class Stream(NamedTuple):
 
 @contextmanager
 def open_stream(
-    target: Target, deadline: float, access: Access = OPEN
+    target: Target, deadline: float, credentials: Credentials = ANONYMOUS
 ) -> Iterator[Stream]:
     """Give the metrics of a target; all of it happens before a monotonic deadline.
 
     Name lookup is the one part that cannot be interrupted.  Raises ScrapeError.
     """
     with _Translated():
-        response = _get(target, deadline, access)
+        response = _get(target, deadline, credentials)
     with response:
         fields = response.fields
         encoding = fields.get("content-encoding", "identity")
@@ -1944,13 +1951,13 @@ def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
     return count
 
 
-def _get(target: Target, deadline: float, access: Access) -> Response:
+def _get(target: Target, deadline: float, credentials: Credentials) -> Response:
     at = target
     for _ in range(MAX_REDIRECTS + 1):
         request = urllib.request.Request(at.address, headers={"Accept": ACCEPT})
         if target.authorization:
             request.add_header("Authorization", target.authorization)
-        response = send(request, deadline, access)
+        response = send(request, deadline, credentials)
         location = response.fields.get("location")
         if response.status not in (301, 302, 303, 307, 308) or not location:
             return response
@@ -1989,23 +1996,20 @@ class _Translated:
 
 
 def send(
-    request: urllib.request.Request, deadline: float, access: Access = OPEN
+    request: urllib.request.Request, deadline: float,
+    credentials: Credentials = ANONYMOUS,
 ) -> Response:
-    """Send a request with what ``access`` grants, and return whatever answer comes.
+    """Send a request with some credentials, and return whatever answer comes.
 
     Raises ScrapeError for credentials that cannot be read, else what urllib raises.
     """
     request.add_header("User-Agent", AGENT)
     try:
-        if access.token_file:
-            with open(access.token_file, encoding="ascii") as file:
-                token = file.read(MAX_HEAD).strip()
-            if not re.match(r"[!-~]+\Z", token):
-                # Python would show it in the error of a header that it cannot send.
-                raise OSError(errno.EINVAL, "expected one token", access.token_file)
+        if credentials.token_file:
+            token = _token(credentials.token_file)
             request.add_header("Authorization", f"Bearer {token}")
         secure = request.type == "https"
-        context = _context(access, _versions(access)) if secure else None
+        context = _context(credentials, _versions(credentials)) if secure else None
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or type(error).__name__
         name = getattr(error, "filename", None) or "a token, CA or certificate file"
@@ -2016,6 +2020,15 @@ def send(
     return cast(Response, handler.do_open(_Connection, request, context=context))
 
 
+def _token(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        token = file.read(MAX_HEAD).strip()
+    if not re.match(r"[!-~]+\Z", token):
+        # Python would show it in the error of a header that it cannot send.
+        raise OSError(errno.EINVAL, "expected one token", path)
+    return token
+
+
 def _left(deadline: float) -> float:
     seconds = deadline - time.monotonic()
     if seconds <= 0:
@@ -2023,20 +2036,23 @@ def _left(deadline: float) -> float:
     return seconds
 
 
-def _versions(access: Access) -> tuple[tuple[int, ...], ...]:
+def _versions(credentials: Credentials) -> tuple[tuple[int, ...], ...]:
     # Certificates rotate, and it takes 20 ms to read those of the system.
-    trusted = access.ca_file or ssl.get_default_verify_paths().cafile
-    files = [os.stat(p) for p in (trusted, access.cert_file, access.key_file) if p]
+    trusted = credentials.ca_file or ssl.get_default_verify_paths().cafile
+    paths = trusted, credentials.cert_file, credentials.key_file
+    files = [os.stat(path) for path in paths if path]
     return tuple((file.st_ino, file.st_mtime_ns, file.st_size) for file in files)
 
 
 @lru_cache(maxsize=8)
-def _context(access: Access, _: tuple[tuple[int, ...], ...]) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=access.ca_file or None)
+def _context(
+    credentials: Credentials, _: tuple[tuple[int, ...], ...]
+) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=credentials.ca_file or None)
     context.sslsocket_class = _TLSSocket
-    if access.cert_file:
-        context.load_cert_chain(access.cert_file, access.key_file or None)
-    if access.skip_verify:
+    if credentials.cert_file:
+        context.load_cert_chain(credentials.cert_file, credentials.key_file or None)
+    if credentials.skip_verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
@@ -2580,7 +2596,7 @@ class Monitor:
 
     def _work(self, index: int, format: Format) -> None:
         config, target = self.config, self.config.metrics_endpoint[index]
-        access = Access(
+        credentials = Credentials(
             config.metrics_bearer_token_file, config.metrics_ca_file,
             config.metrics_cert_file, config.metrics_key_file,
             config.metrics_tls_skip_verify,
@@ -2591,7 +2607,7 @@ class Monitor:
             started, status = time.monotonic(), TargetStatus(target.instance)
             reading = None
             try:
-                with open_stream(target, job.deadline, access) as stream:
+                with open_stream(target, job.deadline, credentials) as stream:
                     reading = read_samples(stream, format, known, job.list_names)
                 known, count = reading.series, len(reading.samples)
                 status = status._replace(size=reading.size, series=count)
@@ -2852,7 +2868,7 @@ class Notifier:
     ) -> None:
         self.target, self.sent, self.failed = target, 0, 0
         self._config, self._generator, self._clock = config, generator, clock
-        self._access = Access(
+        self._credentials = Credentials(
             config.alertmanager_bearer_token_file, config.alertmanager_ca_file
         )
         self._verdict: Verdict | None = None
@@ -2940,7 +2956,7 @@ class Notifier:
         request = urllib.request.Request(self.target.address, body, headers)
         deadline, status, problem = time.monotonic() + SEND_TIMEOUT, 0, ""
         try:
-            with _Translated(), send(request, deadline, self._access) as response:
+            with _Translated(), send(request, deadline, self._credentials) as response:
                 status = response.status
                 if not 200 <= status < 300:
                     problem = redact(f"HTTP {status}: {response.read(200)!r}")

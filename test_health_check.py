@@ -36,13 +36,13 @@ from unittest import mock
 
 import health_check
 from health_check import (
+    ANONYMOUS,
     MAX_ALERTS,
-    OPEN,
     RETRY,
     SETTINGS,
-    Access,
     Alert,
     ConfigError,
+    Credentials,
     EvaluationError,
     Instant,
     Monitor,
@@ -1271,9 +1271,13 @@ class Config(unittest.TestCase):
                 self.assertEqual(getattr(config, name.lower()), value)
 
     def test_each_setting_refuses_the_rest_and_says_what_it_expects(self):
-        urls = "h:80 ftp://h/ http:// http://h:x/ http://h:0/ file:///h http://h/#x"
+        urls = "h:80 http:// http://h:x/ http://h:0/ http://h/#x http:/h:80 //h:80/"
+        schemes = "htps ftp file javascript unix httpss https+unix ws x".split()
+        strange = [f"{s}://h{port}/metrics" for s in schemes for port in ("", ":8000")]
         for name, texts, words in (
             ("METRICS_ENDPOINT", urls.split(), "http://localhost:8000/metrics"),
+            ("METRICS_ENDPOINT", strange, "http://localhost:8000/metrics"),
+            ("ALERTMANAGER_URL", [*strange, *urls.split()], "expected a URL"),
             ("METRICS_ENDPOINT", ["http://[::1", "http://h/\u00e9", "http://:"], "URL"),
             ("METRICS_ENDPOINT", [",", " , ,"], "commas"),
             ("ALERTMANAGER_URL", [","], "commas"), ("ALERT_LABELS", [","], "commas"),
@@ -1436,19 +1440,19 @@ class Config(unittest.TestCase):
 class ScrapeTest(NetworkTest):
     """open_stream, against servers that say what they like."""
 
-    def scrape(self, target, seconds=0.5, access=OPEN):
+    def scrape(self, target, seconds=0.5, by=ANONYMOUS):
         target = self.config(target).metrics_endpoint[0]
         buffer, body = bytearray(4096), b""
-        with open_stream(target, time.monotonic() + seconds, access) as stream:
+        with open_stream(target, time.monotonic() + seconds, by) as stream:
             while True:
                 count = stream.readinto(memoryview(buffer))
                 body += buffer[:count]
                 if not count:
                     return body, stream.framed
 
-    def failure(self, target, seconds=0.5, access=OPEN):
+    def failure(self, target, seconds=0.5, by=ANONYMOUS):
         with self.assertRaises(ScrapeError) as caught:
-            self.scrape(target, seconds, access)
+            self.scrape(target, seconds, by)
         return f"{caught.exception.reason}: {caught.exception}"
 
     def test_a_body_arrives_however_it_is_framed(self):
@@ -1653,20 +1657,20 @@ class ScrapeTest(NetworkTest):
         server = self.metrics(page("x 1\n"))
         with tempfile.TemporaryDirectory() as directory:
             token = Path(directory, "token")
-            access = Access(token_file=str(token))
+            credentials = Credentials(token_file=str(token))
             for text in ("first", "second\n"):
                 token.write_text(text)
-                self.scrape(server, access=access)
+                self.scrape(server, by=credentials)
             token.write_text("t\u00f6ken")
-            self.assertRegex(self.failure(server, access=access), "^credentials: ")
+            self.assertRegex(self.failure(server, by=credentials), "^credentials: ")
             expected = f"credentials: {token}: expected one token"
             for text in ("", "hush\nhush", "hush hush", "hush\0"):
                 token.write_text(text)
-                self.assertEqual(self.failure(server, access=access), expected)
+                self.assertEqual(self.failure(server, by=credentials), expected)
         sent = re.findall("Authorization: (.*)\r\n", "".join(server.requests))
         self.assertEqual(sent, ["Bearer first", "Bearer second"])
         expected = f"credentials: {token}: No such file or directory"
-        self.assertEqual(self.failure(server, access=access), expected)
+        self.assertEqual(self.failure(server, by=credentials), expected)
 
     def test_a_request_says_what_it_wants_and_asks_no_proxy(self):
         server, proxy = self.metrics(page()), self.metrics(page())
@@ -1677,13 +1681,15 @@ class ScrapeTest(NetworkTest):
         self.assertTrue(request.startswith("GET /metrics HTTP/1.1\r\n"), request)
         for header in (
             f"Host: {server.instance}",
-            "Accept: text/plain;version=0.0.4;",
+            "Accept: text/plain;version=1.0.0;escaping=allow-utf-8,text/plain;",
             "User-Agent: health_check.py/",
             "Accept-Encoding: identity",
             "Connection: close",
         ):
             self.assertIn(f"\r\n{header}", request)
         self.assertNotIn("Authorization", request)
+        for kind in re.findall(r"[^ ,]*version=1[^,]*", request):
+            self.assertIn(";escaping=allow-utf-8", kind)
 
     def test_an_IPv6_address_is_one_too(self):
         server = self.metrics(page("x 1\n"), host="::1")
@@ -1702,23 +1708,23 @@ class ScrapeTest(NetworkTest):
                 server.pieces = dripping(page("x 1\n"))
                 self.assertEqual(self.failure(server, 0.2), "timeout: timed out")
                 server.pieces = (page("x 1\n"),)
-            skips = Access(skip_verify=True)
-            self.assertEqual(self.scrape(server, access=skips)[0], b"x 1\n")
-            trusts = Access(ca_file=str(certificate))
-            self.assertEqual(self.scrape(server, access=trusts)[0], b"x 1\n")
+            skips = Credentials(skip_verify=True)
+            self.assertEqual(self.scrape(server, by=skips)[0], b"x 1\n")
+            trusts = Credentials(ca_file=str(certificate))
+            self.assertEqual(self.scrape(server, by=trusts)[0], b"x 1\n")
             tls.verify_mode = ssl.CERT_REQUIRED
             tls.load_verify_locations(certificate)
             shows = trusts._replace(cert_file=str(certificate))
-            self.assertEqual(self.scrape(server, access=shows)[0], b"x 1\n")
-            self.assertRegex(self.failure(server, access=trusts), "^(tls|reset): ")
+            self.assertEqual(self.scrape(server, by=shows)[0], b"x 1\n")
+            self.assertRegex(self.failure(server, by=trusts), "^(tls|reset): ")
             with mock.patch.object(ssl, "create_default_context") as read:
-                self.assertEqual(self.scrape(server, access=shows)[0], b"x 1\n")
+                self.assertEqual(self.scrape(server, by=shows)[0], b"x 1\n")
             read.assert_not_called()
             certificate.write_text("rotated")
-            self.assertRegex(self.failure(server, access=shows), "^credentials: ")
+            self.assertRegex(self.failure(server, by=shows), "^credentials: ")
             certificate.write_text(CERTIFICATE)
-            self.assertEqual(self.scrape(server, access=shows)[0], b"x 1\n")
-        self.assertIn("both.pem: No such file", self.failure(server, access=shows))
+            self.assertEqual(self.scrape(server, by=shows)[0], b"x 1\n")
+        self.assertIn("both.pem: No such file", self.failure(server, by=shows))
         silent = self.metrics(FOREVER).url.replace("http", "https")
         self.assertRegex(self.failure(silent, 0.1), "^(timeout|tls): ")
 
@@ -2147,6 +2153,14 @@ class MonitorTest(NetworkTest):
         with mock.patch.object(difflib, "get_close_matches", return_value=[]) as asked:
             self.assertEqual(nearest_name("hgfedcba" * 9, names), "")
         self.assertEqual(len(asked.call_args[0][1]), 50)
+
+    def test_a_name_with_underscores_for_what_they_stand_for_is_near(self):
+        # As Prometheus 2 stored what prometheus_client had escaped for it.
+        names = "sglang:num_queue_reqs", "sglang:num_running_reqs", "sglang:num_used"
+        for name in (*names, "http.server.duration", "http.server.duration.sum"):
+            others = [*names, "http.server.duration", "http.server.duration.sum"]
+            old = re.sub("[:.]", "_", name)
+            self.assertEqual(nearest_name(old, others), name)
 
     def test_a_name_that_is_not_there_is_warned_of_once_with_the_nearest(self):
         server = self.metrics(page("# nothing yet\n"))
