@@ -3841,7 +3841,24 @@ def _results(expr: Expr, instant: Instant) -> Iterator[str]:
 
 
 def probe(environ: Mapping[str, str], path: str) -> int:
-    """Ask the program that runs here, print its answer, return 0 if that is 200."""
+    """Ask the program that runs here, print its answer, and return 0 or 1.
+
+    It fails open and closed as the answers do: for ``/health/NAME``, which may restart
+    a server, only a 503 is 1, and that there was no verdict is told; for any other
+    path only a 200 is 0.
+    """
+    path = "/" + path.lstrip("/")
+    status, text = _ask_running(environ, path)
+    if path.startswith("/health/") and status not in (200, 503):
+        problem = f"HTTP {status}" if status else text
+        print(f"{problem}; unknown, so exit status 0", file=sys.stderr)
+        return 0
+    print(text.rstrip("\n"), file=sys.stdout if status else sys.stderr)
+    return 0 if status == 200 else 1
+
+
+def _ask_running(environ: Mapping[str, str], path: str) -> tuple[int, str]:
+    """Return a status and a body, or 0 and why there is none."""
     host = environ.get("APP_HOST", "").strip() or "localhost"
     host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(host, host)
     host = f"[{host}]" if ":" in host else host
@@ -3849,14 +3866,19 @@ def probe(environ: Mapping[str, str], path: str) -> int:
     try:
         with _Translated():
             port = str(_port(port)) if port and "://" not in port else "8081"
-            request = urllib.request.Request(f"http://{host}:{port}{path}")
+            url = f"http://{host}:{port}{_with_reason(path)}"
+            request = urllib.request.Request(url)
             with send(request, time.monotonic() + PATIENCE) as response:
                 answer = response.read(RECEIVE_BUFFER).decode(errors="replace")
-        print(answer, end="")
-        return 0 if response.status == 200 else 1
+        return response.status, answer
     except ScrapeError as error:
-        print(f"no answer from {host} port {port}: {error}", file=sys.stderr)
-        return 1
+        return 0, f"no answer from {host} port {port}: {error}"
+
+
+def _with_reason(path: str) -> str:
+    if not path.startswith("/health") or re.search(r"[?&](verbose|format)", path):
+        return path
+    return f"{path}{'&' if '?' in path else '?'}verbose"
 
 
 def describe_rule(rule: Rule) -> str:
@@ -3990,7 +4012,8 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         modes.add_argument(flag, action="store_true", help=text)
     modes.add_argument(
         "--probe", nargs="?", const="/health", metavar="PATH",
-        help="ask the running program (default /health); exit 0 if 200, else 1",
+        help="ask the running program (default /health); exit 0 if 200, else 1; for"
+        " /health/NAME exit 1 only if 503",
     )  # fmt: skip
     modes.add_argument("--query", metavar="EXPR", help="print what EXPR gives now")
     parser.add_argument("--version", action="version", version=__version__)

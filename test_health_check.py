@@ -3453,33 +3453,61 @@ class MainTest(NetworkTest):
         self.assertEqual(code, 1)
         self.assertIn("failed for 0s: http_status: HTTP 404 Not Found\n", out)
 
-    def test_probe_exits_0_or_1(self):
+    def test_probe_prints_the_reason_and_exits_0_or_1(self):
         server = self.metrics(page("q 11\n"))
         monitor = self.running(server, UNHEALTHY_WHEN="Q: q > 10; R: q > 20")
         port = str(self.serve(monitor, listen("", 0)))
-        for argv, environ, expected in (
-            ([], {}, (1, "Unhealthy\n")),
-            (["/health/R"], {}, (0, "Healthy\n")),
-            (["/livez"], {}, (0, "Healthy\n")),
-            (["/livez"], {"APP_HOST": "0.0.0.0"}, (0, "Healthy\n")),
-            (["/livez"], {"APP_HOST": "::"}, (0, "Healthy\n")),
-            (["/livez"], {"APP_HOST": "::1"}, (0, "Healthy\n")),
-            (["/livez"], {"METRIC_THRESHOLD": "nonsense"}, (0, "Healthy\n")),
-            (["/a b"], {}, (1, "")),
-            ([], {"APP_PORT": str(free_port())}, (1, "")),
-            (["/livez"], {"APP_PORT": str(int(port) + 65536)}, (1, "")),
-            ([], {"APP_HOST": "1.2.3.4.5"}, (1, "")),
+        firing = r"\[-\]Q firing for 0s: q\{.*\} 11\n(?s:.*)\nUnhealthy: Q\n\Z"
+        for argv, environ, code, answer in (
+            ([], {}, 1, firing),
+            (["health"], {}, 1, firing),
+            (["/health?exclude=Q"], {}, 0, r"\[\+\]Q excluded: (?s:.*)\nHealthy\n"),
+            (["/health?format=json"], {}, 1, "{"),
+            (["/health/R"], {}, 0, "(?s:.*)Healthy"),
+            (["/livez"], {}, 0, "Healthy\n"),
+            (["/livez"], {"APP_HOST": "0.0.0.0"}, 0, "Healthy\n"),
+            (["/livez"], {"APP_HOST": "::"}, 0, "Healthy\n"),
+            (["/livez"], {"APP_HOST": "::1"}, 0, "Healthy\n"),
+            (["/livez"], {"METRIC_THRESHOLD": "nonsense"}, 0, "Healthy\n"),
+            (["/a b"], {}, 1, r"\Z"),
+            ([], {"APP_PORT": str(free_port())}, 1, r"\Z"),
+            (["/livez"], {"APP_PORT": str(int(port) + 65536)}, 1, r"\Z"),
+            ([], {"APP_HOST": "1.2.3.4.5"}, 1, r"\Z"),
         ):
             with self.subTest(argv, environ=environ):
                 found = self.run_main("--probe", *argv, **{"APP_PORT": port, **environ})
-                self.assertEqual(found[:2], expected)
+                self.assertEqual(found[0], code)
+                self.assertRegex(found[1], r"\A" + answer)
                 self.assertEqual(found[2].count("\n"), 0 if found[1] else 1)
-        self.assertEqual(self.run_main("--probe", "/health/No", APP_PORT=port)[0], 1)
-        for pieces in ([page("x")[:-1], FOREVER], dripping(page("x" * 99), 0.05)):
-            slow = self.metrics(*pieces).instance.partition(":")[2]
-            with mock.patch.object(health_check, "PATIENCE", 0.1):
-                code, _, err = self.run_main("--probe", APP_PORT=slow)
-            self.assertEqual((code, "timed out" in err), (1, True), err)
+        self.assertEqual(self.run_main("--probe", "/healthz", APP_PORT=port)[0], 1)
+
+    def test_probe_of_a_rule_exits_1_for_503_only(self):
+        for pieces, code, said in (
+            ([b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\nU\n"], 1, ""),
+            ([page("Healthy\n")], 0, ""),
+            ([b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\nU\n"], 0, "HTTP 404"),
+            ([b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n"], 0, "HTTP 500"),
+            ([b"garbage\r\n\r\n"], 0, "no answer"),
+            ([b""], 0, "no answer"),
+            ([FOREVER], 0, "timed out"),
+            ([page("x")[:-1], FOREVER], 0, "timed out"),
+            (dripping(page("x" * 99), 0.05), 0, "timed out"),
+            ([b"HTTP/1.1 503 No\r\nContent-Length: 9\r\n\r\nU", FOREVER], 0, "timed"),
+        ):
+            port = self.metrics(*pieces).instance.partition(":")[2]
+            with self.subTest(pieces), mock.patch.object(
+                health_check, "PATIENCE", 0.05
+            ):
+                found = self.run_main("--probe", "/health/R", APP_PORT=port)
+                self.assertEqual(found[0], code)
+                self.assertIn(said, found[2])
+                self.assertEqual("; unknown, so exit status 0\n" in found[2], said > "")
+                if code == 0 and said:
+                    closed = self.run_main("--probe", "/health", APP_PORT=port)
+                    self.assertEqual(closed[0], 1)
+        for argv in (["/health/R"], ["health/R?verbose"], ["/health/a b"]):
+            found = self.run_main("--probe", *argv, APP_PORT=str(free_port()))
+            self.assertEqual((found[0], found[2].count("\n")), (0, 1))
 
     def test_query_prints_what_an_expression_gives(self):
         count = itertools.count(3)

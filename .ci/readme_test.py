@@ -232,6 +232,7 @@ class Readme(server_test.ServerTest):
                 (1, [], sick),
                 (1, ["/health/QueueFull"], sick),
                 (1, [], {"APP_PORT": str(free_port())}),
+                (0, ["/health/QueueFull"], {"APP_PORT": str(free_port())}),
                 (1, [], {"APP_PORT": "none"}),
             ],
             "--query EXPR": [
