@@ -1010,7 +1010,7 @@ class EvaluationError(ValueError):
     """An expression has no answer on the series that are there."""
 
 
-class Instant(NamedTuple):
+class Evaluation(NamedTuple):
     """The moment an expression is about, in monotonic and in Unix seconds.
 
     ``selected`` and ``computed`` keep what selectors and range functions gave at it,
@@ -1027,51 +1027,52 @@ class Instant(NamedTuple):
 Value = Union[float, Vector]
 
 
-def evaluate(expr: Expr, instant: Instant) -> Value:
-    """Return what an expression gives now: a number, or series and their values.
+def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
+    """Return what an expression other than a range gives now: a number, or a vector.
 
-    A range gives the last value of each series in it.  Raises EvaluationError where
-    Prometheus does: two series with the same labels in a result, or several partners
-    for one series.
+    Raises EvaluationError where Prometheus does: two series with the same labels in a
+    result, or several partners for one series.
     """
     if isinstance(expr, Number):
         return expr.value
     if isinstance(expr, Selector):
-        found = (select_range if expr.window else select)(expr, instant)
         return {
             labels: points.values[-1]
-            for labels, points in found.items()
-            if expr.window or points.times[-1] == instant.now
+            for labels, points in select(expr, evaluation).items()
+            if points.times[-1] == evaluation.now
         }
     if expr.name in RANGE_FUNCTIONS:
-        return _over_range(expr, instant)
-    values = [evaluate(operand, instant) for operand in expr.operands]
+        return _over_range(expr, evaluation)
+    if expr.name == "absent_over_time":
+        found = select_range(cast(Selector, expr.operands[0]), evaluation)
+        return _absent(expr, evaluation, dict.fromkeys(found, 1.0))
+    values = [evaluate(operand, evaluation) for operand in expr.operands]
     if expr.name in FUNCTIONS:
-        return FUNCTIONS[expr.name](expr, instant, *values)
+        return FUNCTIONS[expr.name](expr, evaluation, *values)
     return operate(expr, *values)
 
 
-def evaluate_vector(expr: Expr, instant: Instant) -> Vector:
+def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
     """Return the series of an expression that is an instant vector."""
-    return cast(Vector, evaluate(expr, instant))
+    return cast(Vector, evaluate(expr, evaluation))
 
 
-def select(selector: Selector, instant: Instant) -> dict[Labels, Points]:
+def select(selector: Selector, evaluation: Evaluation) -> dict[Labels, Points]:
     """Return the remembered series, fresh or not, that a selector matches."""
     key = selector._replace(window=0.0) if selector.window else selector
-    if key not in instant.selected:
-        instant.selected[key] = {
+    if key not in evaluation.selected:
+        evaluation.selected[key] = {
             labels: points
-            for labels, points in instant.history.get(selector.name, {}).items()
-            if all(_fits(matcher, dict(labels)) for matcher in selector.matchers)
+            for labels, points in evaluation.history.get(selector.name, {}).items()
+            if all(_matches(matcher, dict(labels)) for matcher in selector.matchers)
         }
-    return instant.selected[key]
+    return evaluation.selected[key]
 
 
-def select_range(selector: Selector, instant: Instant) -> dict[Labels, Points]:
+def select_range(selector: Selector, evaluation: Evaluation) -> dict[Labels, Points]:
     """Return the series of a range selector and their samples within its window."""
     # The window is left-open since Prometheus 3.
-    start, found = instant.now - selector.window, select(selector, instant)
+    start, found = evaluation.now - selector.window, select(selector, evaluation)
     windows = {labels: points.after(start) for labels, points in found.items()}
     return {labels: points for labels, points in windows.items() if points.times}
 
@@ -1086,15 +1087,16 @@ def operate(expr: Operation, left: Value, right: Value) -> Value:
     apply, filters = OPERATORS[expr.name], is_filter(expr)
     if isinstance(left, float) and isinstance(right, float):
         return float(apply(left, right))
-    results: dict[Labels, tuple[Labels, float]] = {}
-    for key, labels, value, one, other in _pairs(expr, left, right):
-        result = apply(one, other)
-        if filters and not result:
-            continue
-        if key in results:
-            raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
-        results[key] = (labels, value) if filters else (labels, float(result))
-    return dict(results.values()) if filters else _nameless(results.values())
+    results, keys = [], set()
+    for pair in _pairs(expr, left, right):
+        # Whether or not the filter drops one of them, since Prometheus 3.9.
+        if pair.key in keys:
+            raise EvaluationError(f"many-to-one matching, on {format_series(pair.key)}")
+        keys.add(pair.key)
+        result = apply(pair.left, pair.right)
+        if result or not filters:
+            results.append((pair.labels, pair.kept if filters else float(result)))
+    return dict(results) if filters else _nameless(results)
 
 
 def is_filter(expr: Operation) -> bool:
@@ -1102,39 +1104,49 @@ def is_filter(expr: Operation) -> bool:
     return expr.name in COMPARISONS and not expr.returns_bool
 
 
-def _pairs(
-    expr: Operation, left: Value, right: Value
-) -> Iterator[tuple[Labels, Labels, float, float, float]]:
-    # What must be unique on the left, the labels of the result, the value that a
-    # filter keeps, and the two operands.
+class Pair(NamedTuple):
+    """Two operands that belong together, and the labels that their result gets.
+
+    ``key`` may come once only; ``kept`` is the value that a filter keeps.
+    """
+
+    key: Labels
+    labels: Labels
+    kept: float
+    left: float
+    right: float
+
+
+def _pairs(expr: Operation, left: Value, right: Value) -> Iterator[Pair]:
     if isinstance(right, float):
         for labels, value in cast(Vector, left).items():
-            yield labels, labels, value, value, right
+            yield Pair(labels, labels, value, value, right)
         return
     if isinstance(left, float):
         for labels, value in right.items():
-            yield labels, labels, value, left, value
+            yield Pair(labels, labels, value, left, value)
         return
     partners: Vector = {}
     for labels, value in right.items() if left else ():
-        key = _key(labels, expr.grouping)
+        key = _signature(labels, expr.grouping)
         if key in partners:
             raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
         partners[key] = value
     for labels, value in left.items():
-        key = _key(labels, expr.grouping)
+        key = _signature(labels, expr.grouping)
         if key in partners:
-            kept = _only(labels, *(expr.grouping or (False, ())))
-            yield key, kept, value, value, partners[key]
+            kept = _filtered(labels, *(expr.grouping or (False, ())))
+            yield Pair(key, kept, value, value, partners[key])
 
 
 def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
+    """Return what ``and``, ``or`` or ``unless`` keeps of two vectors."""
     wanted, other = (right, left) if expr.name == "or" else (left, right)
-    there = {_key(labels, expr.grouping) for labels in other}
+    there = {_signature(labels, expr.grouping) for labels in other}
     kept = {
         labels: value
         for labels, value in wanted.items()
-        if (_key(labels, expr.grouping) in there) == (expr.name == "and")
+        if (_signature(labels, expr.grouping) in there) == (expr.name == "and")
     }
     return {**left, **kept} if expr.name == "or" else kept
 
@@ -1152,19 +1164,20 @@ def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
 
 def unnamed(labels: Labels) -> Labels:
     """Return the labels of a series without its metric's name."""
-    return _only(labels, False, ("__name__",))
+    return _filtered(labels, False, ("__name__",))
 
 
-def _only(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
+def _filtered(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
     return tuple(pair for pair in labels if (pair[0] in names) == keep)
 
 
-def _key(labels: Labels, grouping: Grouping | None) -> Labels:
+def _signature(labels: Labels, grouping: Grouping | None) -> Labels:
+    """Return the labels that a series is matched or grouped by."""
     keep, names = grouping or (False, ())
-    return _only(labels, keep, names if keep else (*names, "__name__"))
+    return _filtered(labels, keep, names if keep else (*names, "__name__"))
 
 
-def _fits(matcher: Matcher, labels: Mapping[str, str]) -> bool:
+def _matches(matcher: Matcher, labels: Mapping[str, str]) -> bool:
     value, wanted = labels.get(matcher.label, ""), matcher.value
     if "~" in matcher.op:
         fits = regex_matches(wanted, value)
@@ -1175,10 +1188,10 @@ def _fits(matcher: Matcher, labels: Mapping[str, str]) -> bool:
     return fits == (matcher.op[0] == "=")
 
 
-def _aggregate(expr: Operation, _: Instant, vector: Vector) -> Vector:
+def _aggregate(expr: Operation, _: Evaluation, vector: Vector) -> Vector:
     groups: dict[Labels, list[float]] = {}
     for labels, value in vector.items():
-        groups.setdefault(_key(labels, expr.grouping), []).append(value)
+        groups.setdefault(_signature(labels, expr.grouping), []).append(value)
     return {key: REDUCERS[expr.name](values) for key, values in groups.items()}
 
 
@@ -1243,23 +1256,23 @@ def _greater(left: float, right: float) -> float:
 
 
 def _each(function: Callable[..., float]) -> Callable[..., Vector]:
-    return lambda expr, instant, vector, *others: _nameless(
+    return lambda expr, evaluation, vector, *others: _nameless(
         (labels, function(value, *others)) for labels, value in vector.items()
     )
 
 
-def _over_range(expr: Operation, instant: Instant) -> Vector:
-    if expr not in instant.computed:
+def _over_range(expr: Operation, evaluation: Evaluation) -> Vector:
+    if expr not in evaluation.computed:
         function = RANGE_FUNCTIONS[expr.name]
         selector = cast(Selector, expr.operands[0])
         results = {
-            labels: function(points, instant.now - selector.window, instant.now)
-            for labels, points in select_range(selector, instant).items()
+            labels: function(points, evaluation.now - selector.window, evaluation.now)
+            for labels, points in select_range(selector, evaluation).items()
             if len(points.times) > 1 or expr.name not in DIFFERENCES
         }
         named = expr.name == "last_over_time"
-        instant.computed[expr] = results if named else _nameless(results.items())
-    return instant.computed[expr]
+        evaluation.computed[expr] = results if named else _nameless(results.items())
+    return evaluation.computed[expr]
 
 
 def _increase(
@@ -1299,7 +1312,7 @@ def _of_values(function: Callable[[Sequence[float]], float]) -> Callable[..., fl
     return lambda points, start, end: function(points.values)
 
 
-def _absent(expr: Operation, _: Instant, vector: Vector) -> Vector:
+def _absent(expr: Operation, _: Evaluation, vector: Vector) -> Vector:
     if vector:
         return {}
     selector, labels = expr.operands[0], {}
@@ -1312,13 +1325,14 @@ def _absent(expr: Operation, _: Instant, vector: Vector) -> Vector:
 
 
 def _histogram_quantile(
-    _: Operation, __: Instant, quantile: float, vector: Vector
+    _: Operation, __: Evaluation, quantile: float, vector: Vector
 ) -> Vector:
     groups: dict[Labels, dict[float, float]] = {}
     for labels, value in vector.items():
         bound = float_or_nan(dict(labels).get("le", ""))
         if not math.isnan(bound):
-            buckets = groups.setdefault(_key(labels, Grouping(False, ("le",))), {})
+            key = _signature(labels, Grouping(False, ("le",)))
+            buckets = groups.setdefault(key, {})
             buckets[bound] = buckets.get(bound, 0.0) + value
     return {key: _quantile(quantile, buckets) for key, buckets in groups.items()}
 
@@ -1376,7 +1390,6 @@ RANGE_FUNCTIONS: dict[str, Callable[[Points, float, float], float]] = {
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     **dict.fromkeys(AGGREGATORS, _aggregate),
     "absent": _absent,
-    "absent_over_time": _absent,
     "abs": _each(abs),
     "ceil": _each(_whole(math.ceil)),
     "floor": _each(_whole(math.floor)),
@@ -1384,20 +1397,21 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "clamp_min": _each(_greater),
     "clamp_max": _each(lambda value, most: -_greater(-value, -most)),
     "histogram_quantile": _histogram_quantile,
-    "scalar": lambda expr, instant, vector: (
+    "scalar": lambda expr, evaluation, vector: (
         next(iter(vector.values())) if len(vector) == 1 else math.nan
     ),
-    "time": lambda expr, instant: instant.wall,
-    "timestamp": lambda expr, instant, vector: _nameless(
-        (labels, instant.wall) for labels in vector
+    "time": lambda expr, evaluation: evaluation.wall,
+    "timestamp": lambda expr, evaluation, vector: _nameless(
+        (labels, evaluation.wall) for labels in vector
     ),
-    "vector": lambda expr, instant, number: {(): number},
+    "vector": lambda expr, evaluation, number: {(): number},
 }
 
 
 # --- 5. Rules: text -> Rules; Vector -> inactive, pending, firing --------------------
 
 MAX_FOUND = 20000
+MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
 
 
@@ -1429,33 +1443,34 @@ def format_rule(rule: Rule) -> str:
     return f"{rule.name}: {format_expression(rule.expr)}{ends}"
 
 
-def judge(rule: Rule, before: RuleStatus, instant: Instant) -> RuleStatus:
+def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     """Return the status of a rule now, from its status before.
 
     Where it cannot be evaluated, the alerts stay as they were and ``error`` says why.
     """
+    rule = before.rule
     try:
-        value, limit, vector = _measure(rule.expr, instant)
+        found, value, limit = _measure(rule.expr, evaluation)
         # An alert is known by the labels of its series without the name, and these
         # must differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
-        samples = {unnamed(labels): Sample(labels, v) for labels, v in vector.items()}
-        if len(samples) < len(vector):
+        samples = {unnamed(labels): Sample(labels, v) for labels, v in found.items()}
+        if len(samples) < len(found):
             raise EvaluationError("two series differ in nothing but their name")
     except EvaluationError as error:
         return before._replace(error=str(error), value=None)
     alerts = {unnamed(alert.labels): alert for alert in before.alerts}
     advanced = (
-        _advance(rule, alerts.get(key), samples.get(key), instant.now)
+        _advance(rule, alerts.get(key), samples.get(key), evaluation.now)
         for key in {**alerts, **samples}
     )
-    found = tuple(filter(None, advanced))
-    if len(found) > MAX_FOUND:
+    now_there = tuple(filter(None, advanced))
+    if len(now_there) > MAX_FOUND:
         problem = f"more than {MAX_FOUND} alerts: label values change with each scrape"
         # Those that were known go on, and so end in time and make room again.
-        known = tuple(alert for alert in found if unnamed(alert.labels) in alerts)
+        known = tuple(a for a in now_there if unnamed(a.labels) in alerts)
         return before._replace(alerts=known, error=problem, value=None)
-    matched = sum(len(select(s, instant)) for s in _selectors(rule.expr))
-    return RuleStatus(rule, found, "", matched, value, limit)
+    matched = sum(len(select(s, evaluation)) for s in _selectors(rule.expr))
+    return RuleStatus(rule, now_there, "", matched, value, limit)
 
 
 def restart_clocks(status: RuleStatus) -> RuleStatus:
@@ -1469,23 +1484,41 @@ def _selectors(expr: Expr) -> tuple[Selector, ...]:
     return tuple(find_selectors(expr))
 
 
-def _measure(expr: Expr, instant: Instant) -> tuple[float | None, float | None, Vector]:
-    if not (
-        isinstance(expr, Operation) and is_filter(expr)
-        and isinstance(expr.operands[1], Number)
-    ):  # fmt: skip
-        return None, None, evaluate_vector(expr, instant)
-    measured, limit = evaluate_vector(expr.operands[0], instant), expr.operands[1].value
-    found = cast(Vector, operate(expr, measured, limit))
+class Measure(NamedTuple):
+    """What an expression gives; where it is ``EXPR OP NUMBER``, its worst value too."""
+
+    found: Vector
+    value: float | None = None
+    limit: float | None = None
+
+
+def _measure(expr: Expr, evaluation: Evaluation) -> Measure:
+    """Evaluate the expression of a rule, and find the worst value that it limits."""
+    if not (isinstance(expr, Operation) and is_filter(expr)):
+        return Measure(evaluate_vector(expr, evaluation))
+    left, right = expr.operands
+    if isinstance(left, Number):
+        expr = expr._replace(name=MIRRORED[expr.name], operands=(right, left))
+        left, right = right, left
+    if not isinstance(right, Number):
+        return Measure(evaluate_vector(expr, evaluation))
+    measured = evaluate_vector(left, evaluation)
+    found = cast(Vector, operate(expr, measured, right.value))
     worst = REDUCERS["min" if expr.name in ("<", "<=") else "max"]
     # With == and != the worst is neither the greatest nor the least.
     value = worst(list((found or measured).values())) if measured else None
-    return value, limit, found
+    return Measure(found, value, right.value)
 
 
 def _advance(
     rule: Rule, alert: Alert | None, sample: Sample | None, now: float
 ) -> Alert | None:
+    """Return what becomes of a series' alert, None for inactive: the state machine.
+
+    A series that is there makes its alert pending, and firing once it has lasted
+    ``for``.  One that is gone ends a pending alert at once, and a firing one after
+    ``keep_firing_for``.  (AlertingRule.Eval in Prometheus' rules/alerting.go.)
+    """
     if not sample:
         if not alert or alert.state == "pending":
             return None
@@ -2522,9 +2555,9 @@ class Monitor:
         self._publish(verdict)
         return verdict
 
-    def instant(self) -> Instant:
+    def instant(self) -> Evaluation:
         """Return what expressions can be evaluated against, as of the latest check."""
-        return Instant(self.verdict.time, self.verdict.wall, self._history, {}, {})
+        return Evaluation(self.verdict.time, self.verdict.wall, self._history, {}, {})
 
     def families(self) -> Iterator[Family]:
         """Yield what has been counted of scrapes, as metrics."""
@@ -2642,7 +2675,7 @@ class Monitor:
         targets = tuple(self._record(*outcome, now) for outcome in outcomes)
         self._forget(now)
         self._scraped = self._scraped or not all(target.reason for target in targets)
-        instant = Instant(now, wall, self._history, {}, {})
+        instant = Evaluation(now, wall, self._history, {}, {})
         self._statuses = tuple(_judged(status, instant) for status in self._statuses)
         self._warn([reading for _, reading in outcomes if reading], instant)
         fault = "" if self._scraped else "never scraped"
@@ -2699,7 +2732,7 @@ class Monitor:
                 elif points.times[-1] < now:
                     del series[labels]
 
-    def _warn(self, readings: Sequence[Reading], instant: Instant) -> None:
+    def _warn(self, readings: Sequence[Reading], instant: Evaluation) -> None:
         for name in {n for r in readings for n in r.reserved} - self._reserved:
             self._reserved.add(name)
             text = f"the target serves {name}, which is set here: dropped"
@@ -2812,9 +2845,9 @@ def describe(status: RuleStatus, now: float) -> str:
     return f"{status.state} for {format_duration(int(now - first.began))}: {series}"
 
 
-def _judged(status: RuleStatus, instant: Instant) -> RuleStatus:
+def _judged(status: RuleStatus, instant: Evaluation) -> RuleStatus:
     try:
-        return judge(status.rule, status, instant)
+        return judge(status, instant)
     except Exception as error:
         return status._replace(error=f"bug: {report(error)}")
 
@@ -3825,7 +3858,7 @@ def query(config: Config, expr: Expr) -> int:
     return 1 if verdict.fault or any(t.reason for t in verdict.targets) else 0
 
 
-def _results(expr: Expr, instant: Instant) -> Iterator[str]:
+def _results(expr: Expr, instant: Evaluation) -> Iterator[str]:
     now = f"@[{instant.wall:.3f}]"
     if type_of(expr) == SCALAR:
         yield f"scalar: {format_float(cast(float, evaluate(expr, instant)))} {now}"

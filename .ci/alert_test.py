@@ -1019,7 +1019,7 @@ class FailuresTest(ProcessTest):
         for name, error, reason, log in (
             # In one rule, in all of a check, when it is logged; and no thread is left.
             ("judge", "RuntimeError", f"error: {broken}", bug),
-            ("Instant", "RuntimeError", broken, bug),
+            ("Evaluation", "RuntimeError", broken, bug),
             ("transitions", "RuntimeError", broken, bug),
             ("transitions", "KeyboardInterrupt", stuck, "Exception in thread monitor"),
         ):

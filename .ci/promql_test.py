@@ -218,7 +218,7 @@ class Recording(NamedTuple):
             for at, value in points.items():
                 yield f"{name} {value!r} {(self.start + at) / 1000:.3f}"
 
-    def instant(self, now: int, noise: random.Random | None = None) -> hc.Instant:
+    def instant(self, now: int, noise: random.Random | None = None) -> hc.Evaluation:
         """Return the moment of one scrape, with all that was scraped until then."""
         history = self.history(now)
         if noise:
@@ -226,7 +226,7 @@ class Recording(NamedTuple):
                 name: {k: blur(points, noise) for k, points in series.items()}
                 for name, series in history.items()
             }
-        return hc.Instant(now / 1000, (self.start + now) / 1000, history, {}, {})
+        return hc.Evaluation(now / 1000, (self.start + now) / 1000, history, {}, {})
 
     def history(self, now: int) -> History:
         """Return all that was scraped until then."""
@@ -626,7 +626,7 @@ RECORDINGS = [
 # -- 1. The same expression gives the same answer ------------------------------------
 
 
-def ours(text: str, instant: hc.Instant) -> Answer:
+def ours(text: str, instant: hc.Evaluation) -> Answer:
     """Return what the program answers."""
     try:
         found = hc.evaluate(hc.parse_expression(text), instant)
@@ -1662,7 +1662,7 @@ def our_alerts(timeline: Timeline) -> Iterator[dict[Labels, str]]:
         }
         now = step * STEP
         history = remember(samples, now * 1000)
-        status = hc.judge(rule, status, hc.Instant(now, now, history, {}, {}))
+        status = hc.judge(status, hc.Evaluation(now, now, history, {}, {}))
         if status.error:
             raise AssertionError(status.error)
         yield {
@@ -1833,7 +1833,7 @@ class WhatPrometheusThreeDoesDifferently(unittest.TestCase):
             label, _, value = pair.partition("=")
             labels: Labels = (("__name__", metric), *[(label, value)] * bool(pair))
             series[labels] = {int(at * 1000): float(v) for at, v in points.items()}
-        instant = hc.Instant(30.0, 30.0, remember(series, 30_000), {}, {})
+        instant = hc.Evaluation(30.0, 30.0, remember(series, 30_000), {}, {})
         return ours(text, instant)
 
     def test_answers(self) -> None:
