@@ -1423,7 +1423,7 @@ class Config(unittest.TestCase):
                 (f"{busy} 3", "inactive"),
             ):
                 with self.subTest(text):
-                    status = judge(stalled, RuleStatus(stalled), history(text))
+                    status = judge(RuleStatus(stalled), history(text))
                     self.assertEqual((status.state, status.error), (state, ""))
 
     def test_Down_is_a_rule_unless_the_user_has_one(self):
