@@ -1606,6 +1606,10 @@ DEFAULT_RULES = """
 DOWN_RULE = "Down: up == 0"
 DEFAULT_THRESHOLD = 10.0
 MAX_SHOWN = 60
+# A variable that begins so is meant for this program.
+OWN_PREFIXES = ("METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_")
+GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_GO_PART = re.compile(r"(\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})(ms|us|ns|h|m|s)", re.ASCII)
 DEFAULT_PORTS = {"http": 80, "https": 443}
 ALERTS_API = "/api/v2/alerts"
 
@@ -1680,52 +1684,86 @@ def load_config(environ: Mapping[str, str]) -> Config:
     Raises ConfigError with all that is wrong.
     """
     given = {name: text.strip() for name, text in environ.items() if text.strip()}
-    warnings = list(_misspelt(given))
-    if given.get("APP_PORT", "").startswith("tcp://"):
+    warnings = [*_misspelt(given), *_doubtful(given)]
+    if is_service_link(given.get("APP_PORT", "")):
         warnings.append("APP_PORT is Kubernetes' link to a Service named app: ignored")
         del given["APP_PORT"]
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for name, parse, default, _ in SETTINGS:
-        text = given.get(name, default)
-        try:
-            values[name.lower()] = parse(text)
-        except ValueError as error:
-            problems.append(f"{name}={_shown(name, text)}: {error}")
-    problems += _contradictions(given, values)
+    values, problems = _parsed(given)
+    for check in _threshold_problems, _rule_problems, _scrape_problems:
+        problems += check(given, values)
     if problems:
         raise ConfigError("\n".join(problems + warnings))
-    if values["metrics_tls_skip_verify"]:
-        warnings.append("METRICS_TLS_SKIP_VERIFY: ANYBODY can pose as the target")
     plain = [s.name for s in SETTINGS if not s.name.endswith(("_ENDPOINT", "_URL"))]
     values["given"] = {name: given[name] for name in plain if name in given}
     config = Config(**values, warnings=tuple(warnings))
     return config._replace(rules=_rules(config))
 
 
-def _contradictions(
+def is_service_link(port: str) -> bool:
+    """Tell whether a port is what Kubernetes sets for a Service named app.
+
+    >>> is_service_link("udp://10.0.0.1:80"), is_service_link("8081")
+    (True, False)
+    """
+    return port.startswith(("tcp://", "udp://", "sctp://"))
+
+
+def missing_files(config: Config) -> Iterator[str]:
+    """Yield a line for each file of the settings that cannot be read now."""
+    for name in (s.name for s in SETTINGS if s.name.endswith("_FILE")):
+        path = getattr(config, name.lower())
+        # Without opening it: another end of a pipe might be waited for.
+        if path and (os.path.isdir(path) or not os.access(path, os.R_OK)):  # noqa: PTH112
+            yield f"{name}={path}: there is no such file, or it cannot be read"
+
+
+def _parsed(given: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    values: dict[str, Any] = {}
+    problems = []
+    for name, parse, default, _ in SETTINGS:
+        text = given.get(name, default)
+        try:
+            values[name.lower()] = parse(text)
+        except ValueError as error:
+            problems.append(f"{name}={_shown(name, text)}: {error}")
+    return values, problems
+
+
+def _threshold_problems(
     given: Mapping[str, str], values: Mapping[str, Any]
 ) -> Iterator[str]:
     limits = [n for n in ("METRIC_THRESHOLD", "METRICS_THRESHOLD") if n in given]
-    metric, own = "METRIC_TO_CHECK" in given, "UNHEALTHY_WHEN" in given
-    names = [rule.name for rule in values.get("unhealthy_when", [Rule("", Number(0))])]
-    users = any(target.authorization for target in values.get("metrics_endpoint", ()))
     if len({values.get(name.lower()) for name in limits}) > 1:
         yield "METRIC_THRESHOLD and METRICS_THRESHOLD differ: set one of them"
-    if metric and not limits:
+    if "METRIC_TO_CHECK" in given and not limits:
         yield "METRIC_TO_CHECK needs METRIC_THRESHOLD, the number it may reach"
-    if limits and own and not metric:
+    if limits and "UNHEALTHY_WHEN" in given and "METRIC_TO_CHECK" not in given:
         yield f"{limits[0]} needs METRIC_TO_CHECK beside UNHEALTHY_WHEN"
-    if own and not names:
+
+
+def _rule_problems(
+    given: Mapping[str, str], values: Mapping[str, Any]
+) -> Iterator[str]:
+    rules = values.get("unhealthy_when")
+    if "UNHEALTHY_WHEN" in given and rules == ():
         yield "UNHEALTHY_WHEN has no rule: unset it for the default rules"
-    if metric and "AboveThreshold" in names:
+    names = [rule.name for rule in rules or ()]
+    if "METRIC_TO_CHECK" in given and "AboveThreshold" in names:
         yield "UNHEALTHY_WHEN: AboveThreshold is the name of METRIC_TO_CHECK's rule"
+
+
+def _scrape_problems(
+    given: Mapping[str, str], values: Mapping[str, Any]
+) -> Iterator[str]:
+    users = any(target.authorization for target in values.get("metrics_endpoint", ()))
+    timeout, interval = values.get("metrics_timeout", 0), values.get("scrape_interval")
     if "METRICS_KEY_FILE" in given and "METRICS_CERT_FILE" not in given:
         yield "METRICS_KEY_FILE needs METRICS_CERT_FILE"
     if "METRICS_BEARER_TOKEN_FILE" in given and users:
         yield "METRICS_BEARER_TOKEN_FILE excludes user:password in METRICS_ENDPOINT"
-    if 0 < values.get("scrape_interval", 0) < values.get("metrics_timeout", 0):
-        yield "METRICS_TIMEOUT may not exceed SCRAPE_INTERVAL"
+    if interval and timeout > interval:
+        longest, least = format_duration(timeout), format_duration(interval)
+        yield f"METRICS_TIMEOUT ({longest}) may not exceed SCRAPE_INTERVAL ({least})"
 
 
 def _rules(config: Config) -> tuple[Rule, ...]:
@@ -1748,8 +1786,21 @@ def _misspelt(given: Iterable[str]) -> Iterator[str]:
     for name in sorted(set(given) - set(known)):
         # Kubernetes sets variables of its own for each Service it knows.
         if not re.search(r"_PORT\Z|_PORT_|_SERVICE_|_TCP|_UDP", name):
-            for near in difflib.get_close_matches(name, known, 1, 0.85):
-                yield f"{name} is no setting: did you mean {near}?"
+            near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
+            if near:
+                yield f"{name} is no setting: did you mean {near[0]}?"
+            elif name.startswith(OWN_PREFIXES):
+                yield f"{name} is no setting: --help lists them"
+
+
+def _doubtful(given: Mapping[str, str]) -> Iterator[str]:
+    if given.get("METRICS_TLS_SKIP_VERIFY", "").lower() == "true":
+        yield "METRICS_TLS_SKIP_VERIFY: ANYBODY can pose as the target"
+    # A manifest has "$(NAME)" as it is where NAME is not defined before it.
+    for name in sorted({setting.name for setting in SETTINGS}.intersection(given)):
+        found = re.search(r"\$\(\w+\)|\$\{\w+\}", given[name])
+        if found:
+            yield f"{name} has {found[0]}, which nothing has replaced by a value"
 
 
 def _shown(name: str, text: str) -> str:
@@ -1813,6 +1864,8 @@ def _label_pairs(text: str) -> Labels:
     pairs: dict[str, str] = {}
     for item in _items(text):
         name, equals, value = item.partition("=")
+        if "{{" in item:
+            raise ValueError("expected fixed values: templates are not expanded here")
         if not equals or not re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
             raise ValueError("expected labels as in job=vllm,namespace=prod")
         if name in pairs or name in ("__name__", "instance"):
@@ -1842,10 +1895,18 @@ def _port(text: str) -> int:
 
 def _duration(least: float, most: float, text: str) -> float:
     with suppress(ValueError):
-        if least <= parse_duration(text) <= most:
-            return parse_duration(text)
+        seconds = _go_duration(text)
+        if least <= seconds <= most:
+            return seconds
     low, high = format_duration(least), format_duration(most)
-    raise ValueError(f"expected {low} to {high}, as in 0.8 or 500ms")
+    raise ValueError(f"expected {low} to {high}, as in 0.8, 0.8s or 500ms")
+
+
+def _go_duration(text: str) -> float:
+    # Who writes manifests knows time.ParseDuration of Go: fractions have units, too.
+    if not re.match(rf"(?:{_GO_PART.pattern})+\Z", text, re.ASCII):
+        return parse_duration(text)
+    return sum(float(n) * GO_UNITS[unit] for n, unit in _GO_PART.findall(text))
 
 
 def _one_of(choices: Sequence[str], text: str) -> str:
@@ -3037,13 +3098,24 @@ def _firing(verdict: Verdict) -> Iterator[tuple[RuleStatus, Alert]]:
 def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
     # Labels are an alert's identity; localhost:8000 is the same in every pod.
     labels = {
-        re.sub(r"[^a-zA-Z0-9_]|^(?=\d)", "_", "exported_pod" if k == "pod" else k): v
-        for k, v in _fitting(unnamed(alert.labels))
+        _escape_name("exported_pod" if name == "pod" else name): value
+        for name, value in _fitting(unnamed(alert.labels))
     }
     labels.update(config.target_labels)
     labels.update({"pod": config.pod_name, **dict(config.alert_labels)})
     labels["alertname"] = rule.name
     return tuple(sorted(labels.items()))
+
+
+def _escape_name(name: str) -> str:
+    # Names of UTF-8 stay apart, escaped as by EscapeName of Prometheus' model/metric.go
+    # with ValueEncodingEscaping: an Alertmanager before 0.27 would refuse them.
+    if re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
+        return name
+    doubled = name.replace("_", "__")
+    return "U__" + re.sub(
+        r"[^a-zA-Z0-9_]|^[0-9]", lambda match: f"_{ord(match[0]):x}_", doubled
+    )
 
 
 def _fitting(labels: Labels) -> Iterator[tuple[str, str]]:
@@ -3494,6 +3566,9 @@ class Server:
                 key.data()
         for connection in itertools.chain(*map(list, self._waiting.values())):
             self._close(connection)
+
+    def close(self) -> None:
+        """Close its sockets; no signal may be written to ``waker`` any more."""
         for sock in (self._listener, self._woken, self.waker):
             sock.close()
         self._selector.close()
@@ -3802,6 +3877,7 @@ def serve(config: Config) -> int:
     _log_start(config, port)
     server.serve()
     signal.set_wakeup_fd(-1)
+    server.close()
     # Python restores what a signal does by default as it ends.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -3898,7 +3974,7 @@ def _ask_running(environ: Mapping[str, str], path: str) -> tuple[int, str]:
     port = environ.get("APP_PORT", "").strip()
     try:
         with _Translated():
-            port = str(_port(port)) if port and "://" not in port else "8081"
+            port = "8081" if not port or is_service_link(port) else str(_port(port))
             url = f"http://{host}:{port}{_with_reason(path)}"
             request = urllib.request.Request(url)
             with send(request, time.monotonic() + PATIENCE) as response:
@@ -3949,7 +4025,7 @@ def _log_to_stderr(config: Config) -> None:
     LOG.handlers[:], LOG.propagate = [handler], False
     # Who wants errors only must see once what a setting risks.
     LOG.setLevel(logging.WARNING)
-    for warning in config.warnings:
+    for warning in (*config.warnings, *missing_files(config)):
         LOG.warning("%s", warning)
     LOG.setLevel(config.log_level.upper())
 

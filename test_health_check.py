@@ -334,6 +334,7 @@ class NetworkTest(unittest.TestCase):
         server = Server(listener, monitor)
         thread = threading.Thread(target=server.serve)
         thread.start()
+        self.addCleanup(server.close)
         self.addCleanup(thread.join)
         self.addCleanup(server.stop)
         return port
@@ -1264,6 +1265,8 @@ class Config(unittest.TestCase):
             ("APP_HOST", "127.0.0.1", "127.0.0.1"), ("METRICS_CA_FILE", "/ca", "/ca"),
             ("METRICS_TIMEOUT", "500ms", 0.5), ("METRICS_TIMEOUT", "60", 60),
             ("SCRAPE_INTERVAL", "1m30s", 90), ("METRICS_TLS_SKIP_VERIFY", "True", True),
+            ("METRICS_TIMEOUT", "0.8s", 0.8), ("SCRAPE_INTERVAL", "1.5m", 90),
+            ("SCRAPE_INTERVAL", "1m1.5s250ms", 61.75), ("SCRAPE_INTERVAL", ".5h", 1800),
             ("LOG_LEVEL", "Debug", "debug"), ("LOG_FORMAT", "JSON", "json"),
         ):
             with self.subTest(name, text=text):
@@ -1286,6 +1289,7 @@ class Config(unittest.TestCase):
             ("TARGET_LABELS", ["job", "9=a", "a-b=c", "a.b=c"], "job=vllm"),
             ("TARGET_LABELS", ["instance=x,a=b", "instance=x"], "instance"),
             ("TARGET_LABELS", ["a=b,a=c", "__name__=x"], "the label"),
+            ("ALERT_LABELS", ["v={{ $value }}", "v=a,{{$labels.x}}"], "templates"),
             ("METRIC_TO_CHECK", ["x[5m]", "1 + 1"], "expected an instant vector"),
             ("METRIC_TO_CHECK", ["x >", "x for 5m"], "(at line 1, column "),
             ("METRIC_THRESHOLD", ["ten", "inf", "nan", "1e400", "1_0"], "finite"),
@@ -1293,6 +1297,7 @@ class Config(unittest.TestCase):
             ("UNHEALTHY_WHEN", ["x offset 5m", "A: x; A: y", "1"], "(at line 1"),
             ("APP_PORT", ["65536", "-1", "80a", "8081.0", "\u0663", "http"], "65535"),
             ("METRICS_TIMEOUT", ["0", "61", "1x", "-1", "nan"], "expected 10ms to 1m"),
+            ("METRICS_TIMEOUT", ["0.001s", "1.5.5s", "0.8 s", "1e1s", "s"], "0.8s or"),
             ("SCRAPE_INTERVAL", ["2h", "soon"], "expected 0s to 1h"),
             ("LOG_LEVEL", ["loud"], "debug, info, warning, error"),
             ("LOG_FORMAT", ["xml"], "text, json"),
@@ -1317,7 +1322,10 @@ class Config(unittest.TestCase):
             ("METRIC_TO_CHECK=x", "METRIC_TO_CHECK needs METRIC_THRESHOLD"),
             ("UNHEALTHY_WHEN=x METRICS_THRESHOLD=1", "METRICS_THRESHOLD needs"),
             (above, "AboveThreshold is the name"),
-            ("SCRAPE_INTERVAL=1 METRICS_TIMEOUT=1.5", "may not exceed SCRAPE_INTERVAL"),
+            (
+                "SCRAPE_INTERVAL=1 METRICS_TIMEOUT=1.5",
+                "METRICS_TIMEOUT (1s500ms) may not exceed SCRAPE_INTERVAL (1s)",
+            ),
             ("METRICS_KEY_FILE=/k", "METRICS_KEY_FILE needs METRICS_CERT_FILE"),
             (
                 "METRICS_BEARER_TOKEN_FILE=/t METRICS_ENDPOINT=http://u:p@h/",
@@ -1338,10 +1346,16 @@ class Config(unittest.TestCase):
     def test_what_is_odd_but_no_error_is_warned_about(self):
         for name, text, words in (
             ("APP_PORT", "tcp://10.0.0.1:80", "Service named app"),
+            ("APP_PORT", "udp://10.0.0.1:80", "Service named app"),
+            ("TARGET_LABELS", "job=vllm,pod=$(POD)", "$(POD), which nothing has"),
+            ("POD_NAME", "${HOSTNAME}", "${HOSTNAME}, which nothing has"),
             ("METRICS_TLS_SKIP_VERIFY", "true", "METRICS_TLS_SKIP_VERIFY"),
             ("METRIC_TRESHOLD", "1", "did you mean METRIC_THRESHOLD?"),
             ("UNHEALTY_WHEN", "1", "did you mean UNHEALTHY_WHEN?"),
             ("METRIC_ENDPOINT", "1", "did you mean METRICS_ENDPOINT?"),
+            ("metrics_endpoint", "1", "did you mean METRICS_ENDPOINT?"),
+            ("METRICS_URL", "1", "--help lists them"),
+            ("UNHEALTHY_RULES", "1", "--help lists them"),
         ):
             config = load_config({name: text})
             (warning,) = config.warnings
@@ -1351,6 +1365,16 @@ class Config(unittest.TestCase):
         for name in "PATH", "APP_PORT_8081_TCP", "APP_SERVICE_PORT", "METRICS_PORT":
             self.assertEqual(load_config({name: "1"}).warnings, ())
         self.assertEqual(len(self.problems(APP_PORT="x", LOG_LEVELS="info")), 2)
+
+    def test_a_file_that_cannot_be_read_is_named_with_its_setting(self):
+        gone = str(Path(PROGRAM).parent / "gone")
+        names = [s.name for s in SETTINGS if s.name.endswith("_FILE")]
+        for path, told in (gone, len(names)), (PROGRAM, 0), (os.curdir, len(names)):
+            config = load_config(dict.fromkeys(names, str(path)))
+            lines = list(health_check.missing_files(config))
+            self.assertEqual(len(lines), told, lines)
+            for name, line in zip(names, lines):
+                self.assertTrue(line.startswith(f"{name}={path}: "), line)
 
     def test_an_endpoint_gives_an_instance_a_url_and_credentials_apart(self):
         for url, *expected in (
@@ -2396,8 +2420,8 @@ class AlertmanagerTest(NetworkTest):
         self.assertTrue(head.startswith(post), head)
         self.assertIn(b"Content-Type: application/json\r\n", head)
         (alert,) = json.loads(body)
-        labels = {"a_b": "x", "alertname": "Busy", "engine": "0", "job": "vllm"}
-        labels.update(_0="z", pod="pod-1", severity="critical")
+        labels = {"U__a_2e_b": "x", "alertname": "Busy", "engine": "0", "job": "vllm"}
+        labels.update(U___30_="z", pod="pod-1", severity="critical")
         self.assertEqual(alert["labels"], labels)
         self.assertEqual(alert["annotations"]["value"], "23")
         description = alert["annotations"]["description"]
@@ -2551,6 +2575,18 @@ class AlertmanagerTest(NetworkTest):
         labels = [alert["labels"] for alert in json.loads(self.received[0][1])]
         pods = [(each["pod"], each["exported_pod"]) for each in labels]
         self.assertEqual(pods, [("pod-1", "a"), ("pod-1", "b")])
+
+    def test_names_that_it_would_refuse_stay_apart(self):
+        names = "a.b", "a:b", "a_b", "a-b", "\u00e9", "9", "a__b.c"
+        alerts = [self.alert()._replace(labels=((name, "x"),)) for name in names]
+        self.publish(*alerts)
+        self.notifier.work()
+        labels = [alert["labels"] for alert in json.loads(self.received[0][1])]
+        self.assertEqual(
+            [name for each in labels for name in each if each[name] == "x"],
+            ["U__a_2e_b", "U__a_3a_b", "a_b", "U__a_2d_b", "U___e9_", "U___39_",
+             "U__a____b_2e_c"],
+        )  # fmt: skip
 
     def test_a_bug_does_not_end_its_thread(self):
         class Broken(Notifier):
@@ -2750,6 +2786,7 @@ class ServeTest(NetworkTest):
 
     def test_who_is_refused_and_sends_on_does_not_keep_the_loop(self):
         server = Server(listen("127.0.0.1", 0), self.monitor(self.metrics(page())))
+        self.addCleanup(server.close)
         self.addCleanup(server.serve)
         self.addCleanup(server.stop)
         there, here = socket.socketpair()
@@ -3259,6 +3296,21 @@ class MainTest(NetworkTest):
             time.sleep(0.002)
         self.assertEqual((process.wait(), process.stderr.read()), (0, ""))
 
+    def test_a_signal_is_never_written_to_a_socket_that_is_closed(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        told_to, close = [], Server.close
+
+        def closing(server):
+            told_to.append(signal.set_wakeup_fd(-1))
+            close(server)
+
+        with mock.patch.object(Server, "close", closing), mock.patch.object(
+            Server, "serve", lambda _: None
+        ):
+            self.assertEqual(self.run_main(APP_PORT="0")[0], 0)
+        self.assertEqual(told_to, [-1])
+
     def test_a_log_that_nobody_reads_stops_nothing(self):
         server = self.metrics(page("x 1\n"))
         process = self.launch(METRICS_ENDPOINT=server.url, LOG_LEVEL="debug")
@@ -3472,6 +3524,7 @@ class MainTest(NetworkTest):
             (["/a b"], {}, 1, r"\Z"),
             ([], {"APP_PORT": str(free_port())}, 1, r"\Z"),
             (["/livez"], {"APP_PORT": str(int(port) + 65536)}, 1, r"\Z"),
+            (["/livez"], {"APP_PORT": "http://host:80"}, 1, r"\Z"),
             ([], {"APP_HOST": "1.2.3.4.5"}, 1, r"\Z"),
         ):
             with self.subTest(argv, environ=environ):
@@ -3555,6 +3608,10 @@ class MainTest(NetworkTest):
         code, out, err = self.run_main("--check-config", **MANIFEST)
         self.assertEqual((code, err), (0, ""))
         self.assertIn("AboveThreshold: tgi_queue_size > 10\n", out)
+        gone = {"METRICS_CA_FILE": "/nowhere/ca.pem"}
+        code, _, err = self.run_main("--check-config", **gone)
+        self.assertEqual((code, err.count("\n")), (0, 1))
+        self.assertIn("METRICS_CA_FILE=/nowhere/ca.pem: there is no such file", err)
         self.assertIn("Down: up == 0\n", out)
         rules = "changes(q[2m]) > 0 for 1m30s"
         _, out, _ = self.run_main("--check-config", UNHEALTHY_WHEN=rules)

@@ -232,6 +232,7 @@ class ServerTest(unittest.TestCase):
         monitor.start()
         thread.start()
         self.addCleanup(monitor.stop)
+        self.addCleanup(server.close)
         self.addCleanup(thread.join)
         self.addCleanup(server.stop)
         return port
