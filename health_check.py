@@ -45,12 +45,12 @@ if __name__ == "__main__":
 import base64
 import collections
 import difflib
-import email.utils
 import errno
 import hashlib
 import html
 import http.client
 import http.server
+import io
 import itertools
 import json
 import logging
@@ -280,7 +280,7 @@ class Verdict(NamedTuple):
     rules: tuple[RuleStatus, ...] = ()
     targets: tuple[TargetStatus, ...] = ()
 
-    def failing(self, excluded: Sequence[str] = ()) -> tuple[str, ...]:
+    def failing_rules(self, excluded: Sequence[str] = ()) -> tuple[str, ...]:
         """Return the names of the rules that make it Unhealthy."""
         names = (status.rule.name for status in self.rules if status.failing)
         return tuple(name for name in names if name not in excluded)
@@ -288,7 +288,7 @@ class Verdict(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is Unhealthy, empty if it is Healthy."""
-        return self.fault or ", ".join(self.failing())
+        return self.fault or ", ".join(self.failing_rules())
 
     @property
     def healthy(self) -> bool:
@@ -3151,10 +3151,21 @@ TLS_HANDSHAKE = b"\x16"
 ACCEPTS = 64
 # With 5,000 series an answer would be megabytes, and a few callers hold up the loop.
 MAX_LISTED, MAX_LISTED_TEXT = 20, 16 * 1024
-PATIENCE = 5.0
+CALLER_TIMEOUT = 5.0
 ALLOWED = ("GET", "HEAD")
-WORDS = {"firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass"}
+HEALTH_STATUS = {
+    "firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass"
+}  # fmt: skip
 TEXT = "text/plain; charset=utf-8"
+FIELDS = (
+    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+    ("Connection", "close"),
+)  # fmt: skip
+REFUSALS = {
+    400: "not a request of HTTP/1\n",
+    431: "the head of the request is too large\n",
+    505: "only HTTP/1\n",
+}
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -3175,10 +3186,10 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
     """
     options = urllib.parse.parse_qs(query, keep_blank_values=True) if query else {}
     excluded = options.get("exclude", [])
-    failing = verdict.fault or ", ".join(verdict.failing(excluded))
-    status, word = (503, "Unhealthy") if failing else (200, "Healthy")
+    reason = verdict.fault or ", ".join(verdict.failing_rules(excluded))
+    status, word = (503, "Unhealthy") if reason else (200, "Healthy")
     if options.get("format") == ["json"]:
-        document = json.dumps(_health_json(verdict, failing), indent=1)
+        document = json.dumps(_health_json(verdict, reason), indent=1)
         return Answer(status, document + "\n", "application/health+json")
     if "verbose" not in options:
         return Answer(status, f"{word}\n")
@@ -3186,7 +3197,7 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
     lines = [
         *_verbose_lines(verdict, excluded),
         *(f"warn: no rule {quote(name)} to exclude" for name in unknown),
-        f"{word}: {failing}" if failing else word,
+        f"{word}: {reason}" if reason else word,
     ]
     return Answer(status, "".join(f"{escape_controls(line)}\n" for line in lines))
 
@@ -3209,14 +3220,14 @@ def answer_livez(alive: bool) -> Answer:
 def _verbose_lines(verdict: Verdict, excluded: Sequence[str]) -> Iterator[str]:
     for target in verdict.targets:
         if target.reason:
-            yield f"[-]scrape of {target.instance} {_outcome(target, verdict.time)}"
+            yield f"[-]scrape of {target.instance} {_target_text(target, verdict.time)}"
     for status in verdict.rules:
         sign = "+" if status.rule.name in excluded or not status.failing else "-"
         note = " excluded:" if status.rule.name in excluded else ""
         yield f"[{sign}]{status.rule.name}{note} {describe(status, verdict.time)}"
 
 
-def _outcome(target: TargetStatus, now: float) -> str:
+def _target_text(target: TargetStatus, now: float) -> str:
     if target.reason:
         since = format_duration(int(now - target.since))
         return f"failed for {since}: {target.reason}: {target.message}"
@@ -3224,14 +3235,14 @@ def _outcome(target: TargetStatus, now: float) -> str:
     return f"ok: {size}, {target.seconds:.4f} s"
 
 
-def _health_json(verdict: Verdict, failing: str) -> dict[str, Any]:
+def _health_json(verdict: Verdict, reason: str) -> dict[str, Any]:
     pending = any(status.state == "pending" for status in verdict.rules)
     # A rule's name has no colon, so scrape:targets is none.
     checks = {"scrape:targets": [_target_json(t, verdict) for t in verdict.targets]}
     checks.update({s.rule.name: [_rule_json(s, verdict)] for s in verdict.rules})
     return _present({
-        "status": "fail" if failing else "warn" if pending else "pass",
-        "version": "1", "releaseId": __version__, "output": failing, "checks": checks,
+        "status": "fail" if reason else "warn" if pending else "pass",
+        "version": "1", "releaseId": __version__, "output": reason, "checks": checks,
     })  # fmt: skip
 
 
@@ -3254,7 +3265,7 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
         for a in _listed(status.alerts)
     ]  # fmt: skip
     return _present({
-        "status": WORDS[status.state], "state": status.state,
+        "status": HEALTH_STATUS[status.state], "state": status.state,
         "time": format_time(verdict.wall), "expression": _rule_body(status.rule),
         "matched": status.matched, "observedValue": _json_number(status.value),
         "limit": _json_number(status.limit), "series": series,
@@ -3338,7 +3349,7 @@ def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answ
     sections = [_rule_html(status, verdict.time, trends) for status in verdict.rules]
     for target in verdict.targets:
         state = "fail" if target.reason else "pass"
-        text = _outcome(target, verdict.time)
+        text = _target_text(target, verdict.time)
         sections.append(_section(state, f"scrape of {target.instance}", text))
     body = PAGE.format(
         style=STYLE, title=word, state="pass" if verdict.healthy else "fail",
@@ -3358,7 +3369,7 @@ def _rule_html(
     graph = _graph(tuple(trends.get(status.rule.name, ())), status.limit)
     code = f"<code>{_escape(_rule_body(status.rule))}</code>"
     text = describe(status, now)
-    return _section(WORDS[status.state], status.rule.name, text, graph, code)
+    return _section(HEALTH_STATUS[status.state], status.rule.name, text, graph, code)
 
 
 def _section(state: str, title: str, text: str, graph: str = "", more: str = "") -> str:
@@ -3449,58 +3460,88 @@ PAGE = """<!DOCTYPE html>
 </html>
 """
 _HEAD_END = re.compile(rb"\n\r?\n")
-_REQUEST_LINE = re.compile(r"(\S+) (\S+) HTTP/(\d)\.\d", re.ASCII)
-_FIELDS = re.compile(rf"(?:{FIELD_NAME}:[^\0\r\n]*\r?\n)*\r?\n", re.ASCII)
-_BODY = re.compile(r"(?im)^(transfer-encoding:|content-length:(?![ \t]*0[ \t]*\r?$))")
+_FIELDS = re.compile(rb"(?:%b:[^\0\r\n]*\r?\n)*\r?\n" % FIELD_NAME.encode())
 # The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
 # section 3.2); it matches any text.
 _TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?([^?#]*)\??([^#]*)")
 
 
-class Request(NamedTuple):
-    """The head of a request; ``refusal`` is the answer to one that is not taken."""
+class Request(http.server.BaseHTTPRequestHandler):
+    """A request that http.server reads from memory, and answers there; no socket.
 
-    line: str
-    method: str
-    path: str
-    query: str
-    refusal: Answer | None
+    ``refusal`` is the answer to one that is not taken.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, head: bytes) -> None:
+        # That of the base class would take a socket, and wait for it.
+        self.rfile, self.command = io.BytesIO(head.lstrip(b"\r\n")), ""
+        self.raw_requestline = self.rfile.readline()
+        self.requestline = self.raw_requestline.decode("latin-1").rstrip("\r\n")
+        self.path = self.query = ""
+        self.refusal: Answer | None = None
+        if len(head) > MAX_REQUEST or head.count(b"\n") > MAX_LINES:
+            self.send_error(431)
+        elif not _FIELDS.fullmatch(self.rfile.getvalue(), self.rfile.tell()):
+            self.send_error(400)
+        elif self.parse_request():
+            self._judge()
+        elif not self.refusal:
+            self.send_error(400)
+        # The base class writes no head for an HTTP/0.9.
+        self.request_version = self.protocol_version
+
+    def _judge(self) -> None:
+        length = self.headers.get("Content-Length", "0").strip()
+        self.path, self.query = next(_TARGET.finditer(self.path)).groups()
+        if not self.request_version.startswith("HTTP/1."):
+            self.send_error(400)
+        elif self.command not in ALLOWED:
+            allow = (("Allow", ", ".join(ALLOWED)),)
+            text = f"only {' and '.join(ALLOWED)}\n"
+            self.refusal = Answer(405, text, TEXT, allow)
+        elif length != "0" or "Transfer-Encoding" in self.headers:
+            self.refusal = Answer(400, "a request has no body here\n")
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """Note why it is not taken: the base class would send a page of HTML."""
+        self.refusal = Answer(code, REFUSALS[code])
+
+    def handle_expect_100(self) -> bool:
+        """Say nothing: the answer follows at once."""
+        return True
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Say nothing: the log has the answer."""
+
+    def version_string(self) -> str:
+        """Return the name of this program."""
+        return AGENT
+
+    def respond(self, answer: Answer) -> bytes:
+        """Return the whole response; the connection ends with it."""
+        body = answer.body.encode(errors="backslashreplace")
+        self.wfile = io.BytesIO()
+        self.send_response(answer.status)
+        for name, value in (
+            ("Content-Type", answer.content_type), ("Content-Length", str(len(body))),
+            *FIELDS, *answer.headers,
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        return self.wfile.getvalue()
 
 
+# A probe sends an equal head each time, and the parse takes longer than the answer.
+@lru_cache(maxsize=16)
 def parse_request(head: bytes) -> Request:
     """Return the request of a head, all of it or too much of it (RFC 9112)."""
-    line, _, fields = head.decode("latin-1").lstrip("\r\n").partition("\n")
-    line = line.rstrip("\r")
-    match = _REQUEST_LINE.fullmatch(line)
-    method, target, version = match.groups() if match else ("", "", "")
-    path, query = next(_TARGET.finditer(target)).groups()
-    refusal: Answer | None = None
-    if len(head) > MAX_REQUEST or head.count(b"\n") > MAX_LINES:
-        refusal = Answer(431, "the head of the request is too large\n")
-    elif not match or not _FIELDS.fullmatch(fields):
-        refusal = Answer(400, "not a request of HTTP/1\n")
-    elif version != "1":
-        refusal = Answer(505, "only HTTP/1\n")
-    elif method not in ALLOWED:
-        allow = (("Allow", ", ".join(ALLOWED)),)
-        refusal = Answer(405, f"only {' and '.join(ALLOWED)}\n", TEXT, allow)
-    elif _BODY.search(fields):
-        refusal = Answer(400, "a request has no body here\n")
-    return Request(line, method, path, query, refusal)
-
-
-def format_response(answer: Answer, method: str) -> bytes:
-    """Return the whole response to a request; the connection ends with it."""
-    body = answer.body.encode(errors="backslashreplace")
-    fields = (
-        ("Server", AGENT), ("Date", email.utils.formatdate(usegmt=True)),
-        ("Content-Type", answer.content_type), ("Content-Length", str(len(body))),
-        ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-        ("Connection", "close"), *answer.headers,
-    )  # fmt: skip
-    status = f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}\r\n"
-    head = status + "".join(f"{name}: {value}\r\n" for name, value in fields)
-    return f"{head}\r\n".encode() + (b"" if method == "HEAD" else body)
+    return Request(head)
 
 
 class Phase(NamedTuple):
@@ -3526,11 +3567,21 @@ class Connection:
         self.phase: Phase | None = None
 
 
+# The loop is a selector's own: asyncio costs 22 ms at each start and 1.8 MB, and with a
+# thread for each caller the slow ones would keep the probes out.
 class Server:
     """Answers all callers from one loop; a slow one costs a buffer, never a thread.
 
-    A conversation is a generator that yields what it waits for.  All that wait for the
-    same have the same patience, so each dict of them is in order of deadline.
+    A conversation is a generator, and goes on where it stopped each time that what it
+    waits for is there.  It yields READ until a whole head is there; PARK if the answer
+    needs a new verdict, which each check that ends may be; WRITE while the caller's
+    socket is full; and it ends when all is sent, or the caller has hung up.  The socket
+    is closed then, whatever the end was.
+
+    At a yield it may be thrown TimeoutError, as the deadline of its phase has passed:
+    in PARK the answer is made of that, elsewhere it is the end.  GeneratorExit, as the
+    loop ends or another caller needs the room, is the end everywhere.  All that wait
+    in a phase wait equally long, so each dict of them is in order of deadline.
     """
 
     def __init__(
@@ -3557,7 +3608,7 @@ class Server:
             sock.setblocking(False)
         monitor.on_publish = self._published
 
-    def serve(self) -> None:
+    def run(self) -> None:
         """Answer until stop() is called."""
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._woken, selectors.EVENT_READ, self._wake_up)
@@ -3574,7 +3625,7 @@ class Server:
         self._selector.close()
 
     def stop(self) -> None:
-        """Make serve() return; safe in a signal handler and in any thread."""
+        """Make run() return; safe in a signal handler and in any thread."""
         self._stopping = True
         self._wake()
 
@@ -3660,15 +3711,15 @@ class Server:
     def _wait(self, connection: Connection, phase: Phase) -> None:
         if phase is connection.phase:
             return
-        self._forget(connection)
+        self._leave(connection)
         if phase.events:
             then = partial(self._step, connection)
             self._selector.register(connection.sock, phase.events, then)
-        patience = self._monitor.patience if phase is PARK else PATIENCE
-        self._waiting[phase][connection] = time.monotonic() + patience
+        timeout = self._monitor.patience if phase is PARK else CALLER_TIMEOUT
+        self._waiting[phase][connection] = time.monotonic() + timeout
         connection.phase = phase
 
-    def _forget(self, connection: Connection) -> None:
+    def _leave(self, connection: Connection) -> None:
         phase, connection.phase = connection.phase, None
         if phase:
             del self._waiting[phase][connection]
@@ -3676,7 +3727,7 @@ class Server:
             self._selector.unregister(connection.sock)
 
     def _close(self, connection: Connection) -> None:
-        self._forget(connection)
+        self._leave(connection)
         connection.steps.close()
         connection.sock.close()
 
@@ -3686,8 +3737,8 @@ class Server:
         answer = request.refusal or (yield from self._answer(request))
         path = request.path if request.path in self._routes else "other"
         self._requests[path, str(answer.status)] += 1
-        LOG.debug("%s: %s %s", client, request.line, answer.status)
-        output = memoryview(format_response(answer, request.method))
+        LOG.debug("%s: %s %s", client, request.requestline, answer.status)
+        output = memoryview(request.respond(answer))
         while output:
             sent = yield from _when(WRITE, sock.send, output)
             output = output[sent:]
@@ -3875,7 +3926,7 @@ def serve(config: Config) -> int:
     for thread in threads:
         thread.start()
     _log_start(config, port)
-    server.serve()
+    server.run()
     signal.set_wakeup_fd(-1)
     server.close()
     # Python restores what a signal does by default as it ends.
@@ -3977,7 +4028,7 @@ def _ask_running(environ: Mapping[str, str], path: str) -> tuple[int, str]:
             port = "8081" if not port or is_service_link(port) else str(_port(port))
             url = f"http://{host}:{port}{_with_reason(path)}"
             request = urllib.request.Request(url)
-            with send(request, time.monotonic() + PATIENCE) as response:
+            with send(request, time.monotonic() + CALLER_TIMEOUT) as response:
                 answer = response.read(RECEIVE_BUFFER).decode(errors="replace")
         return response.status, answer
     except ScrapeError as error:

@@ -9,6 +9,7 @@ import difflib
 import doctest
 import fcntl
 import gc
+import http.server
 import io
 import itertools
 import json
@@ -332,7 +333,7 @@ class NetworkTest(unittest.TestCase):
         listener = listener or listen("127.0.0.1", 0)
         port = listener.getsockname()[1]
         server = Server(listener, monitor)
-        thread = threading.Thread(target=server.serve)
+        thread = threading.Thread(target=server.run)
         thread.start()
         self.addCleanup(server.close)
         self.addCleanup(thread.join)
@@ -2029,7 +2030,7 @@ class MonitorTest(NetworkTest):
         )
         # No worker is there, as if name lookup hung.
         self.assertEqual(monitor.check().reason, "never scraped")
-        self.assertEqual(monitor.verdict.failing(), ("T",))
+        self.assertEqual(monitor.verdict.failing_rules(), ("T",))
 
     def test_a_new_outcome_of_a_scrape_never_spoils_the_metrics(self):
         class Changing(dict):
@@ -2787,7 +2788,7 @@ class ServeTest(NetworkTest):
     def test_who_is_refused_and_sends_on_does_not_keep_the_loop(self):
         server = Server(listen("127.0.0.1", 0), self.monitor(self.metrics(page())))
         self.addCleanup(server.close)
-        self.addCleanup(server.serve)
+        self.addCleanup(server.run)
         self.addCleanup(server.stop)
         there, here = socket.socketpair()
         with there, here:
@@ -2816,6 +2817,22 @@ class ServeTest(NetworkTest):
         request = health_check.parse_request(head)
         self.assertEqual((request.path, request.refusal), ("", None))
         self.assertLess(tracemalloc.get_traced_memory()[1], 200000)
+
+    def test_a_head_is_read_by_http_server_and_an_equal_one_is_read_once(self):
+        parse = health_check.parse_request
+        request = parse(request_for("/health?verbose").encode())
+        self.assertIsInstance(request, http.server.BaseHTTPRequestHandler)
+        self.assertEqual((request.path, request.query), ("/health", "verbose"))
+        self.assertIs(parse(request_for("/health?verbose").encode()), request)
+        self.assertIsNot(parse(request_for("/health").encode()), request)
+        for status, body in (200, "Healthy\n"), (503, "Unhealthy\n"):
+            answer = health_check.Answer(status, body)
+            head, _, sent = request.respond(answer).decode().partition("\r\n\r\n")
+            self.assertTrue(head.startswith(f"HTTP/1.1 {status} "))
+            self.assertEqual(sent, body)
+        heads = [b"GET /%d HTTP/1.1\r\n\r\n" % number for number in range(1000)]
+        self.assertEqual([parse(head).path for head in heads][999], "/999")
+        self.assertLess(parse.cache_info().currsize, 100)
 
     def test_verbose_names_each_rule_and_each_failed_scrape(self):
         good, down = self.metrics(page("q 11\nr 3\n")), f"127.0.0.1:{free_port()}"
@@ -3016,7 +3033,7 @@ class ServeTest(NetworkTest):
 
     def test_a_slow_caller_is_hung_up_on(self):
         port = self.serve(self.running(self.metrics(page())))
-        with mock.patch.object(health_check, "PATIENCE", 0.15):
+        with mock.patch.object(health_check, "CALLER_TIMEOUT", 0.15):
             silent = send(port, "")
             dripping_ = send(port, "GET /health")
             started = time.monotonic()
@@ -3059,7 +3076,7 @@ class ServeTest(NetworkTest):
             return sock
 
         self.assertEqual(receive(lazy()).count(label), 8)
-        with mock.patch.object(health_check, "PATIENCE", 0.15):
+        with mock.patch.object(health_check, "CALLER_TIMEOUT", 0.15):
             sock = lazy()
             given_up = "did not read its answer in time"
             self.assertTrue(
@@ -3549,7 +3566,7 @@ class MainTest(NetworkTest):
         ):
             port = self.metrics(*pieces).instance.partition(":")[2]
             with self.subTest(pieces), mock.patch.object(
-                health_check, "PATIENCE", 0.05
+                health_check, "CALLER_TIMEOUT", 0.05
             ):
                 found = self.run_main("--probe", "/health/R", APP_PORT=port)
                 self.assertEqual(found[0], code)

@@ -228,7 +228,7 @@ class ServerTest(unittest.TestCase):
         listener = hc.listen("127.0.0.1", 0)
         port = int(listener.getsockname()[1])
         server = hc.Server(listener, monitor)
-        thread = threading.Thread(target=server.serve)
+        thread = threading.Thread(target=server.run)
         monitor.start()
         thread.start()
         self.addCleanup(monitor.stop)
