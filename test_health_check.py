@@ -3323,7 +3323,7 @@ class MainTest(NetworkTest):
             close(server)
 
         with mock.patch.object(Server, "close", closing), mock.patch.object(
-            Server, "serve", lambda _: None
+            Server, "run", lambda _: None
         ):
             self.assertEqual(self.run_main(APP_PORT="0")[0], 0)
         self.assertEqual(told_to, [-1])
