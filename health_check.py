@@ -150,7 +150,7 @@ class Points:
         return later
 
 
-History = Dict[str, Dict[Labels, Points]]
+SeriesByName = Dict[str, Dict[Labels, Points]]
 Vector = Dict[Labels, float]
 
 
@@ -1019,7 +1019,7 @@ class Evaluation(NamedTuple):
 
     now: float
     wall: float
-    history: History
+    history: SeriesByName
     selected: dict[Selector, dict[Labels, Points]]
     computed: dict[Operation, Vector]
 
@@ -2503,35 +2503,363 @@ def _unescape(quoted: bytes) -> str:
     return text.decode()
 
 
-# --- 9. Monitor: owns history, rule states, the latest Verdict -----------------------
+# --- 9. Words: Verdict -> text -------------------------------------------------------
 
 LOG = logging.getLogger("health_check")
-POINTS_PER_RANGE, LEAST_POINTS, MAX_POINTS = 512, 32, 2048
-MAX_GAP = 300.0
-TREND = 120
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-GRACE, MAX_LATE, PAUSE = 0.05, 0.25, 1.0
 BUG = "this is a bug in health_check.py: please report it"
+Message = Tuple[int, str, Dict[str, str]]
+"""A line of the log: its level, its text, and its fields for LOG_FORMAT=json."""
+
+
+def log_transitions(before: Verdict, after: Verdict) -> None:
+    """Log what has changed from one verdict to the next."""
+    for level, message, fields in transitions(before, after):
+        log(level, message, **fields)
+    LOG.debug("check %s: %s", after.sequence, after.reason or "Healthy")
+
+
+def log(level: int, message: str, **fields: object) -> None:
+    """Log a message; with LOG_FORMAT=json the fields are keys beside it."""
+    LOG.log(level, "%s", message, extra={"fields": fields})
+
+
+def report(error: Exception) -> str:
+    """Log a bug with its traceback, and return what it is in a line."""
+    LOG.error("%s", BUG, exc_info=error)
+    return redact(f"{type(error).__name__}: {error}")
+
+
+def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
+    """Yield what is worth a log line between two verdicts."""
+    reasons = {target.instance: target.reason for target in before.targets}
+    for target in after.targets:
+        yield from _target_transition(reasons.get(target.instance, ""), target)
+    known = {status.rule.name: status for status in before.rules}
+    for status in after.rules:
+        old = known.get(status.rule.name, RuleStatus(status.rule))
+        if (status.state, status.error) != (old.state, old.error):
+            level = logging.WARNING if status.failing else logging.INFO
+            fields = {"rule": status.rule.name, "state": status.state}
+            yield level, f"{status.rule.name}: {describe(status, after.time)}", fields
+    if (before.healthy, before.sequence > 0) != (after.healthy, True):
+        word = "Healthy" if after.healthy else "Unhealthy"
+        level = logging.INFO if after.healthy else logging.WARNING
+        message = f"{word}: {after.reason}" if after.reason else word
+        yield level, message, {"verdict": word, "reason": after.reason}
+
+
+def _target_transition(before: str, target: TargetStatus) -> Iterator[Message]:
+    fields = {"target": target.instance, "reason": target.reason}
+    if target.reason and target.reason != before:
+        what = f"scrape failed: {target.reason}: {target.message}"
+        yield logging.WARNING, f"{target.instance}: {what}", fields
+    elif before and not target.reason:
+        yield logging.INFO, f"{target.instance}: scraped again", fields
+
+
+def describe(status: RuleStatus, now: float) -> str:
+    """Return the state of a rule in words, with its first series or its worst value.
+
+    >>> describe(RuleStatus(Rule("Full", Number(1)), (), "", 1, 3.0, 10.0), 0.0)
+    'ok: 3 (limit 10)'
+    """
+    if status.state == "error":
+        return f"error: {status.error}"
+    if status.state == "inactive":
+        if status.matched and status.value is not None and status.limit is not None:
+            value, limit = format_float(status.value), format_float(status.limit)
+            return f"ok: {value} (limit {limit})"
+        return "ok" if status.matched else "ok (no series)"
+    first, *others = [a for a in status.alerts if a.state == status.state]
+    more = f" and {len(others)} more" if others else ""
+    series = f"{shorten(format_series(first.labels))} {format_float(first.value)}{more}"
+    return f"{status.state} for {format_duration(int(now - first.began))}: {series}"
+
+
+def selectors_to_find(rules: Iterable[Rule]) -> list[tuple[str, Selector]]:
+    """Return the selectors of users' rules that should find series, with their rules.
+
+    That nothing is there is what ``absent`` asks for.
+    """
+    return [
+        (rule.name, selector)
+        for rule in rules if not rule.builtin
+        for selector in find_selectors(rule.expr, ("absent", "absent_over_time"))
+        if selector.name not in SYNTHETIC
+    ]  # fmt: skip
+
+
+def missing(
+    wanted: Iterable[tuple[str, Selector]], names: Iterable[str], evaluation: Evaluation
+) -> Iterator[Message]:
+    """Yield a warning for each selector of a rule that no series matches.
+
+    ``names`` are the metrics that are there: the nearest is a hint.
+    """
+    for rule_name, selector in wanted:
+        if not select(selector, evaluation):
+            near = nearest_name(selector.name, names)
+            hint = f"; {near} is" if near else ""
+            text = format_expression(selector)
+            message = f"{rule_name}: no series of {text} is there{hint}"
+            yield logging.WARNING, message, {"rule": rule_name, "selector": text}
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """Return the name that is most like another, empty if none is.
+
+    >>> nearest_name("vllm:num_request_waiting", ["up", "vllm:num_requests_waiting"])
+    'vllm:num_requests_waiting'
+    """
+
+    def common(other: str) -> int:
+        return common_prefix(name, other) + common_prefix(name[::-1], other[::-1])
+
+    # With thousands of names made to be alike, difflib would take seconds.
+    likely = sorted(names, key=common, reverse=True)[:50]
+    return next(iter(difflib.get_close_matches(name, likely, 1)), "")
+
+
+# --- 10. History: samples of each check -> what expressions are evaluated against ----
+
+POINTS_PER_RANGE, LEAST_POINTS, MAX_POINTS = 512, 32, 2048
+
+
+class History:
+    """Remembers the series that selectors ask for, as far back as they ask.
+
+    It has no thread, lock, clock or network: whoever checks calls it, and no other
+    thread may touch it meanwhile.  Times are monotonic seconds, never less than before.
+    """
+
+    def __init__(self, selectors: Iterable[Selector], targets: int = 1) -> None:
+        # The longest window of a name comes last, and stays.
+        ordered = sorted(selectors, key=lambda selector: selector.window)
+        self._windows = {selector.name: selector.window for selector in ordered}
+        self._spacing = {
+            selector.name: _spacing(selector.window, self._windows[selector.name])
+            for selector in reversed(ordered) if selector.window
+        }  # fmt: skip
+        self._series: SeriesByName = {}
+        self._most_series = 2 * targets * MAX_SERIES + 100
+        self._most_text = 2 * targets * MAX_SERIES_TEXT
+
+    def has_room(self, samples: Iterable[Labels]) -> bool:
+        """Tell whether these series may be remembered beside those that are."""
+        # Those that are remembered already take no more room.
+        named = ((dict(labels)["__name__"], labels) for labels in samples)
+        new = [s for name, s in named if s not in self._series.get(name, {})]
+        if not new:
+            return True
+        held = [*new, *itertools.chain.from_iterable(self._series.values())]
+        size = sum(len(value) for labels in held for _, value in labels)
+        return len(held) <= self._most_series and size <= self._most_text
+
+    def record(self, samples: Mapping[Labels, float], now: float) -> None:
+        """Remember the value that each of these series has now."""
+        for labels, value in samples.items():
+            self._remember(labels, value, now)
+
+    def forget(self, now: float) -> None:
+        """Forget what no range reaches any more."""
+        for name, series in self._series.items():
+            start = now - self._windows.get(name, 0.0)
+            for labels, points in list(series.items()):
+                if points.times[-1] > start:
+                    series[labels] = points.after(start)
+                elif points.times[-1] < now:
+                    del series[labels]
+
+    def evaluation(self, now: float, wall: float) -> Evaluation:
+        """Return what expressions are evaluated against, as of the latest record."""
+        return Evaluation(now, wall, self._series, {}, {})
+
+    def _remember(self, labels: Labels, value: float, now: float) -> None:
+        name = dict(labels)["__name__"]
+        window = self._windows.get(name, 0.0)
+        points = self._series.setdefault(name, {}).setdefault(labels, Points())
+        if not window and points.times:
+            points.pop()
+        elif len(points.times) > 1:
+            (one, other), (start, end) = points.values[-2:], points.times[-2:]
+            # Of a storm of checks only the newest and well spaced older ones are kept;
+            # what is no peak and no reset tells nothing that its neighbours do not.
+            between = min(one, value) <= other <= max(one, value)
+            if end - start < (self._spacing[name] if between else window / MAX_POINTS):
+                points.pop()
+        points.add(now, value)
+
+
+def _spacing(shortest: float, longest: float) -> float:
+    # A short range beside a long one of the same metric needs points of its own.
+    wanted = min(longest / POINTS_PER_RANGE, shortest / LEAST_POINTS)
+    return max(wanted, longest / MAX_POINTS)
+
+
+# --- 11. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
+
+GRACE = 0.05
+
+
+class Scrape(NamedTuple):
+    """How a scrape went, the target's own labels, and what was read if it succeeded."""
+
+    status: TargetStatus
+    labels: Labels
+    reading: Reading | None = None
+
+    @property
+    def samples(self) -> dict[Labels, float]:
+        """The wanted samples of the target."""
+        return self.reading.samples if self.reading else {}
+
+    def failed(self, reason: str, message: str) -> Scrape:
+        """Return the same scrape as one that has failed."""
+        status = self.status._replace(reason=reason, message=message)
+        return self._replace(status=status, reading=None)
+
+    def synthetic(self) -> dict[Labels, float]:
+        """Return the samples that Prometheus adds to a scrape, and why it failed."""
+        status = self.status
+        added: list[tuple[Labels, float]] = [
+            ((("__name__", "up"),), float(not status.reason)),
+            ((("__name__", "scrape_duration_seconds"),), status.seconds),
+            ((("__name__", "scrape_body_size_bytes"),), float(status.size)),
+        ]
+        if status.reason:
+            error = ("__name__", "scrape_error"), ("reason", status.reason)
+            added.append((error, 1.0))
+        return {tuple(sorted((*own, *self.labels))): value for own, value in added}
 
 
 class Job(NamedTuple):
-    """The order to scrape all targets for a check, until a monotonic deadline."""
+    """The order to scrape all targets once, until a monotonic deadline."""
 
     sequence: int
     deadline: float
     list_names: bool
 
 
-Outcome = Tuple[TargetStatus, Optional[Reading]]
-Rows = Iterable[Tuple[Mapping[str, str], float]]
+class Scraper:
+    """Scrapes all targets at once, a worker thread for each, under one deadline.
+
+    One thread at a time calls ``scrape``.  The lock guards the job, its scrapes and
+    whether to stop: ``_ordered`` tells the workers of a new job, ``_finished`` tells
+    the caller of a scrape.  A worker that is late for its job is waited for no longer,
+    and takes the newest one when it comes back.
+    """
+
+    def __init__(self, config: Config, names: Iterable[str]) -> None:
+        self._config, self._targets = config, config.metrics_endpoint
+        self._names = frozenset(names)
+        lock = threading.Lock()
+        self._ordered = threading.Condition(lock)
+        self._finished = threading.Condition(lock)
+        self._job = Job(0, 0.0, False)
+        self._scrapes: dict[int, Scrape] = {}
+        self._stopped = False
+
+    def start(self) -> None:
+        """Start the workers."""
+        for index, target in enumerate(self._targets):
+            work, name = partial(self._work, index), f"scrape {target.instance}"
+            threading.Thread(target=work, name=name, daemon=True).start()
+
+    def stop(self) -> None:
+        """Ask the workers to end; a scrape that hangs ends with the process."""
+        with self._ordered:
+            self._stopped = True
+            self._ordered.notify_all()
+
+    def scrape(self, *, list_names: bool = False) -> list[Scrape]:
+        """Scrape each target, and return what is known of each at the deadline.
+
+        ``list_names`` asks for the names of all metrics too.
+        """
+        timeout = self._config.metrics_timeout
+        deadline = time.monotonic() + timeout
+        with self._finished:
+            sequence, self._scrapes = self._job.sequence + 1, {}
+            self._job = Job(sequence, deadline, list_names)
+            self._ordered.notify_all()
+            # A worker that keeps the deadline says more than that it passed.
+            self._finished.wait_for(
+                lambda: len(self._scrapes) == len(self._targets), timeout + GRACE
+            )
+            scrapes = dict(self._scrapes)
+        late = f"no answer within {format_duration(timeout)}"
+        return [
+            scrapes.get(index) or self._blank(index, timeout).failed("timeout", late)
+            for index in range(len(self._targets))
+        ]
+
+    def _blank(self, index: int, seconds: float = 0.0) -> Scrape:
+        instance = self._targets[index].instance
+        labels = (("instance", instance), *self._config.target_labels)
+        return Scrape(TargetStatus(instance, seconds=seconds), labels)
+
+    def _work(self, index: int) -> None:
+        config, blank = self._config, self._blank(index)
+        credentials = Credentials(
+            config.metrics_bearer_token_file, config.metrics_ca_file,
+            config.metrics_cert_file, config.metrics_key_file,
+            config.metrics_tls_skip_verify,
+        )
+        fetch = partial(_fetch, self._targets[index], credentials)
+        format = format_for(self._names, blank.labels)
+        known: dict[bytes, Labels] = {}
+        job = self._next_job(0)
+        while job:
+            started, scrape = time.monotonic(), blank
+            try:
+                reading = fetch(format, known, job)
+                known, count = reading.series, len(reading.samples)
+                status = scrape.status._replace(size=reading.size, series=count)
+                scrape = scrape._replace(status=status, reading=reading)
+            except ScrapeError as error:
+                scrape = scrape.failed(error.reason, str(error))
+            except Exception as error:
+                scrape = scrape.failed("bug", report(error))
+            self._finish(index, job, scrape, time.monotonic() - started)
+            job = self._next_job(job.sequence)
+
+    def _finish(self, index: int, job: Job, scrape: Scrape, seconds: float) -> None:
+        status = scrape.status._replace(seconds=seconds)
+        with self._finished:
+            if job is self._job:
+                self._scrapes[index] = scrape._replace(status=status)
+                self._finished.notify()
+
+    def _next_job(self, done: int) -> Job | None:
+        with self._ordered:
+            self._ordered.wait_for(lambda: self._stopped or self._job.sequence > done)
+            return None if self._stopped else self._job
+
+
+def _fetch(
+    target: Target, credentials: Credentials, format: Format,
+    known: dict[bytes, Labels], job: Job,
+) -> Reading:  # fmt: skip
+    with open_stream(target, job.deadline, credentials) as stream:
+        return read_samples(stream, format, known, job.list_names)
+
+
+# --- 12. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
+
+MAX_GAP = 300.0
+TREND = 120
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+MAX_LATE, PAUSE = 0.25, 1.0
 
 
 class Monitor:
     """Checks on demand or on a schedule, and publishes a Verdict each time.
 
-    One thread records, evaluates and publishes; one worker for each target scrapes.
-    Under one lock, ``_ordered`` tells the workers of a new job, and ``_news`` tells the
-    thread of a request or an outcome.
+    Its thread alone, or whoever calls ``check`` instead of starting it, touches the
+    history, the rules' statuses and the counts.  The lock guards which verdict is asked
+    for and whether to stop.  ``verdict`` is replaced as a whole: any thread may read
+    it.  ``listeners`` are called in order, by the thread that checks, with the verdict
+    before and the new one.
     """
 
     def __init__(
@@ -2540,56 +2868,36 @@ class Monitor:
     ) -> None:
         self.config, self._clock, self._wall = config, clock, wall
         self.verdict = Verdict(0, "never scraped", clock(), wall())
-        self.on_publish: Callable[[], object] = lambda: None
-        self.patience = config.metrics_timeout + 2 * GRACE
+        self.listeners: list[Callable[[Verdict, Verdict], object]] = []
+        # How long a request waits at most for the check that it asked for.
+        self.verdict_timeout = config.metrics_timeout + 2 * GRACE
+        self._news = threading.Condition()
+        self._asked, self._stopped = -1, False
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+        wanted = [s for rule in config.rules for s in find_selectors(rule.expr)]
+        self.scraper = Scraper(config, (selector.name for selector in wanted))
+        self.history = History(wanted, len(config.metrics_endpoint))
+        self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
+        self._scraped = False
+        self._unseen = selectors_to_find(config.rules)
+        self._reserved: set[str] = set()
+        self.scrapes: Counter[tuple[str, str]] = collections.Counter()
+        self.durations, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
         self.trends: dict[str, collections.deque[float]] = {
             rule.name: collections.deque(maxlen=TREND) for rule in config.rules
         }
-        lock = threading.Lock()
-        self._ordered, self._news = threading.Condition(lock), threading.Condition(lock)
-        self._job = Job(0, 0.0, False)
-        self._outcomes: dict[int, Outcome] = {}
-        self._asked, self._stopped = -1, False
-        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        selectors = [s for rule in config.rules for s in find_selectors(rule.expr)]
-        # The longest window of a name comes last, and stays.
-        selectors.sort(key=lambda selector: selector.window)
-        self._windows = {selector.name: selector.window for selector in selectors}
-        self._spacing = {
-            selector.name: _spacing(selector.window, self._windows[selector.name])
-            for selector in reversed(selectors) if selector.window
-        }  # fmt: skip
-        self._history: History = {}
-        self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
-        self._scraped = False
-        self._unseen = [
-            (rule.name, selector)
-            for rule in config.rules if not rule.builtin
-            for selector in find_selectors(rule.expr, ("absent", "absent_over_time"))
-            if selector.name not in SYNTHETIC
-        ]
-        self._reserved: set[str] = set()
-        self._scrapes: Counter[tuple[str, str]] = collections.Counter()
-        self._durations, self._seconds = [0] * (len(BUCKETS) + 1), 0.0
 
     def start(self) -> None:
         """Start the workers and the thread that checks."""
-        self.start_workers()
+        self.scraper.start()
         self._thread.start()
 
-    def start_workers(self) -> None:
-        """Start the workers alone, for a caller that calls ``check`` itself."""
-        for index, target in enumerate(self.config.metrics_endpoint):
-            format = format_for(self._windows, self._own_labels(target.instance))
-            work, name = partial(self._work, index, format), f"scrape {target.instance}"
-            threading.Thread(target=work, name=name, daemon=True).start()
-
     def stop(self) -> None:
-        """Ask all threads to end; a scrape that hangs ends with the process."""
+        """Ask all threads to end."""
         with self._news:
             self._stopped = True
-            self._news.notify_all()
-            self._ordered.notify_all()
+            self._news.notify()
+        self.scraper.stop()
 
     def alive(self) -> bool:
         """Tell whether the thread that checks is there."""
@@ -2602,39 +2910,13 @@ class Monitor:
             self._news.notify()
 
     def check(self) -> Verdict:
-        """Scrape all targets, evaluate all rules, publish and return the verdict."""
+        """Scrape all targets, judge all rules, publish the verdict and return it."""
         try:
             verdict = self._judge()
-            self._count(verdict)
-            if threading.current_thread() is self._thread:
-                # Before anybody is answered, so that the log never lags behind.
-                for level, change, fields in transitions(self.verdict, verdict):
-                    log(level, change, **fields)
-                LOG.debug("check %s: %s", verdict.sequence, verdict.reason or "Healthy")
         except Exception as error:
             verdict = self._fault(error)
         self._publish(verdict)
         return verdict
-
-    def instant(self) -> Evaluation:
-        """Return what expressions can be evaluated against, as of the latest check."""
-        return Evaluation(self.verdict.time, self.verdict.wall, self._history, {}, {})
-
-    def families(self) -> Iterator[Family]:
-        """Yield what has been counted of scrapes, as metrics."""
-        # A copy: the thread that checks may count meanwhile.
-        scrapes = dict(self._scrapes).items()
-        yield from _families(
-            ("health_check_scrapes_total", "Scrapes by target and outcome.",
-             [({"target": t, "outcome": o}, count) for (t, o), count in scrapes]),
-        )  # fmt: skip
-        bounds = map(format_float, (*BUCKETS, math.inf))
-        counts = list(itertools.accumulate(self._durations))
-        buckets = [("_bucket", {"le": le}, n) for le, n in zip(bounds, counts)]
-        yield Family(
-            "health_check_scrape_duration_seconds", "histogram", "Time of a scrape.",
-            [*buckets, ("_sum", {}, self._seconds), ("_count", {}, counts[-1])],
-        )
 
     def _run(self) -> None:
         due = self._clock() if self.config.scrape_interval else math.inf
@@ -2664,269 +2946,116 @@ class Monitor:
         return before._replace(sequence=sequence, fault=fault)
 
     def _publish(self, verdict: Verdict) -> None:
-        self.verdict = verdict
-        try:
-            self.on_publish()
-        except Exception as error:
-            report(error)
-
-    def _scrape(self) -> Sequence[Outcome]:
-        timeout, targets = self.config.metrics_timeout, self.config.metrics_endpoint
-        deadline = time.monotonic() + timeout
-        with self._news:
-            sequence, self._outcomes = self._job.sequence + 1, {}
-            self._job = Job(sequence, deadline, bool(self._unseen))
-            self._ordered.notify_all()
-            # A worker that keeps the deadline says more than that it passed.
-            self._news.wait_for(
-                lambda: len(self._outcomes) == len(targets), timeout + GRACE
-            )
-            found = dict(self._outcomes)
-        late = "timeout", f"no answer within {format_duration(timeout)}", timeout
-        return [
-            found.get(index, (TargetStatus(target.instance, *late), None))
-            for index, target in enumerate(targets)
-        ]
-
-    def _work(self, index: int, format: Format) -> None:
-        config, target = self.config, self.config.metrics_endpoint[index]
-        credentials = Credentials(
-            config.metrics_bearer_token_file, config.metrics_ca_file,
-            config.metrics_cert_file, config.metrics_key_file,
-            config.metrics_tls_skip_verify,
-        )
-        known: dict[bytes, Labels] = {}
-        job = self._next_job(0)
-        while job:
-            started, status = time.monotonic(), TargetStatus(target.instance)
-            reading = None
-            try:
-                with open_stream(target, job.deadline, credentials) as stream:
-                    reading = read_samples(stream, format, known, job.list_names)
-                known, count = reading.series, len(reading.samples)
-                status = status._replace(size=reading.size, series=count)
-            except ScrapeError as error:
-                status = status._replace(reason=error.reason, message=str(error))
-            except Exception as error:
-                status = status._replace(reason="bug", message=report(error))
-            status = status._replace(seconds=time.monotonic() - started)
-            with self._news:
-                if job is self._job:
-                    self._outcomes[index] = status, reading
-                    self._news.notify()
-            job = self._next_job(job.sequence)
-
-    def _next_job(self, done: int) -> Job | None:
-        with self._ordered:
-            self._ordered.wait_for(lambda: self._stopped or self._job.sequence > done)
-            return None if self._stopped else self._job
-
-    def _own_labels(self, instance: str) -> Labels:
-        return (("instance", instance), *self.config.target_labels)
+        before, self.verdict = self.verdict, verdict
+        for listener in self.listeners:
+            _tell(listener, before, verdict)
 
     def _judge(self) -> Verdict:
-        now, wall, begun = self._clock(), self._wall(), time.monotonic()
-        outcomes = self._scrape()
-        if time.monotonic() - begun > self.patience + MAX_LATE:
-            # This process was suspended meanwhile: what it has seen is old.
-            now, wall = self._clock(), self._wall()
-            outcomes = self._scrape()
+        now, wall, scrapes = self._scrape()
         if now - self.verdict.time > MAX_GAP:
             self._statuses = tuple(map(restart_clocks, self._statuses))
-        targets = tuple(self._record(*outcome, now) for outcome in outcomes)
-        self._forget(now)
+        targets = record(scrapes, self.history, now, self.verdict.targets)
         self._scraped = self._scraped or not all(target.reason for target in targets)
-        instant = Evaluation(now, wall, self._history, {}, {})
-        self._statuses = tuple(_judged(status, instant) for status in self._statuses)
-        self._warn([reading for _, reading in outcomes if reading], instant)
+        evaluation = self.history.evaluation(now, wall)
+        self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
+        self._warn(scrapes, evaluation)
         fault = "" if self._scraped else "never scraped"
         sequence = self.verdict.sequence + 1
-        return Verdict(sequence, fault, now, wall, self._statuses, targets)
+        verdict = Verdict(sequence, fault, now, wall, self._statuses, targets)
+        self._count(verdict)
+        return verdict
 
-    def _record(
-        self, status: TargetStatus, reading: Reading | None, now: float
-    ) -> TargetStatus:
-        samples = reading.samples if reading else {}
-        if self._crowded(samples):
-            message = "label values change with each scrape: too many series"
-            status, samples = status._replace(reason="too_large", message=message), {}
-        before = {t.instance: t for t in self.verdict.targets}.get(status.instance)
-        same = before and bool(before.reason) == bool(status.reason)
-        status = status._replace(since=before.since if before and same else now)
-        own = self._own_labels(status.instance)
-        for labels, value in (*_synthetic(status, own), *samples.items()):
-            self._remember(labels, value, now)
-        return status
+    def _scrape(self) -> tuple[float, float, list[Scrape]]:
+        now, wall, begun = self._clock(), self._wall(), time.monotonic()
+        scrapes = self.scraper.scrape(list_names=bool(self._unseen))
+        if time.monotonic() - begun > self.verdict_timeout + MAX_LATE:
+            # This process was suspended meanwhile: what it has seen is old.
+            now, wall = self._clock(), self._wall()
+            scrapes = self.scraper.scrape(list_names=bool(self._unseen))
+        return now, wall, scrapes
 
-    def _crowded(self, samples: Iterable[Labels]) -> bool:
-        # Those that are remembered already take no more room.
-        named = ((dict(labels)["__name__"], labels) for labels in samples)
-        new = [s for name, s in named if s not in self._history.get(name, {})]
-        if not new:
-            return False
-        held = [*new, *itertools.chain.from_iterable(self._history.values())]
-        size = sum(len(value) for labels in held for _, value in labels)
-        most = 2 * len(self.config.metrics_endpoint)
-        return len(held) > most * MAX_SERIES + 100 or size > most * MAX_SERIES_TEXT
-
-    def _remember(self, labels: Labels, value: float, now: float) -> None:
-        name = dict(labels)["__name__"]
-        window = self._windows.get(name, 0.0)
-        points = self._history.setdefault(name, {}).setdefault(labels, Points())
-        if not window and points.times:
-            points.pop()
-        elif len(points.times) > 1:
-            (one, other), (start, end) = points.values[-2:], points.times[-2:]
-            # Of a storm of checks only the newest and well spaced older ones are kept;
-            # what is no peak and no reset tells nothing that its neighbours do not.
-            dull = min(one, value) <= other <= max(one, value)
-            if end - start < (self._spacing[name] if dull else window / MAX_POINTS):
-                points.pop()
-        points.add(now, value)
-
-    def _forget(self, now: float) -> None:
-        for name, series in self._history.items():
-            start = now - self._windows.get(name, 0.0)
-            for labels, points in list(series.items()):
-                if points.times[-1] > start:
-                    series[labels] = points.after(start)
-                elif points.times[-1] < now:
-                    del series[labels]
-
-    def _warn(self, readings: Sequence[Reading], instant: Evaluation) -> None:
+    def _warn(self, scrapes: Sequence[Scrape], evaluation: Evaluation) -> None:
+        readings = [scrape.reading for scrape in scrapes if scrape.reading]
         for name in {n for r in readings for n in r.reserved} - self._reserved:
             self._reserved.add(name)
             text = f"the target serves {name}, which is set here: dropped"
             log(logging.WARNING, text, metric=name)
-        named = sum(bool(reading.names) for reading in readings)
-        if named < len(self.config.metrics_endpoint):
-            return
-        names = {name.decode() for reading in readings for name in reading.names}
-        for rule_name, selector in self._unseen:
-            if not select(selector, instant):
-                near = nearest_name(selector.name, names)
-                hint = f"; {near} is" if near else ""
-                text = format_expression(selector)
-                message = f"{rule_name}: no series of {text} is there{hint}"
-                log(logging.WARNING, message, rule=rule_name, selector=text)
-        self._unseen = []
+        if self._unseen and log_missing(self._unseen, scrapes, evaluation):
+            self._unseen = []
 
     def _count(self, verdict: Verdict) -> None:
         for target in verdict.targets:
-            self._scrapes[target.instance, target.reason or "success"] += 1
-            self._durations[bisect_left(BUCKETS, target.seconds)] += 1
-            self._seconds += target.seconds
+            self.scrapes[target.instance, target.reason or "success"] += 1
+            self.durations[bisect_left(BUCKETS, target.seconds)] += 1
+            self.seconds += target.seconds
         for status in verdict.rules:
             missing = float(len(status.alerts)) if status.limit is None else math.nan
             value = missing if status.value is None else status.value
             self.trends[status.rule.name].append(value)
 
 
-def _spacing(shortest: float, longest: float) -> float:
-    # A short range beside a long one of the same metric needs points of its own.
-    wanted = min(longest / POINTS_PER_RANGE, shortest / LEAST_POINTS)
-    return max(wanted, longest / MAX_POINTS)
+def record(
+    scrapes: Iterable[Scrape], history: History, now: float,
+    before: Iterable[TargetStatus] = (),
+) -> tuple[TargetStatus, ...]:
+    """Remember what scrapes found, and what they add; return how each one went.
 
-
-def nearest_name(name: str, names: Iterable[str]) -> str:
-    """Return the name that is most like another, empty if none is.
-
-    >>> nearest_name("vllm:num_request_waiting", ["up", "vllm:num_requests_waiting"])
-    'vllm:num_requests_waiting'
+    A scrape for whose series there is no room has failed.  ``before`` is how those of
+    the check before went, for the time since when that has been so.
     """
-
-    def common(other: str) -> int:
-        return common_prefix(name, other) + common_prefix(name[::-1], other[::-1])
-
-    # With thousands of names made to be alike, difflib would take seconds.
-    likely = sorted(names, key=common, reverse=True)[:50]
-    return next(iter(difflib.get_close_matches(name, likely, 1)), "")
-
-
-def _families(*rows: tuple[str, str, Rows]) -> Iterator[Family]:
-    for name, text, values in rows:
-        kind = "counter" if name.endswith("_total") else "gauge"
-        yield Family(name, kind, text, [("", labels, v) for labels, v in values])
+    known, statuses = {target.instance: target for target in before}, []
+    for scrape in scrapes:
+        status = _record(scrape, history, now)
+        old = known.get(status.instance)
+        same = old and bool(old.reason) == bool(status.reason)
+        statuses.append(status._replace(since=old.since if old and same else now))
+    history.forget(now)
+    return tuple(statuses)
 
 
-def log(level: int, message: str, **fields: object) -> None:
-    """Log a message; with LOG_FORMAT=json the fields are keys beside it."""
-    LOG.log(level, "%s", message, extra={"fields": fields})
+def _record(scrape: Scrape, history: History, now: float) -> TargetStatus:
+    if not history.has_room(scrape.samples):
+        message = "label values change with each scrape: too many series"
+        scrape = scrape.failed("too_large", message)
+    history.record({**scrape.synthetic(), **scrape.samples}, now)
+    return scrape.status
 
 
-def report(error: Exception) -> str:
-    """Log a bug with its traceback, and return what it is in a line."""
-    LOG.error("%s", BUG, exc_info=error)
-    return redact(f"{type(error).__name__}: {error}")
+def log_missing(
+    wanted: Iterable[tuple[str, Selector]], scrapes: Iterable[Scrape],
+    evaluation: Evaluation,
+) -> bool:  # fmt: skip
+    """Warn of selectors that find nothing, once each target has shown what it has.
 
-
-def transitions(
-    before: Verdict, after: Verdict
-) -> Iterator[tuple[int, str, dict[str, str]]]:
-    """Yield what is worth a log line between two verdicts: level, message, fields."""
-    reasons = {target.instance: target.reason for target in before.targets}
-    for target in after.targets:
-        reason = reasons.get(target.instance, "")
-        fields = {"target": target.instance, "reason": target.reason}
-        if target.reason and target.reason != reason:
-            what = f"scrape failed: {target.reason}: {target.message}"
-            yield logging.WARNING, f"{target.instance}: {what}", fields
-        elif reason and not target.reason:
-            yield logging.INFO, f"{target.instance}: scraped again", fields
-    known = {status.rule.name: status for status in before.rules}
-    for status in after.rules:
-        old = known.get(status.rule.name, RuleStatus(status.rule))
-        if (status.state, status.error) != (old.state, old.error):
-            level = logging.WARNING if status.failing else logging.INFO
-            fields = {"rule": status.rule.name, "state": status.state}
-            yield level, f"{status.rule.name}: {describe(status, after.time)}", fields
-    if (before.healthy, before.sequence > 0) != (after.healthy, True):
-        word = "Healthy" if after.healthy else "Unhealthy"
-        level = logging.INFO if after.healthy else logging.WARNING
-        message = f"{word}: {after.reason}" if after.reason else word
-        yield level, message, {"verdict": word, "reason": after.reason}
-
-
-def describe(status: RuleStatus, now: float) -> str:
-    """Return the state of a rule in words, with its first series or its worst value.
-
-    >>> describe(RuleStatus(Rule("Full", Number(1)), (), "", 1, 3.0, 10.0), 0.0)
-    'ok: 3 (limit 10)'
+    Returns whether each has.
     """
-    if status.state == "error":
-        return f"error: {status.error}"
-    if status.state == "inactive":
-        if status.matched and status.value is not None and status.limit is not None:
-            value, limit = format_float(status.value), format_float(status.limit)
-            return f"ok: {value} (limit {limit})"
-        return "ok" if status.matched else "ok (no series)"
-    first, *others = [a for a in status.alerts if a.state == status.state]
-    more = f" and {len(others)} more" if others else ""
-    series = f"{shorten(format_series(first.labels))} {format_float(first.value)}{more}"
-    return f"{status.state} for {format_duration(int(now - first.began))}: {series}"
+    readings = [scrape.reading for scrape in scrapes]
+    names = [reading.names if reading else set() for reading in readings]
+    if not all(names):
+        return False
+    known = {name.decode() for name in set().union(*names)}
+    for level, text, fields in missing(wanted, known, evaluation):
+        log(level, text, **fields)
+    return True
 
 
-def _judged(status: RuleStatus, instant: Evaluation) -> RuleStatus:
+def _tell(
+    listener: Callable[[Verdict, Verdict], object], before: Verdict, verdict: Verdict
+) -> None:
     try:
-        return judge(status, instant)
+        listener(before, verdict)
+    except Exception as error:
+        report(error)
+
+
+def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
+    try:
+        return judge(status, evaluation)
     except Exception as error:
         return status._replace(error=f"bug: {report(error)}")
 
 
-def _synthetic(status: TargetStatus, own: Labels) -> Iterator[tuple[Labels, float]]:
-    # What Prometheus adds to a scrape, and the reason of a failure.
-    for name, value in (
-        ("up", float(not status.reason)),
-        ("scrape_duration_seconds", status.seconds),
-        ("scrape_body_size_bytes", float(status.size)),
-    ):
-        yield tuple(sorted((("__name__", name), *own))), value
-    if status.reason:
-        error = ("__name__", "scrape_error"), ("reason", status.reason)
-        yield tuple(sorted((*error, *own))), 1.0
-
-
-# --- 10. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
+# --- 13. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
@@ -3142,7 +3271,7 @@ def _annotations(
     return {"summary": summary, "description": description, "value": value}
 
 
-# --- 11. Serve: Verdict -> HTTP ------------------------------------------------------
+# --- 14. Serve: Verdict -> HTTP ------------------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
@@ -3167,6 +3296,9 @@ REFUSALS = {
     505: "only HTTP/1\n",
 }
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+Series = Iterable[Tuple[Mapping[str, str], float]]
 
 
 class Answer(NamedTuple):
@@ -3327,10 +3459,42 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
     )  # fmt: skip
 
 
+def scrape_families(monitor: Monitor) -> Iterator[Family]:
+    """Yield what has been counted of scrapes, as metrics."""
+    # A copy: the thread that checks may count meanwhile.
+    scrapes = dict(monitor.scrapes).items()
+    yield from _families(
+        ("health_check_scrapes_total", "Scrapes by target and outcome.",
+         [({"target": t, "outcome": o}, count) for (t, o), count in scrapes]),
+    )  # fmt: skip
+    bounds = map(format_float, (*BUCKETS, math.inf))
+    counts = list(itertools.accumulate(monitor.durations))
+    buckets = [("_bucket", {"le": le}, n) for le, n in zip(bounds, counts)]
+    yield Family(
+        "health_check_scrape_duration_seconds", "histogram", "Time of a scrape.",
+        [*buckets, ("_sum", {}, monitor.seconds), ("_count", {}, counts[-1])],
+    )
+
+
+def service_families(
+    requests: Mapping[tuple[str, str], int], notifiers: Iterable[Notifier]
+) -> Iterator[Family]:
+    """Yield what has been counted of requests and notifications, as metrics."""
+    told = [({"alertmanager": n.target.url}, n) for n in notifiers]
+    return _families(
+        ("health_check_requests_total", "Requests by path and code.",
+         [({"path": p, "code": c}, count) for (p, c), count in requests.items()]),
+        ("health_check_notifications_sent_total", "Alerts that were taken.",
+         [(label, notifier.sent) for label, notifier in told]),
+        ("health_check_notifications_failed_total", "Alerts that were not.",
+         [(label, notifier.failed) for label, notifier in told]),
+    )  # fmt: skip
+
+
 def process_families() -> Iterator[Family]:
     """Yield what Prometheus' client libraries tell of a process."""
     versions = {"version": __version__, "python": sys.version.split()[0]}
-    resident: Rows = ()
+    resident: Series = ()
     with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         resident = [({}, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))]
     return _families(
@@ -3339,6 +3503,12 @@ def process_families() -> Iterator[Family]:
         ("process_cpu_seconds_total", "CPU time.", [({}, time.process_time())]),
         ("process_resident_memory_bytes", "Resident memory.", resident),
     )
+
+
+def _families(*families: tuple[str, str, Series]) -> Iterator[Family]:
+    for name, text, series in families:
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield Family(name, kind, text, [("", labels, v) for labels, v in series])
 
 
 def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answer:
@@ -3606,7 +3776,7 @@ class Server:
         self._woken, self.waker = socket.socketpair()
         for sock in (listener, self._woken, self.waker):
             sock.setblocking(False)
-        monitor.on_publish = self._published
+        monitor.listeners.append(self._published)
 
     def run(self) -> None:
         """Answer until stop() is called."""
@@ -3629,10 +3799,10 @@ class Server:
         self._stopping = True
         self._wake()
 
-    def _published(self) -> None:
+    def _published(self, _: Verdict, verdict: Verdict) -> None:
         self._wake()
         for notifier in self._notifiers:
-            notifier.publish(self._monitor.verdict)
+            notifier.publish(verdict)
 
     def _wake(self) -> None:
         # If it is full the loop wakes anyway; if it is closed there is no loop.
@@ -3715,7 +3885,8 @@ class Server:
         if phase.events:
             then = partial(self._step, connection)
             self._selector.register(connection.sock, phase.events, then)
-        timeout = self._monitor.patience if phase is PARK else CALLER_TIMEOUT
+        monitor = self._monitor
+        timeout = monitor.verdict_timeout if phase is PARK else CALLER_TIMEOUT
         self._waiting[phase][connection] = time.monotonic() + timeout
         connection.phase = phase
 
@@ -3782,17 +3953,9 @@ class Server:
         return Verdict(0, fault, time.monotonic(), time.time())
 
     def _metrics(self, verdict: Verdict) -> Iterator[Family]:
-        told = [({"alertmanager": n.target.url}, n) for n in self._notifiers]
         yield from verdict_families(verdict)
-        yield from self._monitor.families()
-        yield from _families(
-            ("health_check_requests_total", "Requests by path and code.",
-             [({"path": p, "code": c}, n) for (p, c), n in self._requests.items()]),
-            ("health_check_notifications_sent_total", "Alerts that were taken.",
-             [(label, notifier.sent) for label, notifier in told]),
-            ("health_check_notifications_failed_total", "Alerts that were not.",
-             [(label, notifier.failed) for label, notifier in told]),
-        )  # fmt: skip
+        yield from scrape_families(self._monitor)
+        yield from service_families(self._requests, self._notifiers)
         yield from process_families()
 
 
@@ -3845,7 +4008,7 @@ def listen(host: str, port: int) -> socket.socket:
         return create(("0.0.0.0", port))
 
 
-# --- 12. Main: wiring and signals ----------------------------------------------------
+# --- 15. Main: wiring and signals ----------------------------------------------------
 
 QUERY_PAUSE = 1.0
 # What the first line of the log has in a form of its own.
@@ -3917,6 +4080,7 @@ def serve(config: Config) -> int:
     generator = page_url(config.pod_name, port)
     notifiers = [Notifier(config, to, generator) for to in config.alertmanager_url]
     monitor = Monitor(config)
+    monitor.listeners.append(log_transitions)
     threads: list[Monitor | Notifier] = [monitor, *notifiers]
     server = Server(listener, monitor, notifiers)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -3956,33 +4120,49 @@ def check_once(config: Config) -> int:
     for rule, text in undecided.items():
         print(f"[?]{rule.name} undecided: one check has no {text}")
     decided = [r._replace(hold=0.0) for r in config.rules if r not in undecided]
-    monitor = Monitor(config._replace(rules=tuple(decided)))
-    monitor.start_workers()
-    answer = answer_health(monitor.check(), "verbose")
+    targets, evaluation = _scrape_for(decided, config)
+    rules = tuple(judge(RuleStatus(rule), evaluation) for rule in decided)
+    fault = "never scraped" if all(target.reason for target in targets) else ""
+    verdict = Verdict(1, fault, evaluation.now, evaluation.wall, rules, targets)
+    answer = answer_health(verdict, "verbose")
     print(answer.body, end="")
     return 0 if answer.status == 200 else 1
 
 
 def query(config: Config, expr: Expr) -> int:
     """Print what an expression gives now, as promtool does; 1 if a scrape failed."""
-    asked = Operation("vector", (expr,)) if type_of(expr) == SCALAR else expr
-    monitor = Monitor(config._replace(rules=(Rule("Query", asked),)))
-    monitor.start_workers()
-    verdict = monitor.check()
-    if _range_text(expr):
-        time.sleep(QUERY_PAUSE)
-        verdict = monitor.check()
-    for target in verdict.targets:
-        if target.reason:
-            problem = f"scrape of {target.instance} failed: {target.reason}"
-            print(f"{problem}: {target.message}", file=sys.stderr)
+    again = bool(_range_text(expr))
+    targets, evaluation = _scrape_for([Rule("Query", expr)], config, again=again)
+    failed = [target for target in targets if target.reason]
+    for target in failed:
+        problem = f"scrape of {target.instance} failed: {target.reason}"
+        print(f"{problem}: {target.message}", file=sys.stderr)
     try:
-        for line in _results(expr, monitor.instant()):
+        for line in _results(expr, evaluation):
             print(escape_controls(line))
     except EvaluationError as error:
         print(f"health_check.py: {error}", file=sys.stderr)
         return 1
-    return 1 if verdict.fault or any(t.reason for t in verdict.targets) else 0
+    return 1 if failed else 0
+
+
+def _scrape_for(
+    rules: Sequence[Rule], config: Config, *, again: bool = False
+) -> tuple[tuple[TargetStatus, ...], Evaluation]:
+    """Scrape what rules read, twice if ``again``; return how that went too."""
+    wanted = [selector for rule in rules for selector in find_selectors(rule.expr)]
+    scraper = Scraper(config, (selector.name for selector in wanted))
+    history = History(wanted, len(config.metrics_endpoint))
+    scraper.start()
+    for pause in (0.0, QUERY_PAUSE) if again else (0.0,):
+        time.sleep(pause)
+        now, wall = time.monotonic(), time.time()
+        scrapes = scraper.scrape(list_names=True)
+        targets = record(scrapes, history, now)
+    scraper.stop()
+    evaluation = history.evaluation(now, wall)
+    log_missing(selectors_to_find(rules), scrapes, evaluation)
+    return targets, evaluation
 
 
 def _results(expr: Expr, instant: Evaluation) -> Iterator[str]:

@@ -525,7 +525,7 @@ def watch(sequences: dict[str, Sequence], step: int, seconds: int) -> dict[str, 
     firing: dict[str, Firing] = {name: {} for name in sequences}
     monitor = hc.Monitor(hc.load_config(environ), clock=clock)
     with in_process(pages):
-        monitor.start_workers()
+        monitor.scraper.start()
         for at in range(0, seconds + 1, step):
             clock.now = start + at
             alerts = stalled(monitor.check())
@@ -738,7 +738,7 @@ class StallsOfVLLM(StalledTest):
                 {"METRICS_ENDPOINT": server.url, "METRICS_TIMEOUT": "10"}
             )
             monitor = hc.Monitor(config, clock=clock)
-            monitor.start_workers()
+            monitor.scraper.start()
             self.addCleanup(monitor.stop)
             for at in range(0, 345, step):
                 server.body, clock.now = page(at), Clock.now + at
@@ -1008,14 +1008,14 @@ def storm() -> dict[str, int]:
     unhealthy = most_series = most_points = before = 0
     # A smaller buffer, to spend the time on checks.
     with in_process({"host:1": page}), mock.patch.object(hc, "CHUNK", 4096):
-        monitor.start_workers()
+        monitor.scraper.start()
         for count in range(STORM_CHECKS):
             if count == 1000:
                 before = resident()
             clock.now += 0.05
             unhealthy += not monitor.check().healthy
             if count % 1000 == 999:
-                history = monitor.instant().history
+                history = monitor.history.evaluation(0.0, 0.0).history
                 points = [p for s in history.values() for p in s.values()]
                 most_series = max(most_series, len(points))
                 most_points = max(most_points, *(len(p.times) for p in points))
