@@ -263,6 +263,23 @@ class TargetStatus(NamedTuple):
     size: int = 0
     series: int = 0
     since: float = 0.0
+    samples: int = 0
+
+
+# Why a scrape can have failed, as the label reason of scrape_error has it.
+SCRAPE_REASONS = (
+    "refused", "timeout", "dns", "tls", "reset", "network", "http_status", "redirect",
+    "bad_http", "truncated", "not_metrics", "bad_line", "too_large", "credentials",
+    "bug",
+)  # fmt: skip
+# What a scrape adds, and the labels that it can have beside those of its target.
+SYNTHETIC: Mapping[str, tuple[Labels, ...]] = {
+    "up": ((),),
+    "scrape_error": tuple((("reason", reason),) for reason in SCRAPE_REASONS),
+    "scrape_duration_seconds": ((),),
+    "scrape_body_size_bytes": ((),),
+    "scrape_samples_scraped": ((),),
+}
 
 
 class Verdict(NamedTuple):
@@ -1064,7 +1081,7 @@ def select(selector: Selector, evaluation: Evaluation) -> dict[Labels, Points]:
         evaluation.selected[key] = {
             labels: points
             for labels, points in evaluation.history.get(selector.name, {}).items()
-            if all(_matches(matcher, dict(labels)) for matcher in selector.matchers)
+            if all(matches(matcher, dict(labels)) for matcher in selector.matchers)
         }
     return evaluation.selected[key]
 
@@ -1177,7 +1194,8 @@ def _signature(labels: Labels, grouping: Grouping | None) -> Labels:
     return _filtered(labels, keep, names if keep else (*names, "__name__"))
 
 
-def _matches(matcher: Matcher, labels: Mapping[str, str]) -> bool:
+def matches(matcher: Matcher, labels: Mapping[str, str]) -> bool:
+    """Tell whether the labels of a series meet a condition of a selector."""
     value, wanted = labels.get(matcher.label, ""), matcher.value
     if "~" in matcher.op:
         fits = regex_matches(wanted, value)
@@ -1610,6 +1628,21 @@ MAX_SHOWN = 60
 OWN_PREFIXES = ("METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_")
 GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _GO_PART = re.compile(r"(\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})(ms|us|ns|h|m|s)", re.ASCII)
+# What Prometheus records of itself, which no target serves.
+NEVER_THERE = {
+    "ALERTS": "Prometheus keeps it of its own alerts; write what the alert asks",
+    "ALERTS_FOR_STATE": "Prometheus keeps it of its own alerts; use 'for'",
+    "scrape_samples_post_metric_relabeling":
+        "nothing is relabeled here; use scrape_samples_scraped",
+    "scrape_series_added": "new series are not counted here",
+    "scrape_sample_limit": "the limit is the same for all targets",
+    "scrape_timeout_seconds": "METRICS_TIMEOUT is the same for all targets",
+}  # fmt: skip
+# Which series has a label that is neither the target's nor the server's.
+ADDED_LABELS = {
+    label: name
+    for name, more in SYNTHETIC.items() for labels in more for label, _ in labels
+}  # fmt: skip
 DEFAULT_PORTS = {"http": 80, "https": 443}
 ALERTS_API = "/api/v2/alerts"
 
@@ -1689,7 +1722,7 @@ def load_config(environ: Mapping[str, str]) -> Config:
         warnings.append("APP_PORT is Kubernetes' link to a Service named app: ignored")
         del given["APP_PORT"]
     values, problems = _parsed(given)
-    for check in _threshold_problems, _rule_problems, _scrape_problems:
+    for check in _threshold_problems, _rule_problems, _scrape_problems, _hopeless:
         problems += check(given, values)
     if problems:
         raise ConfigError("\n".join(problems + warnings))
@@ -1706,6 +1739,59 @@ def is_service_link(port: str) -> bool:
     (True, False)
     """
     return port.startswith(("tcp://", "udp://", "sctp://"))
+
+
+def hopeless_selectors(
+    expr: Expr, targets: Iterable[Target], own: Labels
+) -> Iterator[str]:
+    """Yield why a selector of an expression can never find a series.
+
+    What a scrape adds has labels that are known beforehand: ``instance``, those of
+    TARGET_LABELS (``own``) and ``reason``.
+
+    >>> up = parse_expression('up{job="vllm"} == 0')
+    >>> print(*hopeless_selectors(up, [Target("h:80", "")], (("pod", "a"),)))
+    no target can have up{job="vllm"}: set TARGET_LABELS=pod=a,job=vllm
+    """
+    for selector in dict.fromkeys(find_selectors(expr)):
+        text = format_expression(selector)
+        if selector.name in NEVER_THERE:
+            yield f"{text} is never there: {NEVER_THERE[selector.name]}"
+        why = _unmet(selector, targets, own)
+        if why:
+            yield f"no target can have {text}: {why}"
+
+
+def _unmet(selector: Selector, targets: Iterable[Target], own: Labels) -> str:
+    extra = SYNTHETIC.get(selector.name, ())
+    named = itertools.product([("instance", t.instance) for t in targets], extra)
+    possible = [dict((*own, instance, *more)) for instance, more in named]
+    met = [{m for m in selector.matchers if matches(m, series)} for series in possible]
+    if not met or set(selector.matchers) in met:
+        return ""
+    wrong = set(selector.matchers).difference(*met)
+    fixed = [_fixed_label(matcher.label, possible) for matcher in sorted(wrong)]
+    if any(fixed) or not wrong:
+        return next(filter(None, fixed), "no target has all of these labels")
+    return _labels_to_set(sorted(wrong), own)
+
+
+def _fixed_label(label: str, possible: Iterable[Mapping[str, str]]) -> str:
+    there = sorted({series[label] for series in possible if label in series})
+    if label in ADDED_LABELS:
+        values = f"one of {', '.join(there)}" if there else f"of {ADDED_LABELS[label]}"
+        return f"{label} is {values}"
+    setting = "METRICS_ENDPOINT" if label == "instance" else "TARGET_LABELS"
+    return f"{label} is {' or '.join(there)}, by {setting}" if there else ""
+
+
+def _labels_to_set(wrong: Iterable[Matcher], own: Labels) -> str:
+    wanted = dict(own)
+    for label, op, value in wrong:
+        plain = op in ("=", "=~") and re.match(r"[\w.:/-]+\Z", value, re.ASCII)
+        wanted[label] = value if plain else "..."
+    pairs = ",".join(f"{label}={value}" for label, value in wanted.items())
+    return f"set TARGET_LABELS={pairs}"
 
 
 def missing_files(config: Config) -> Iterator[str]:
@@ -1750,6 +1836,18 @@ def _rule_problems(
     names = [rule.name for rule in rules or ()]
     if "METRIC_TO_CHECK" in given and "AboveThreshold" in names:
         yield "UNHEALTHY_WHEN: AboveThreshold is the name of METRIC_TO_CHECK's rule"
+
+
+def _hopeless(given: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
+    targets, own = values.get("metrics_endpoint"), values.get("target_labels")
+    if targets is None or own is None:
+        return
+    rules = values.get("unhealthy_when", ())
+    expressions = [(f"UNHEALTHY_WHEN: {rule.name}", rule.expr) for rule in rules]
+    expressions.append(("METRIC_TO_CHECK", values.get("metric_to_check")))
+    for name, expr in expressions:
+        for problem in hopeless_selectors(expr, targets, own) if expr else ():
+            yield f"{name}: {problem}"
 
 
 def _scrape_problems(
@@ -1860,7 +1958,7 @@ def _alertmanagers(text: str) -> tuple[Target, ...]:
     return tuple(found.values())
 
 
-def _label_pairs(text: str) -> Labels:
+def _label_pairs(taken: Sequence[str], text: str) -> Labels:
     pairs: dict[str, str] = {}
     for item in _items(text):
         name, equals, value = item.partition("=")
@@ -1868,7 +1966,7 @@ def _label_pairs(text: str) -> Labels:
             raise ValueError("expected fixed values: templates are not expanded here")
         if not equals or not re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
             raise ValueError("expected labels as in job=vllm,namespace=prod")
-        if name in pairs or name in ("__name__", "instance"):
+        if name in pairs or name in ("__name__", "instance", *taken):
             raise ValueError(f"the label {name} is set already")
         pairs[name] = value.strip().strip('"')
     return tuple(sorted(pair for pair in pairs.items() if pair[1]))
@@ -1937,7 +2035,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("METRICS_CERT_FILE", str, "", "certificate to show to the metrics server"),
     ("METRICS_KEY_FILE", str, "", "its key, if that is in a file of its own"),
     ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
-    ("TARGET_LABELS", _label_pairs, "",
+    ("TARGET_LABELS", partial(_label_pairs, tuple(ADDED_LABELS)), "",
      "labels for every series, as in job=vllm,namespace=prod"),
     ("METRIC_TO_CHECK", _metric, "",
      "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
@@ -1948,7 +2046,8 @@ SETTINGS = tuple(itertools.starmap(Setting, (
      "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
     ("ALERTMANAGER_URL", _alertmanagers, "",
      "URL of an Alertmanager, or several, each of which gets every alert"),
-    ("ALERT_LABELS", _label_pairs, "", "labels of alerts, as in severity=critical"),
+    ("ALERT_LABELS", partial(_label_pairs, ("alertname",)), "",
+     "labels of alerts, as in severity=critical"),
     ("ALERTMANAGER_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
     ("ALERTMANAGER_CA_FILE", str, "", "certificates to trust for it"),
     ("POD_NAME", str, "", "label pod of alerts; the host name if unset"),
@@ -2264,7 +2363,6 @@ MAX_SERIES, MAX_SERIES_TEXT = 5000, 2 * 1024 * 1024
 # A regex takes up to 160 bytes for each byte of a text in which it repeats a string.
 MAX_LABELS = 32 * 1024
 MAX_NAMES = 2000
-SYNTHETIC = ("up", "scrape_error", "scrape_duration_seconds", "scrape_body_size_bytes")
 
 # None of these can be slow: where two repeats meet, no text fits both.
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -2283,6 +2381,7 @@ _OPEN_STRING = re.compile(
     rb'[^"\n]*(?:' + _STRING + rb'[^"\n]*)*"[^"\\]*(?:\\.[^"\\]*)*\Z', re.DOTALL
 )
 _LABEL_ESCAPE = re.compile(rb'\\([\\"n])')
+_SAMPLE = re.compile(rb"\n[ \t]*[^ \t\n#]")
 _LISTED_NAME = re.compile(rb"\n([a-zA-Z_:][\w:]{0,199})(?![\w:])")
 _NOT_BLANK = re.compile(rb"\S")
 _NOTHING = re.compile(rb"\s*(?:null\s*)?\Z")
@@ -2292,23 +2391,26 @@ class Format(NamedTuple):
     """How to read a body: what to find, the labels that each sample gets, and where.
 
     ``names`` are the wanted ones; ``lines`` also finds those that a server may not use.
-    It has a buffer, so only one body can be read by it at a time.
+    It has a buffer, so only one body can be read by it at a time.  Samples that nobody
+    wants are counted if ``counts``.
     """
 
     names: frozenset[str]
     lines: re.Pattern[bytes]
     labels: Labels
     buffer: bytearray
+    counts: bool = False
 
 
 def format_for(names: Iterable[str], labels: Labels) -> Format:
     """Return the format that finds the series of some metrics and labels them."""
-    wanted = frozenset(names) - frozenset(SYNTHETIC)
+    asked = frozenset(names)
+    wanted, counts = asked - SYNTHETIC.keys(), "scrape_samples_scraped" in asked
     tree = _prefix_tree(sorted(wanted.union(SYNTHETIC))).encode()
     # For Prometheus 3, blanks before a name are part of it: it is no wanted one.
     lines = re.compile(rb"\n(?:" + tree + rb"|\{)")
     # Room for a newline on either side of the text.
-    return Format(wanted, lines, labels, bytearray(CHUNK + 2))
+    return Format(wanted, lines, labels, bytearray(CHUNK + 2), counts)
 
 
 def _prefix_tree(names: Sequence[str]) -> str:
@@ -2361,6 +2463,7 @@ def read_samples(
         end = buffer.rfind(b"\n", 0, filled) + 1
         started = started or _starts(buffer, end, stream.content_type)
         kept = reading.scan(buffer, end, final)
+        reading.count(buffer, kept)
         room = MAX_NAMES - len(reading.names)
         if list_names and room:
             reading.names.update(_LISTED_NAME.findall(buffer, 0, end)[:room])
@@ -2400,7 +2503,8 @@ def _starts(buffer: bytearray, end: int, content_type: str) -> bool:
 class Reading:
     """What has been read of a body: samples, and the labels of series by their text.
 
-    ``names`` are all there are, ``reserved`` those it may not have; ``size`` is bytes.
+    ``names`` are all there are, ``reserved`` those it may not have; ``size`` is bytes,
+    ``lines`` the samples, wanted or not, if the format asks for their number.
     """
 
     def __init__(
@@ -2410,7 +2514,7 @@ class Reading:
         self.series: dict[bytes, Labels] = {}
         self.names: set[bytes] = set()
         self.reserved: set[str] = set()
-        self.size = self._text = 0
+        self.size = self.lines = self._text = 0
         self._format, self._known, self._value = format, known, value
 
     def scan(self, buffer: bytearray, end: int, final: bool) -> int:
@@ -2431,6 +2535,11 @@ class Reading:
                 raise ScrapeError("too_large", f"more than {limits}, are wanted")
             match = self._format.lines.search(buffer, at, end)
         return end - 1
+
+    def count(self, buffer: bytearray, end: int) -> None:
+        """Count the samples of whole lines."""
+        if self._format.counts:
+            self.lines += len(_SAMPLE.findall(buffer, 0, end))
 
     def _labels(self, text: bytes) -> Labels:
         own = parse_series(text)
@@ -2725,6 +2834,7 @@ class Scrape(NamedTuple):
             ((("__name__", "up"),), float(not status.reason)),
             ((("__name__", "scrape_duration_seconds"),), status.seconds),
             ((("__name__", "scrape_body_size_bytes"),), float(status.size)),
+            ((("__name__", "scrape_samples_scraped"),), float(status.samples)),
         ]
         if status.reason:
             error = ("__name__", "scrape_error"), ("reason", status.reason)
@@ -2814,7 +2924,9 @@ class Scraper:
             try:
                 reading = fetch(format, known, job)
                 known, count = reading.series, len(reading.samples)
-                status = scrape.status._replace(size=reading.size, series=count)
+                status = scrape.status._replace(
+                    size=reading.size, series=count, samples=reading.lines
+                )
                 scrape = scrape._replace(status=status, reading=reading)
             except ScrapeError as error:
                 scrape = scrape.failed(error.reason, str(error))
@@ -4051,7 +4163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return probe(os.environ, path)
     try:
         config = load_config(os.environ)
-        expr = None if text is None else parse_expression(text)
+        expr = None if text is None else _parse_query(text, config)
     except (ConfigError, PromQLError) as error:
         print(f"health_check.py: {error}", file=sys.stderr)
         return 2
@@ -4064,6 +4176,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.get("demo"):
         config = _start_demo(config)
     return check_once(config) if options.get("once") else serve(config)
+
+
+def _parse_query(text: str, config: Config) -> Expr:
+    expr = parse_expression(text)
+    targets, own = config.metrics_endpoint, config.target_labels
+    problems = list(hopeless_selectors(expr, targets, own))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return expr
 
 
 def serve(config: Config) -> int:

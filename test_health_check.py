@@ -1293,6 +1293,8 @@ class Config(unittest.TestCase):
             ("TARGET_LABELS", ["job", "9=a", "a-b=c", "a.b=c"], "job=vllm"),
             ("TARGET_LABELS", ["instance=x,a=b", "instance=x"], "instance"),
             ("TARGET_LABELS", ["a=b,a=c", "__name__=x"], "the label"),
+            ("ALERT_LABELS", ["alertname=x"], "the label alertname is set already"),
+            ("TARGET_LABELS", ["reason=x"], "the label reason is set already"),
             ("ALERT_LABELS", ["v={{ $value }}", "v=a,{{$labels.x}}"], "templates"),
             ("METRIC_TO_CHECK", ["x[5m]", "1 + 1"], "expected an instant vector"),
             ("METRIC_TO_CHECK", ["x >", "x for 5m"], "(at line 1, column "),
@@ -1340,6 +1342,43 @@ class Config(unittest.TestCase):
                 pairs = dict(pair.split("=", 1) for pair in environ.split(" "))
                 (problem,) = self.problems(**pairs)
                 self.assertIn(words, problem)
+
+    def test_a_selector_that_no_target_can_meet_is_refused_with_what_mends_it(self):
+        prometheus = "ALERTS ALERTS_FOR_STATE scrape_samples_post_metric_relabeling"
+        prometheus += " scrape_series_added scrape_sample_limit scrape_timeout_seconds"
+        for expr, words in (
+            ('up{job="vllm"} == 0', "\"vllm\"}: set TARGET_LABELS=pod=a,job=vllm"),
+            ('absent(up{job="vllm"})', "TARGET_LABELS=pod=a,job=vllm"),
+            ('scrape_duration_seconds{job=~"a|b"}', "TARGET_LABELS=pod=a,job=..."),
+            ('max_over_time(scrape_error{job!="",ns="b"}[5m])', "=pod=a,job=...,ns=b"),
+            ('scrape_body_size_bytes{pod="b"}', "pod is a, by TARGET_LABELS"),
+            ('scrape_samples_scraped{job="x"}', "TARGET_LABELS=pod=a,job=x"),
+            ('up{instance="vllm:8000"}', "is h:1 or i:80, by METRICS_ENDPOINT"),
+            ('up{instance="h:1", instance="i:80"}', "no target has all of"),
+            ('scrape_error{reason="time out"}', "reason is one of bad_http, bad_line,"),
+            ('x or up{reason="timeout"} unless y', "reason is of scrape_error"),
+            *((name, f"{name} is never there: ") for name in prometheus.split()),
+        ):
+            beside = {"TARGET_LABELS": "pod=a", "METRICS_ENDPOINT": "http://h:1,http://i"}
+            metric = {"METRIC_TO_CHECK": expr, "METRIC_THRESHOLD": "1"}
+            for given in metric, {"UNHEALTHY_WHEN": f"A: {expr} or ({expr})"}:
+                with self.subTest(expr, given=given):
+                    (problem,) = self.problems(**given, **beside)
+                    self.assertRegex(problem, "METRIC_TO_CHECK: |UNHEALTHY_WHEN: A: ")
+                    self.assertIn(words, problem)
+        for expr in (
+            'up{job="vllm", pod=~"a|b"} == 0', 'scrape_error{reason!~"timeout|dns"}',
+            'up{instance="i:80", nope="", job!="x"}', 'x{job="y"}', 'y{reason="z"}',
+        ):
+            given = {"UNHEALTHY_WHEN": expr, "TARGET_LABELS": "job=vllm,pod=a"}
+            load_config({**beside, **given})
+
+    def test_every_reason_of_a_failed_scrape_is_known(self):
+        source = Path(PROGRAM).read_text(encoding="utf-8")
+        raised = set(re.findall(r'ScrapeError\(\s*"(\w+)"', source))
+        self.assertLess({"http_status", "truncated"}, raised)
+        raised.update(reason for _, reason in health_check.REASONS)
+        self.assertEqual(raised | {"bug"}, set(health_check.SCRAPE_REASONS))
 
     def test_both_spellings_of_the_threshold_mean_the_same(self):
         for names in ("METRIC",), ("METRICS",), ("METRIC", "METRICS"):
@@ -1811,6 +1850,13 @@ class Exposition(unittest.TestCase):
         found = self.read("# a\n" + text).names
         self.assertEqual((len(found), len(max(found, key=len))), (2000, 5))
 
+    def test_all_samples_are_counted_if_that_is_asked_for(self):
+        text = 'x 1\n\n# y 1\n \n  # z\ny{a="\\n#"} 2\n\tz 3 4\n# EOF'
+        for size in WHOLE, 7:
+            for names, count in (("x", "scrape_samples_scraped"), 3), (("x",), 0):
+                self.assertEqual(self.read(text, *names, size=size).lines, count)
+        self.assertEqual(self.read("", "scrape_samples_scraped").lines, 0)
+
     def test_names_match_whole(self):
         others = 'x_by_reason 1\nx_ five\nax 2\nx:y 3\n x 6\n# x 7\nz{n="x 8"}\n'
         self.check((others + "x 4\n" + others + "y 10\n", "x 4; y 10"))
@@ -2050,8 +2096,9 @@ class MonitorTest(NetworkTest):
 
     def test_a_scrape_adds_its_duration_and_size(self):
         rules = "T: scrape_duration_seconds > 0; S: scrape_body_size_bytes == 4"
+        rules += "; N: scrape_samples_scraped == 1"
         monitor = self.monitor(self.metrics(page("x 1\n")), UNHEALTHY_WHEN=rules)
-        self.assertEqual(monitor.check().reason, "T, S")
+        self.assertEqual(monitor.check().reason, "T, S, N")
 
     def test_pending_becomes_firing_and_a_gap_of_five_minutes_starts_again(self):
         clock, server = Clock(), self.metrics(page("q 11\n"))
@@ -3600,6 +3647,7 @@ class MainTest(NetworkTest):
                 ("topk(1, q)", 2, ""),
                 ('q{a="', 2, ""),
                 ("{__name__=~'q|r'} + on() r", 2, ""),
+                ('up{job="vllm"}', 2, ""),
             ):
                 with self.subTest(expression):
                     environ = {"METRICS_ENDPOINT": server.url}
