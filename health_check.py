@@ -3388,6 +3388,7 @@ def _annotations(
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
 MAX_LINES = 102
+MAX_COUNTED, MAX_UNKNOWN = 256, 16
 TLS_HANDSHAKE = b"\x16"
 ACCEPTS = 64
 # With 5,000 series an answer would be megabytes, and a few callers hold up the loop.
@@ -3428,7 +3429,7 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
     ``verbose`` and ``exclude=Name`` are those of kube-apiserver, ``format=json`` is
     draft-inadarei-api-health-check-06.
     """
-    options = urllib.parse.parse_qs(query, keep_blank_values=True) if query else {}
+    options = _options(query)
     excluded = options.get("exclude", [])
     reason = verdict.fault or ", ".join(verdict.failing_rules(excluded))
     status, word = (503, "Unhealthy") if reason else (200, "Healthy")
@@ -3443,16 +3444,45 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
         *(f"warn: no rule {quote(name)} to exclude" for name in unknown),
         f"{word}: {reason}" if reason else word,
     ]
-    return Answer(status, "".join(f"{escape_controls(line)}\n" for line in lines))
+    return Answer(status, "".join(map(_escaped_line, lines)))
 
 
-def answer_rule(name: str, verdict: Verdict, query: str = "") -> Answer:
-    """Answer ``/health/Name``: it fails open, so only a rule that fires is 503."""
-    status = next((s for s in verdict.rules if s.rule.name == name), None)
-    if status and status.state == "firing":
-        return Answer(503, "Unhealthy\n")
-    unknown = escape_controls((status.error if status else "") or verdict.fault)
-    return Answer(200, f"Healthy (unknown: {unknown})\n" if unknown else "Healthy\n")
+def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Answer:
+    """Answer ``/health/Name,Other``: it fails open, so only a rule that fires is 503.
+
+    A rule that is not there is unknown: a change of rules may restart no server.
+    """
+    known = {status.rule.name: status for status in verdict.rules}
+    firing = [n for n in names if n in known and known[n].state == "firing"]
+    unknown = {name: _unknown(name, known.get(name), verdict) for name in names}
+    reasons = shorten(", ".join(dict.fromkeys(filter(None, unknown.values()))))
+    code, healthy = 503 if firing else 200, "Healthy"
+    healthy += f" (unknown: {reasons})" if reasons else ""
+    if "verbose" not in _options(query):
+        return Answer(code, _escaped_line("Unhealthy" if firing else healthy))
+    lines = [
+        f"[-]{name} {describe(known[name], verdict.time)}" if name in firing
+        else f"[?]{name} unknown: {unknown[name]}" if unknown[name]
+        else f"[+]{name} {describe(known[name], verdict.time)}"
+        for name in names
+    ]  # fmt: skip
+    lines.append(f"Unhealthy: {', '.join(firing)}" if firing else healthy)
+    return Answer(code, "".join(map(_escaped_line, lines)))
+
+
+def _unknown(name: str, status: RuleStatus | None, verdict: Verdict) -> str:
+    # Without a verdict of the rules nobody knows which there are.
+    if status or (verdict.fault and not verdict.rules):
+        return (status.error if status else "") or verdict.fault
+    return f"no rule {name}"
+
+
+def _options(query: str) -> dict[str, list[str]]:
+    return urllib.parse.parse_qs(query, keep_blank_values=True) if query else {}
+
+
+def _escaped_line(text: str) -> str:
+    return f"{escape_controls(text)}\n"
 
 
 def answer_livez(alive: bool) -> Answer:
@@ -3589,13 +3619,17 @@ def scrape_families(monitor: Monitor) -> Iterator[Family]:
 
 
 def service_families(
-    requests: Mapping[tuple[str, str], int], notifiers: Iterable[Notifier]
-) -> Iterator[Family]:
+    requests: Mapping[tuple[str, str], int], unknown: Mapping[str, int],
+    notifiers: Iterable[Notifier],
+) -> Iterator[Family]:  # fmt: skip
     """Yield what has been counted of requests and notifications, as metrics."""
     told = [({"alertmanager": n.target.url}, n) for n in notifiers]
     return _families(
         ("health_check_requests_total", "Requests by path and code.",
          [({"path": p, "code": c}, count) for (p, c), count in requests.items()]),
+        ("health_check_unknown_rule_requests_total",
+         "Requests for rules that are not there, answered 200.",
+         [({"rule": name}, count) for name, count in unknown.items()]),
         ("health_check_notifications_sent_total", "Alerts that were taken.",
          [(label, notifier.sent) for label, notifier in told]),
         ("health_check_notifications_failed_total", "Alerts that were not.",
@@ -3748,6 +3782,16 @@ _FIELDS = re.compile(rb"(?:%b:[^\0\r\n]*\r?\n)*\r?\n" % FIELD_NAME.encode())
 _TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?([^?#]*)\??([^#]*)")
 
 
+def rules_of(path: str) -> tuple[str, ...]:
+    """Return the names of the rules that a path asks for, each once.
+
+    >>> rules_of("/health/Stalled,Down,Stalled"), rules_of("/health/")
+    (('Stalled', 'Down'), ())
+    """
+    names = path[len("/health/") :] if path.startswith("/health/") else "/"
+    return () if "/" in names else tuple(dict.fromkeys(filter(None, names.split(","))))
+
+
 class Request(http.server.BaseHTTPRequestHandler):
     """A request that http.server reads from memory, and answers there; no socket.
 
@@ -3877,9 +3921,9 @@ class Server:
             "/metrics": lambda verdict, _: answer_metrics(self._metrics(verdict)),
             "/health": answer_health,
         }
-        for rule in monitor.config.rules:
-            self._routes[f"/health/{rule.name}"] = partial(answer_rule, rule.name)
+        self._rules = {rule.name for rule in monitor.config.rules}
         self._requests: Counter[tuple[str, str]] = collections.Counter()
+        self._unknown: Counter[str] = collections.Counter()
         self._waiting: dict[Phase, dict[Connection, float]] = {
             phase: {} for phase in (READ, PARK, WRITE)
         }
@@ -4018,8 +4062,7 @@ class Server:
         """Take a caller from the first byte to the last."""
         request = yield from _receive(sock)
         answer = request.refusal or (yield from self._answer(request))
-        path = request.path if request.path in self._routes else "other"
-        self._requests[path, str(answer.status)] += 1
+        self._count(request.path, str(answer.status))
         LOG.debug("%s: %s %s", client, request.requestline, answer.status)
         output = memoryview(request.respond(answer))
         while output:
@@ -4034,13 +4077,32 @@ class Server:
             while sock.recv(MAX_REQUEST):
                 yield READ
 
+    def _count(self, path: str, code: str) -> None:
+        names = rules_of(path)
+        known = {*names} <= self._rules if names else path in self._routes
+        full = (path, code) not in self._requests and len(self._requests) > MAX_COUNTED
+        self._requests["other" if full or not known else path, code] += 1
+
     def _answer(self, request: Request) -> Conversation[Answer]:
+        names = rules_of(request.path)
         route = self._routes.get(request.path)
+        route = partial(answer_rules, names) if names else route
         if not route:
             return Answer(404, "not found: there is /health, /health/Rule, /livez\n")
+        for name in self._rules.union(names) - self._rules:
+            self._warn_unknown(name)
         fresh = request.path.startswith("/health")
         verdict = (yield from self._fresh()) if fresh else self._monitor.verdict
         return route(verdict, request.query)
+
+    def _warn_unknown(self, name: str) -> None:
+        # Callers choose the names, so there is a bound on how many are remembered.
+        full = name not in self._unknown and len(self._unknown) >= MAX_UNKNOWN
+        name = "and others" if full else shorten(name)
+        self._unknown[name] += 1
+        if self._unknown[name] == 1:
+            text = f"/health/{name} is answered 200: there is no rule of that name"
+            log(logging.WARNING, text, rule=name)
 
     def _fresh(self) -> Conversation[Verdict]:
         # On a schedule a verdict may be three intervals old; otherwise each request
@@ -4067,7 +4129,7 @@ class Server:
     def _metrics(self, verdict: Verdict) -> Iterator[Family]:
         yield from verdict_families(verdict)
         yield from scrape_families(self._monitor)
-        yield from service_families(self._requests, self._notifiers)
+        yield from service_families(self._requests, self._unknown, self._notifiers)
         yield from process_families()
 
 

@@ -2807,8 +2807,10 @@ class ServeTest(NetworkTest):
             ("GET http://a.example?/health HTTP/1.1\r\n\r\n", 404),
             (request_for("/healthy"), 404),
             (request_for("/health/"), 404),
-            (request_for("/health/Nothing"), 404),
-            (request_for("/health/down"), 404),
+            (request_for("/health/,"), 404),
+            (request_for("/health/Down/"), 404),
+            (request_for("/health/Nothing"), 200),
+            (request_for("/health/down,Down"), 200),
             (request_for("/%68ealth"), 404),
             (request_for("/../health"), 404),
             (request_for("*"), 404),
@@ -3048,6 +3050,62 @@ class ServeTest(NetworkTest):
                 else:
                     self.assertEqual(status, 200)
                     self.assertRegex(body, r"^Healthy \(unknown: many-to-.*\)\n")
+
+    def test_several_rules_are_asked_for_at_once_and_verbose_says_why(self):
+        server = self.metrics(page('q 11\nr 1\ns{a="1"} 1\ns{a="2"} 1\n'))
+        rules = "Q: q > 10; R: r > 1; E: q / on() s > 1; P: q > 1 for 1h"
+        port = self.serve(self.running(server, UNHEALTHY_WHEN=rules))
+        for path, status, lines in (
+            ("Q", 503, "Unhealthy"), ("Q,R", 503, "Unhealthy"),
+            ("R,Q", 503, "Unhealthy"),
+            ("R,P", 200, "Healthy"), ("R,R,,P,", 200, "Healthy"),
+            ("R%2CQ", 200, r"Healthy \(unknown: no rule R%2CQ\)"),
+            ("Gone", 200, r"Healthy \(unknown: no rule Gone\)"),
+            ("Gone,A,Gone", 200, r"Healthy \(unknown: no rule Gone, no rule A\)"),
+            ("Gone,Q", 503, "Unhealthy"),
+            ("E", 200, r"Healthy \(unknown: many-to-.*\)"),
+            ("E,Q", 503, "Unhealthy"), ("E,R", 200, r"Healthy \(unknown: many-to-.*\)"),
+            ("R?verbose", 200, r"\[\+\]R ok: 1 \(limit 1\)\nHealthy"),
+            ("Q?verbose", 503,
+             r"\[-\]Q firing for 0s: q\{.*\} 11\nUnhealthy: Q"),
+            ("P,Q,Gone,E?a=b&verbose=1", 503,
+             (r"\[\+\]P pending for \ds: q.*\n\[-\]Q firing for \ds: .*\n"
+              r"\[\?\]Gone unknown: no rule Gone\n\[\?\]E unknown: many-.*\n"
+              "Unhealthy: Q")),
+        ):  # fmt: skip
+            with self.subTest(path):
+                seen, body = get(port, f"/health/{path}")
+                self.assertEqual(seen, status)
+                self.assertRegex(body, rf"\A{lines}\n\Z")
+
+    def test_a_rule_that_is_gone_is_healthy_and_told_once(self):
+        port = self.serve(self.running(self.metrics(page())))
+        gone = "Healthy (unknown: no rule Gone)\n"
+        for _ in range(3):
+            self.assertEqual(get(port, "/health/Gone"), (200, gone))
+        told = [line for line in self.log if "no rule of that name" in line]
+        why = "/health/Gone is answered 200: there is no rule of that name"
+        self.assertEqual(told, [why])
+        for number in range(30):
+            self.assertEqual(get(port, f"/health/{number}{'x' * 2000}")[0], 200)
+        told = [line for line in self.log if "no rule of that name" in line]
+        self.assertEqual(len(told), 17)
+        self.assertLess(max(map(len, told)), 1200)
+        body = get(port, "/metrics")[1]
+        name = "health_check_unknown_rule_requests_total"
+        self.assertIn(f'\n{name}{{rule="Gone"}} 3\n', body)
+        self.assertIn(f'\n{name}{{rule="and others"}} 15\n', body)
+        self.assertIn('_requests_total{path="other", code="200"} 33\n', body)
+
+    def test_of_what_callers_ask_for_a_bounded_part_is_counted(self):
+        rules = ";".join(f"R{number}: x > 1" for number in range(20))
+        port = self.serve(self.running(self.metrics(page()), UNHEALTHY_WHEN=rules))
+        with mock.patch.object(health_check, "MAX_COUNTED", 10):
+            for number in range(20):
+                get(port, f"/health/R{number},Down")
+        body = get(port, "/metrics")[1]
+        self.assertIn('_total{path="/health/R3,Down", code="200"} 1\n', body)
+        self.assertLess(body.count("health_check_requests_total{"), 14)
 
     def test_without_a_verdict_health_fails_closed_and_a_rule_open(self):
         monitor = self.monitor(self.metrics(page()), METRICS_TIMEOUT="0.1")
