@@ -637,10 +637,15 @@ REFUSED = {
     "[": "only a selector can have a range",
     ":": "give the inner expression a rule of its own, instead of a subquery",
 }
+# What other languages write, and PromQL otherwise.
+HINTS = {
+    "&": "write 'and'", "|": "write 'or'", "!": "write 'unless' or '!='",
+    "=": "'==' compares", ":": "a rule's name stands right before its colon",
+}
 RULE_WORDS = ("for", "keep_firing_for")
 MODIFIERS = ("bool", "on", "ignoring", "group_left", "group_right", "atan2", "offset")
 NO_NAMES = (*MODIFIERS, "inf", "nan")
-JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS}
+JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS, "@", "["}
 MAX_OPERATORS = 150
 MIN_RANGE = 0.001
 
@@ -655,6 +660,7 @@ _TOKEN = re.compile(
     |(?P<wrong>.)""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
+_BRACKET = re.compile(r"\s*\(")
 _ESCAPES = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\"))
 _ESCAPE = re.compile(
     r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3][0-7]{2}|.)", re.DOTALL
@@ -692,7 +698,20 @@ class Token(NamedTuple):
         if key in REFUSED:
             return self.error(f"{key!r} is not supported: {REFUSED[key]}")
         shown = {"end": "the end", "newline": "the end of the line"}.get(self.kind)
-        return self.error(f"expected {expected}, found {shown or repr(self.text[:40])}")
+        hint = f" ({HINTS[key]})" if key in HINTS else ""
+        shown = (shown or repr(self.text[:40])) + hint
+        return self.error(f"expected {expected}, found {shown}")
+
+    def wrong(self) -> PromQLError:
+        """Return the error for a character that no token begins with."""
+        if self.text in "\"'`":
+            return self.error("unterminated string")
+        if self.text.isalpha():
+            return self.error("a name is made of the letters A to Z, digits and _")
+        if self.text.isdigit():
+            return self.error("bad number or duration")
+        hint = HINTS.get(self.text, "no operator")
+        return self.error(f"bad character {self.text!r}: {hint}")
 
 
 def parse_expression(text: str) -> Expr:
@@ -723,14 +742,14 @@ def tokenize(text: str) -> Iterator[Token]:
         key = found.lower() if kind in ("word", "op") else ""
         token = Token(kind, found, key, match.start(), text)
         if kind == "wrong":
-            quotes = dict.fromkeys("\"'`", "unterminated string")
-            raise token.error(quotes.get(found, "bad number, duration or character"))
+            raise token.wrong()
         depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
         if kind == "newline" and depth <= 0:
             newline = token._replace(key="\n")
         elif kind not in ("newline", "blank"):
-            calls = key == "(" and last in SIGNATURES
-            if newline and key not in JOINERS and not calls:
+            joins = key in JOINERS or (key == "(" and last in SIGNATURES)
+            groups = key in ("by", "without") and _BRACKET.match(text, match.end())
+            if newline and not joins and not groups:
                 yield newline
             newline, last = None, key
             yield token
@@ -1171,7 +1190,8 @@ def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
 def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
     vector: Vector = {}
     for labels, value in items:
-        key = unnamed(labels)
+        # Whatever computes a value drops what says of which kind it was.
+        key = _filtered(labels, False, METADATA)
         if key in vector:
             problem = "vector cannot contain metrics with the same labelset"
             raise EvaluationError(f"{problem}: {format_series(key)}")
@@ -1200,8 +1220,9 @@ def matches(matcher: Matcher, labels: Mapping[str, str]) -> bool:
     if "~" in matcher.op:
         fits = regex_matches(wanted, value)
     else:
-        # One exporter writes le="1" and another le="1.0".
-        numbers = matcher.label == "le" and float_or_nan(value) == float_or_nan(wanted)
+        # Rules that are older than Prometheus 3 have le="1" for le="1.0".
+        bound = matcher.label in ("le", "quantile")
+        numbers = bound and float_or_nan(value) == float_or_nan(wanted)
         fits = numbers or value == wanted
     return fits == (matcher.op[0] == "=")
 
@@ -1378,6 +1399,7 @@ def _rising(before: float, count: float) -> float:
     return before if near or count < before else count
 
 
+METADATA = ("__name__", "__type__", "__unit__")
 DIFFERENCES = ("rate", "increase", "irate", "delta", "idelta")
 OPERATORS: dict[str, Callable[[float, float], float]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul,
@@ -1431,6 +1453,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
 MAX_FOUND = 20000
 MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
+_PASTED = re.compile(r"(?:-\s+)?(?:alert|expr|groups|record)\s*:\s")
 
 
 def parse_rules(text: str, builtin: bool = False) -> tuple[Rule, ...]:
@@ -1552,6 +1575,8 @@ def _advance(
 
 def _rule(parser: Parser, name: str) -> Rule:
     start, end = parser.token, parser.token.position + len(parser.token.text)
+    if _PASTED.match(start.source, start.position):
+        raise start.error("a rule stands on a line here: Name: EXPRESSION for 5m")
     if _NAME.match(start.text) and not start.source[end : end + 1].strip():
         name = parser.take().text[:-1]
     first, expr = parser.token, parser.expression()
@@ -1562,6 +1587,8 @@ def _rule(parser: Parser, name: str) -> Rule:
         for word in RULE_WORDS
     }
     if parser.token.kind != "end" and parser.token.key not in ("\n", ";"):
+        if first.source[: parser.token.position].rstrip().endswith(":"):
+            raise first.error("a rule's name is made of A to Z, digits and _")
         raise parser.token.unexpected("an operator, 'for', ';' or the end of the line")
     return Rule(name, expr, seconds["for"], seconds["keep_firing_for"])
 
@@ -2548,6 +2575,9 @@ class Reading:
             self.reserved.add(name)
         if name not in self._format.names:
             return ()
+        for bound in ("le", "quantile"):
+            if bound in own:
+                own[bound] = normalize_bound(own[bound])
         labels = {**own, **dict(self._format.labels)}
         for label, _ in self._format.labels:
             exported = "exported_" + label
@@ -2556,6 +2586,24 @@ class Reading:
             if label in own:
                 labels[exported] = own[label]
         return tuple(sorted(labels.items()))
+
+
+def normalize_bound(text: str) -> str:
+    """Return the value of a label ``le`` or ``quantile`` as Prometheus 3 stores it.
+
+    >>> normalize_bound("1"), normalize_bound("2500000"), normalize_bound("many")
+    ('1.0', '2.5e+06', 'many')
+    """
+    try:
+        number = parse_float(text)
+    except ValueError:
+        return text
+    shown = repr(number) if math.isfinite(number) else format_float(number)
+    if math.isfinite(number) and abs(number) >= 1e6 and "e" not in shown:
+        # Go writes an exponent from 1e+06 on, Python from 1e+16.
+        digits = len(shown.replace(".", "").strip("-0"))
+        shown = f"{number:.{digits - 1}e}"
+    return shown
 
 
 def _line(
@@ -4409,7 +4457,12 @@ def describe_rule(rule: Rule) -> str:
     names = sorted({selector.name for selector in find_selectors(rule.expr)})
     longest = _range_text(rule.expr) or "no range"
     kind = "built in" if rule.builtin else "yours"
-    return f"{format_rule(rule)}\n    {kind}; {longest}; reads {', '.join(names)}"
+    text = f"{format_rule(rule)}\n    {kind}; {longest}; reads {', '.join(names)}"
+    for name in names:
+        # A metric's prefix is seldom a capital, and a rule's name mostly has one.
+        if re.match(r"[A-Z]\w*:", name):
+            text += f"\n    {name} is a metric: a blank ends the name of a rule"
+    return text
 
 
 def _range_text(expr: Expr) -> str:

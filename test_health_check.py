@@ -847,6 +847,12 @@ class Evaluate(unittest.TestCase):
             x * x => {a="b"} 9        x ^ 2 => {a="b"} 9        abs(-x) => {a="b"} 3
             x > 1 => x{a="b"} 3       last_over_time(x[5s]) => x{a="b"} 3
         """, 'x{a="b"} 3')
+        self.check("""
+            -x => {a="b"} -3          x * x => {a="b"} 9        abs(x) => {a="b"} 3
+            sum_over_time(x[5s]) => {a="b"} 3
+            x > 1 => x{__type__="gauge",__unit__="s",a="b"} 3
+            max without () (x) => {__type__="gauge",__unit__="s",a="b"} 3
+        """, 'x{__type__="gauge",__unit__="s",a="b"} 3')
 
     def test_a_missing_label_is_an_empty_one_and_le_is_a_number(self):
         for matchers, found in claims(r"""
@@ -1075,6 +1081,9 @@ class Rules(unittest.TestCase):
             ("sum(\na\n)\nb", "Rule1: sum(a)", "Rule2: b"),
             ("rate(a{\nb='c', #;\n}[\n5m\n])", "Rule1: rate(a{b='c'}[5m])"),
             ("a\nfor 5m\n\nkeep_firing_for 1h", "Rule1: a for 5m keep_firing_for 1h"),
+            ("sum(a)\nby (b)\nby > 1", "Rule1: sum(a) by (b)", "Rule2: by > 1"),
+            ("sum(a) > 1 or min\nwithout\n(b) (a)",
+             "Rule1: sum(a) > 1 or min without (b) (a)"),
             ("A:\n a", "A: a"), ("Count\n(a)\nsum by (b)\n(c)\n(d)", "count(a)",
                                 "Rule2: sum by (b) (c)", "Rule3: (d)"),
         ):
@@ -1108,7 +1117,7 @@ class Rules(unittest.TestCase):
             x > 1 for« => a duration such as 30s          x for «-5 => a duration
             x for «5M => duration                       x for «y => a duration
             x for «1m_ => bad number                      x for 5m «> 1 => found '>'
-            x keep_firing_for 5m «for 3m => found 'for'   A: B: «x => found 'x'
+            x keep_firing_for 5m «for 3m => found 'for'   A: «B: x => a rule's name
             A: «> 1 => expected an expression
             A: «; x => expected an expression
             A:« => found the end                          x«); y => found ')'
@@ -1120,6 +1129,20 @@ class Rules(unittest.TestCase):
             ("A: x\n«A: y", "a rule named A already"),
             ("x\ny «z", "expected an operator, 'for', ';' or the end of the line"),
         ))
+
+    def test_what_was_meant_for_a_name_or_for_an_alert_file_is_told_apart(self):
+        PromQL.refused(self, parse_rules, claims("""
+            «High-Queue: x => a rule's name               x > 10 «&& y => write 'and'
+            x > 10 «|| y => write 'or'                    x «= 10 => '==' compares
+            «alert: A => on a line here                   «expr: x > 1 => on a line here
+        """))
+        PromQL.refused(self, parse_rules, (
+            ("«- alert: A\n  expr: x > 1\n  for: 5m", "Name: EXPRESSION for 5m"),
+            ("«alert: A\nexpr: x > 1", "Name: EXPRESSION for 5m"),
+            ("«groups:\n- name: a\n  rules:\n", "Name: EXPRESSION for 5m"),
+        ))
+        with self.assertRaisesRegex(PromQLError, "letters A to Z.*column 3"):
+            parse_rules("Größe: x > 1")
 
     def test_alerts_that_end_make_room_although_their_rule_is_an_error(self):
         status = RuleStatus(parse_rules("x > 0 keep_firing_for 1m")[0])
@@ -1928,6 +1951,20 @@ class Exposition(unittest.TestCase):
             expected = f'x{{{others}instance="h:1",job="j"}} 5'
             labels = (("instance", "h:1"), ("job", "j"))
             self.check((f"x{{{scraped}}} 5\n", expected), own=labels)
+
+    def test_a_bound_is_written_as_Prometheus_stores_it(self):
+        for text, stored in claims("""
+            1 => 1.0          0 => 0.0          -1 => -1.0        0.5 => 0.5
+            +Inf => +Inf      -inf => -Inf      NaN => NaN        00.10 => 0.1
+            100000 => 100000.0                  1000000 => 1e+06
+            1234567.5 => 1.2345675e+06
+            1e22 => 1e+22     0.0001 => 0.0001    1e-5 => 1e-05     -2500000 => -2.5e+06
+            many => many      -0 => -0.0
+        """):
+            with self.subTest(text):
+                line = f'x{{a="{text}",le="{text}",quantile="{text}"}} 1\n'
+                expected = f'x{{a="{text}",le="{stored}",quantile="{stored}"}} 1'
+                self.assertEqual(self.result(line), expected)
 
     def test_a_server_cannot_fake_what_a_scrape_adds(self):
         text = 'up 1\nscrape_error{reason="x"} 1\nx 5\n{"up"} 1\nup_ 1\n'
@@ -3739,6 +3776,9 @@ class MainTest(NetworkTest):
         _, out, _ = self.run_main("--check-config", UNHEALTHY_WHEN=rules)
         self.assertIn(f"Rule1: {rules}\n", out)
         self.assertIn("range of 2m", out)
+        self.assertNotIn("a blank ends", out)
+        _, out, _ = self.run_main("--check-config", UNHEALTHY_WHEN="Q:x > 1")
+        self.assertIn("Q:x is a metric: a blank ends the name of a rule\n", out)
 
     def test_a_wrong_configuration_is_told_at_once_and_exit_2(self):
         environ = {
