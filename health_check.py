@@ -60,6 +60,7 @@ import re
 import selectors
 import socket
 import ssl
+import string
 import threading
 import time
 import urllib.parse
@@ -79,6 +80,7 @@ from typing import (
     Iterable,
     Iterator,
     Mapping,
+    Match,
     NamedTuple,
     Optional,
     Sequence,
@@ -3436,8 +3438,29 @@ def _annotations(
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
 MAX_LINES = 102
+MAX_UNREAD = 2 << 20
 MAX_COUNTED, MAX_UNKNOWN = 256, 16
-TLS_HANDSHAKE = b"\x16"
+OLD_AGE = 60.0
+HOUR = 3600.0
+# A TLS hello and a PROXY header of version 2, which would not end like a request.
+FOREIGN = (b"\x16", b"\r\n\r\n\0\r\nQUIT\n")
+# How those begin who speak something else, and what mends that on their side.
+_TLS = (
+    "speaks TLS, and this port does not: 'scheme: HTTP' for a kubelet, no 'check-ssl' "
+    "for HAProxy, 'http://' in a URL"
+)
+_PROXY = (
+    "sends a PROXY header: no 'send-proxy' and 'check-send-proxy' for HAProxy, no "
+    "'proxy_protocol' for nginx"
+)
+_HTTP2 = (
+    "speaks HTTP/2 unasked, and this port does not: no 'proto h2' for HAProxy, no "
+    "'http2_protocol_options' for Envoy"
+)
+MISTAKES = {"\x16\x03": _TLS, "PROXY ": _PROXY, "\0": _PROXY, "PRI * HTTP/2": _HTTP2}
+WRONG_METHOD = (
+    "asks with a method that is refused: GET, 'option httpchk GET /health' for HAProxy"
+)
 ACCEPTS = 64
 # With 5,000 series an answer would be megabytes, and a few callers hold up the loop.
 MAX_LISTED, MAX_LISTED_TEXT = 20, 16 * 1024
@@ -3456,6 +3479,7 @@ REFUSALS = {
     431: "the head of the request is too large\n",
     505: "only HTTP/1\n",
 }
+UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~,")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -3705,10 +3729,19 @@ def _families(*families: tuple[str, str, Series]) -> Iterator[Family]:
         yield Family(name, kind, text, [("", labels, v) for labels, v in series])
 
 
-def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answer:
-    """Answer ``/``: the verdict for people, from memory, without a script."""
-    age = format_duration(max(0, int(time.monotonic() - verdict.time)))
+def answer_page(
+    verdict: Verdict, trends: Mapping[str, Sequence[float]], interval: float = 0.0
+) -> Answer:
+    """Answer ``/``: the latest verdict for people, from memory, without a script.
+
+    503 if that is Unhealthy, for those who ask for ``/`` by default, or old: older than
+    three intervals between checks and than a minute.
+    """
+    seconds = max(0, int(time.monotonic() - verdict.time))
+    old = seconds > max(3 * interval, OLD_AGE)
+    age = format_duration(seconds)
     word = "Healthy" if verdict.healthy else "Unhealthy"
+    word = f"Last verdict, {age} ago: {word}" if old else word
     shown = f"checked {age} ago, <time>{format_time(verdict.wall)}</time>"
     sections = [_rule_html(status, verdict.time, trends) for status in verdict.rules]
     for target in verdict.targets:
@@ -3716,12 +3749,14 @@ def answer_page(verdict: Verdict, trends: Mapping[str, Sequence[float]]) -> Answ
         text = _target_text(target, verdict.time)
         sections.append(_section(state, f"scrape of {target.instance}", text))
     body = PAGE.format(
-        style=STYLE, title=word, state="pass" if verdict.healthy else "fail",
+        style=STYLE, title=word,
+        state="old" if old else "pass" if verdict.healthy else "fail",
         verdict=_escape(f"{word}: {verdict.reason}" if verdict.reason else word),
         shown=shown if verdict.sequence else "not checked yet",
         sections="".join(sections), version=__version__,
     )  # fmt: skip
-    return Answer(200, body, "text/html; charset=utf-8", (
+    status = 200 if verdict.healthy and not old else 503
+    return Answer(status, body, "text/html; charset=utf-8", (
         ("Content-Security-Policy", POLICY), ("Referrer-Policy", "no-referrer")
     ))  # fmt: skip
 
@@ -3785,6 +3820,7 @@ h2 { font-size: 1rem; margin: 0; }
 h1.pass, .pass h2 { color: var(--pass); }
 .warn h2 { color: var(--warn); }
 h1.fail, .fail h2 { color: var(--fail); }
+h1.old { color: var(--soft); }
 section { border: 1px solid var(--line); border-left: 5px solid var(--pass);
   border-radius: 6px; margin: .75rem 0; padding: .6rem .9rem; overflow: hidden; }
 section.warn { border-left-color: var(--warn); }
@@ -3830,6 +3866,36 @@ _FIELDS = re.compile(rb"(?:%b:[^\0\r\n]*\r?\n)*\r?\n" % FIELD_NAME.encode())
 _TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?([^?#]*)\??([^#]*)")
 
 
+_DIGITS = re.compile(r"[0-9]+")
+_ENCODED = re.compile(r"%([0-9A-Fa-f]{2})")
+
+
+def normalise_path(path: str) -> str:
+    """Return a path as RFC 3986 section 6.2 compares it, repeated slashes as one.
+
+    >>> normalise_path("//a/../%68ealth/./Down"), normalise_path("/health/")
+    ('/health/Down', '/health/')
+    """
+    if not path.startswith("/"):
+        return path or "/"
+    *folders, last = _ENCODED.sub(_decoded, path).split("/")
+    if last in (".", ".."):
+        folders, last = [*folders, last], ""
+    kept: list[str] = []
+    for folder in folders:
+        if folder == "..":
+            del kept[-1:]
+        elif folder not in ("", "."):
+            kept.append(folder)
+    return "/".join(["", *kept, last])
+
+
+def _decoded(match: Match[str]) -> str:
+    # Only what means the same with and without its percent sign, and the comma.
+    char = chr(int(match[1], 16))
+    return char if char in UNRESERVED else match[0]
+
+
 def rules_of(path: str) -> tuple[str, ...]:
     """Return the names of the rules that a path asks for, each once.
 
@@ -3838,6 +3904,14 @@ def rules_of(path: str) -> tuple[str, ...]:
     """
     names = path[len("/health/") :] if path.startswith("/health/") else "/"
     return () if "/" in names else tuple(dict.fromkeys(filter(None, names.split(","))))
+
+
+def mistake_of(request: Request) -> str:
+    """Return what mends a request that is something else, empty if it is none."""
+    if request.refusal and request.refusal.status == 405:
+        return WRONG_METHOD
+    line = request.requestline
+    return next((MISTAKES[start] for start in MISTAKES if line.startswith(start)), "")
 
 
 class Request(http.server.BaseHTTPRequestHandler):
@@ -3867,16 +3941,17 @@ class Request(http.server.BaseHTTPRequestHandler):
         self.request_version = self.protocol_version
 
     def _judge(self) -> None:
-        length = self.headers.get("Content-Length", "0").strip()
-        self.path, self.query = next(_TARGET.finditer(self.path)).groups()
-        if not self.request_version.startswith("HTTP/1."):
+        path, self.query = next(_TARGET.finditer(self.path)).groups()
+        self.path = normalise_path(path)
+        # A body is read past, but where its length is in doubt so is all the rest.
+        lengths = {*map(str.strip, self.headers.get_all("Content-Length", ["0"]))}
+        known = len(lengths) == 1 and all(map(_DIGITS.fullmatch, lengths))
+        if not known or not self.request_version.startswith("HTTP/1."):
             self.send_error(400)
         elif self.command not in ALLOWED:
             allow = (("Allow", ", ".join(ALLOWED)),)
             text = f"only {' and '.join(ALLOWED)}\n"
             self.refusal = Answer(405, text, TEXT, allow)
-        elif length != "0" or "Transfer-Encoding" in self.headers:
-            self.refusal = Answer(400, "a request has no body here\n")
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
@@ -3925,9 +4000,10 @@ class Phase(NamedTuple):
     overdue: str
 
 
-READ = Phase(selectors.EVENT_READ, "sent no request in time, or did not hang up")
+READ = Phase(selectors.EVENT_READ, "sent no request in time")
 PARK = Phase(0, "no verdict within the deadline: the checker is stuck")
 WRITE = Phase(selectors.EVENT_WRITE, "did not read its answer in time")
+LINGER = Phase(selectors.EVENT_READ, "did not hang up in time")
 Conversation = Generator[Phase, None, T]
 
 
@@ -3949,8 +4025,8 @@ class Server:
     A conversation is a generator, and goes on where it stopped each time that what it
     waits for is there.  It yields READ until a whole head is there; PARK if the answer
     needs a new verdict, which each check that ends may be; WRITE while the caller's
-    socket is full; and it ends when all is sent, or the caller has hung up.  The socket
-    is closed then, whatever the end was.
+    socket is full; LINGER, when all is sent, until the caller hangs up.  Then it ends,
+    and the socket is closed, whatever the end was.
 
     At a yield it may be thrown TimeoutError, as the deadline of its phase has passed:
     in PARK the answer is made of that, elsewhere it is the end.  GeneratorExit, as the
@@ -3964,7 +4040,9 @@ class Server:
     ) -> None:
         self._listener, self._monitor, self._notifiers = listener, monitor, notifiers
         self._routes: dict[str, Callable[[Verdict, str], Answer]] = {
-            "/": lambda verdict, _: answer_page(verdict, monitor.trends),
+            "/": lambda verdict, _: answer_page(
+                verdict, monitor.trends, monitor.config.scrape_interval
+            ),
             "/livez": lambda *_: answer_livez(monitor.alive()),
             "/metrics": lambda verdict, _: answer_metrics(self._metrics(verdict)),
             "/health": answer_health,
@@ -3973,10 +4051,11 @@ class Server:
         self._requests: Counter[tuple[str, str]] = collections.Counter()
         self._unknown: Counter[str] = collections.Counter()
         self._waiting: dict[Phase, dict[Connection, float]] = {
-            phase: {} for phase in (READ, PARK, WRITE)
+            phase: {} for phase in (READ, PARK, WRITE, LINGER)
         }
         self._selector = selectors.DefaultSelector()
-        self._stopping, self._warned = False, -math.inf
+        self._stopping = False
+        self._warned: dict[str, float] = {}
         self._woken, self.waker = socket.socketpair()
         for sock in (listener, self._woken, self.waker):
             sock.setblocking(False)
@@ -4040,21 +4119,31 @@ class Server:
                 self._close(self._oldest() or connection)
 
     def _free_a_descriptor(self) -> None:
-        now, oldest = time.monotonic(), self._oldest()
-        if now - self._warned > 60:
-            self._warned = now
-            LOG.warning("no file descriptor is left for a caller")
+        oldest = self._oldest()
+        self._warn("no file descriptor is left for a caller", 60)
         if oldest:
             self._close(oldest)
         else:
             time.sleep(0.01)
 
+    def _warn(self, text: str, seconds: float = HOUR, client: str = "") -> None:
+        # Told once in a while: whoever makes a mistake makes it with each probe.
+        now = time.monotonic()
+        if now - self._warned.get(text, -math.inf) >= seconds:
+            self._warned[text] = now
+            message = f"the caller {client} {text}" if client else text
+            log(logging.WARNING, message, client=client)
+
     def _oldest(self) -> Connection | None:
-        # Whoever waits for a verdict stays.  Of the others each takes a moment, unless
-        # it is slow: with the oldest goes a slow one, not one that has just come.
-        queues = [self._waiting[phase] for phase in (READ, WRITE)]
-        found = [next(iter(queue.items())) for queue in queues if queue]
-        return min(found, key=operator.itemgetter(1))[0] if found else None
+        # Whoever waits for a verdict stays, and who has its answer goes first.  Of the
+        # others each takes a moment, unless it is slow: with the oldest goes a slow
+        # one, not one that has just come.
+        for phases in (LINGER,), (READ, WRITE):
+            queues = [self._waiting[phase] for phase in phases if self._waiting[phase]]
+            found = [next(iter(queue.items())) for queue in queues]
+            if found:
+                return min(found, key=operator.itemgetter(1))[0]
+        return None
 
     def _expire(self) -> float | None:
         """Give up what is overdue, and return the seconds until something may be."""
@@ -4109,6 +4198,9 @@ class Server:
     def _converse(self, sock: socket.socket, client: str) -> Conversation[None]:
         """Take a caller from the first byte to the last."""
         request = yield from _receive(sock)
+        mistake = mistake_of(request) if request.refusal else ""
+        if mistake:
+            self._warn(mistake, HOUR, client)
         answer = request.refusal or (yield from self._answer(request))
         self._count(request.path, str(answer.status))
         LOG.debug("%s: %s %s", client, request.requestline, answer.status)
@@ -4116,14 +4208,15 @@ class Server:
         while output:
             sent = yield from _when(WRITE, sock.send, output)
             output = output[sent:]
-        if request.refusal:
-            # Closing with input unread would reset the connection, and the caller might
-            # never see why it was refused.
-            sock.shutdown(socket.SHUT_WR)
+        # A connection that is closed while input is unread, or still comes, is reset,
+        # and the caller might never see its answer: a body is read past, to a bound.
+        sock.shutdown(socket.SHUT_WR)
+        unread = MAX_UNREAD
+        while unread > 0:
             # Once a turn, or who sends without a pause would keep all others out.
-            yield READ
-            while sock.recv(MAX_REQUEST):
-                yield READ
+            yield LINGER
+            data = sock.recv(MAX_REQUEST)
+            unread = unread - len(data) if data else 0
 
     def _count(self, path: str, code: str) -> None:
         names = rules_of(path)
@@ -4189,14 +4282,14 @@ def _most_connections() -> int:
 
 
 def _receive(sock: socket.socket) -> Conversation[Request]:
-    received, end = b"", None
-    # A TLS handshake, of a probe with the wrong scheme, would not end like a request.
-    while not end and len(received) <= MAX_REQUEST and received[:1] != TLS_HANDSHAKE:
+    received, end, foreign = b"", None, False
+    while not end and len(received) <= MAX_REQUEST and not foreign:
         data = yield from _when(READ, sock.recv, MAX_REQUEST + 1 - len(received))
         if not data:
             raise ConnectionError("no whole request")
         received += data
-        end = _HEAD_END.search(received)
+        foreign = received.startswith(FOREIGN)
+        end = None if foreign else _HEAD_END.search(received)
     return parse_request(received[: end.end()] if end else received)
 
 
