@@ -282,6 +282,44 @@ SYNTHETIC: Mapping[str, tuple[Labels, ...]] = {
     "scrape_body_size_bytes": ((),),
     "scrape_samples_scraped": ((),),
 }
+# What a probe adds, where there is one.
+PROBED = (
+    "probe_success", "probe_error", "probe_duration_seconds", "probe_http_status_code",
+)  # fmt: skip
+
+
+class ProbeStatus(NamedTuple):
+    """What a request of our own found last, of blackbox_exporter's names and meaning.
+
+    ``success`` is None where it shows nothing about the server; ``code`` is 0 without
+    an answer; ``sent`` is when it was, in monotonic seconds.
+    """
+
+    probe: str
+    instance: str
+    success: bool | None = None
+    code: int = 0
+    reason: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    sent: float = -math.inf
+
+    def samples(self, labels: Labels) -> dict[Labels, float]:
+        """Return what rules see of it: nothing before it was first sent."""
+        values = {
+            "probe_success": self.success, "probe_http_status_code": self.code,
+            "probe_duration_seconds": self.seconds,
+        }  # fmt: skip
+        own = (("instance", self.instance), ("probe", self.probe), *labels)
+        found = [
+            ((("__name__", name), *own), value)
+            for name, value in values.items()
+            if value is not None and self.sent > -math.inf
+        ]
+        if self.reason:
+            error = ("__name__", "probe_error"), ("reason", self.reason)
+            found.append(((*error, *own), 1))
+        return {tuple(sorted(series)): float(value) for series, value in found}
 
 
 class Verdict(NamedTuple):
@@ -298,6 +336,7 @@ class Verdict(NamedTuple):
     wall: float
     rules: tuple[RuleStatus, ...] = ()
     targets: tuple[TargetStatus, ...] = ()
+    probes: tuple[ProbeStatus, ...] = ()
 
     def failing_rules(self, excluded: Sequence[str] = ()) -> tuple[str, ...]:
         """Return the names of the rules that make it Unhealthy."""
@@ -1651,10 +1690,20 @@ DEFAULT_RULES = """
     for 3m
 """
 DOWN_RULE = "Down: up == 0"
+# What is not 2xx counts at once, a time out when it has lasted 30 s.
+NOT_SERVING_RULE = """
+  NotServing: probe_success{probe="health"} == 0
+    unless on (instance) (probe_error{probe="health", reason="timeout"}
+      and on (instance) max_over_time(probe_success{probe="health"}[30s]) > 0)
+"""
+# At least two failures, as one is repeated within a minute.
+UNRESPONSIVE_RULE = 'Unresponsive: probe_success{probe="canary"} == 0 for 2m'
 DEFAULT_THRESHOLD = 10.0
 MAX_SHOWN = 60
 # A variable that begins so is meant for this program.
-OWN_PREFIXES = ("METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_")
+OWN_PREFIXES = (
+    "METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_", "CANARY_",
+)  # fmt: skip
 GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _GO_PART = re.compile(r"(\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})(ms|us|ns|h|m|s)", re.ASCII)
 # What Prometheus records of itself, which no target serves.
@@ -1674,6 +1723,8 @@ ADDED_LABELS = {
 }  # fmt: skip
 DEFAULT_PORTS = {"http": 80, "https": 443}
 ALERTS_API = "/api/v2/alerts"
+# With these a failure has happened twice before Unresponsive fires, see the rule.
+LEAST_CANARY_AFTER, MOST_CANARY_TIMEOUT = 120.0, 60.0
 
 
 class ConfigError(ValueError):
@@ -1724,6 +1775,13 @@ class Config(NamedTuple):
     metric_threshold: float | None
     metrics_threshold: float | None
     unhealthy_when: tuple[Rule, ...]
+    health_endpoint: tuple[Target, ...]
+    canary_url: Target | None
+    canary_body: bytes
+    canary_timeout: float
+    canary_after: float
+    canary_bearer_token_file: str
+    canary_when: tuple[Rule, ...]
     alertmanager_url: tuple[Target, ...]
     alert_labels: Labels
     alertmanager_bearer_token_file: str
@@ -1740,6 +1798,15 @@ class Config(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
+def credentials_of(config: Config) -> Credentials:
+    """Return what targets are shown."""
+    return Credentials(
+        config.metrics_bearer_token_file, config.metrics_ca_file,
+        config.metrics_cert_file, config.metrics_key_file,
+        config.metrics_tls_skip_verify,
+    )  # fmt: skip
+
+
 def load_config(environ: Mapping[str, str]) -> Config:
     """Return the configuration that an environment asks for; an empty value is unset.
 
@@ -1751,7 +1818,10 @@ def load_config(environ: Mapping[str, str]) -> Config:
         warnings.append("APP_PORT is Kubernetes' link to a Service named app: ignored")
         del given["APP_PORT"]
     values, problems = _parsed(given)
-    for check in _threshold_problems, _rule_problems, _scrape_problems, _hopeless:
+    for check in (
+        _threshold_problems, _rule_problems, _scrape_problems, _canary_problems,
+        _hopeless,
+    ):  # fmt: skip
         problems += check(given, values)
     if problems:
         raise ConfigError("\n".join(problems + warnings))
@@ -1893,6 +1963,17 @@ def _scrape_problems(
         yield f"METRICS_TIMEOUT ({longest}) may not exceed SCRAPE_INTERVAL ({least})"
 
 
+def _canary_problems(
+    given: Mapping[str, str], values: Mapping[str, Any]
+) -> Iterator[str]:
+    url = values.get("canary_url")
+    for name in sorted(given) if url is None and "CANARY_URL" not in given else ():
+        if name.startswith("CANARY_") and name.lower() in values:
+            yield f"{name} needs CANARY_URL, where to send it"
+    if "CANARY_BEARER_TOKEN_FILE" in given and url and url.authorization:
+        yield "CANARY_BEARER_TOKEN_FILE excludes user:password in CANARY_URL"
+
+
 def _rules(config: Config) -> tuple[Rule, ...]:
     limits = (config.metric_threshold, config.metrics_threshold, DEFAULT_THRESHOLD)
     threshold = next(limit for limit in limits if limit is not None)
@@ -1903,8 +1984,12 @@ def _rules(config: Config) -> tuple[Rule, ...]:
     if not rules:
         text = DEFAULT_RULES.format(threshold=format_float(threshold))
         rules = parse_rules(text, builtin=True)
-    if "Down" not in [rule.name for rule in rules]:
-        rules += parse_rules(DOWN_RULE, builtin=True)
+    for text, wanted in (
+        (DOWN_RULE, True), (NOT_SERVING_RULE, config.health_endpoint),
+        (UNRESPONSIVE_RULE, config.canary_url),
+    ):  # fmt: skip
+        added = parse_rules(text, builtin=True) if wanted else ()
+        rules += tuple(r for r in added if r.name not in [rule.name for rule in rules])
     return rules
 
 
@@ -1973,6 +2058,20 @@ def _basic(parts: urllib.parse.SplitResult) -> str:
         return ""
     user = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
     return "Basic " + base64.b64encode(user.encode()).decode()
+
+
+def _canary(text: str) -> Target | None:
+    return _target(text) if text else None
+
+
+def _canary_body(text: str) -> bytes:
+    try:
+        body = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict) or body.get("stream"):
+        raise ValueError("expected a JSON object, without stream")
+    return text.encode()
 
 
 def _alertmanagers(text: str) -> tuple[Target, ...]:
@@ -2073,6 +2172,19 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("METRICS_THRESHOLD", _threshold, "", "another spelling of METRIC_THRESHOLD"),
     ("UNHEALTHY_WHEN", parse_rules, "",
      "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
+    ("HEALTH_ENDPOINT", _endpoints, "",
+     "URL of the server's own health route, or several, asked beside each scrape"),
+    ("CANARY_URL", _canary, "",
+     "URL to ask for one token when no metric tells: http://HOST/v1/completions"),
+    ("CANARY_BODY", _canary_body, "",
+     "JSON to send there; by default a prompt with max_tokens 1"),
+    ("CANARY_TIMEOUT", partial(_duration, 0.01, MOST_CANARY_TIMEOUT), "30",
+     "seconds until it has failed"),
+    ("CANARY_AFTER", partial(_duration, LEAST_CANARY_AFTER, 86400.0), "5m",
+     "time without anything that moves, and between two that succeed"),
+    ("CANARY_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
+    ("CANARY_WHEN", parse_rules, "",
+     "EXPR [for DURATION] that asks for it, where the server is not a known one"),
     ("ALERTMANAGER_URL", _alertmanagers, "",
      "URL of an Alertmanager, or several, each of which gets every alert"),
     ("ALERT_LABELS", partial(_label_pairs, ("alertname",)), "",
@@ -2094,7 +2206,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
 # --- 7. Scrape: URL -> bytes ---------------------------------------------------------
 
 MAX_HEAD, MAX_FIELDS = 64 * 1024, 100
-MAX_REDIRECTS = 3
+MAX_REDIRECTS, REDIRECTS = 3, (301, 302, 303, 307, 308)
 RECEIVE_BUFFER = 1024 * 1024
 AGENT = f"health_check.py/{__version__}"
 # Of version 1.0.0 without allow-utf-8, prometheus_client 0.23 and later would serve
@@ -2150,9 +2262,7 @@ def open_stream(
 
     Name lookup is the one part that cannot be interrupted.  Raises ScrapeError.
     """
-    with _Translated():
-        response = _get(target, deadline, credentials)
-    with response:
+    with fetch(target, deadline, credentials) as response:
         fields = response.fields
         encoding = fields.get("content-encoding", "identity")
         if response.status != 200:
@@ -2173,15 +2283,26 @@ def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
     return count
 
 
-def _get(target: Target, deadline: float, credentials: Credentials) -> Response:
-    at = target
+def fetch(
+    target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
+    body: bytes | None = None,
+) -> Response:
+    """Return the answer to a GET, or to a POST of JSON; raises ScrapeError.
+
+    Redirects within the origin are followed, for a POST those that keep the method.
+    """
+    at, kind = target, {"Accept": ACCEPT}
+    if body is not None:
+        kind = {"Accept": "application/json", "Content-Type": "application/json"}
     for _ in range(MAX_REDIRECTS + 1):
-        request = urllib.request.Request(at.address, headers={"Accept": ACCEPT})
+        request = urllib.request.Request(at.address, body, kind)
         if target.authorization:
             request.add_header("Authorization", target.authorization)
-        response = send(request, deadline, credentials)
+        with _Translated():
+            response = send(request, deadline, credentials)
         location = response.fields.get("location")
-        if response.status not in (301, 302, 303, 307, 308) or not location:
+        followed = REDIRECTS if body is None else REDIRECTS[-2:]
+        if response.status not in followed or not location:
             return response
         response.close()
         at = _moved(at, location)
@@ -2419,27 +2540,37 @@ _NOTHING = re.compile(rb"\s*(?:null\s*)?\Z")
 class Format(NamedTuple):
     """How to read a body: what to find, the labels that each sample gets, and where.
 
-    ``names`` are the wanted ones; ``lines`` also finds those that a server may not use.
+    ``names`` are the wanted ones; ``lines`` also finds the ``reserved`` ones.
     It has a buffer, so only one body can be read by it at a time.  Samples that nobody
     wants are counted if ``counts``.
     """
 
     names: frozenset[str]
+    reserved: frozenset[str]
     lines: re.Pattern[bytes]
     labels: Labels
     buffer: bytearray
     counts: bool = False
 
 
-def format_for(names: Iterable[str], labels: Labels) -> Format:
+def reserved_names(config: Config) -> tuple[str, ...]:
+    """Return the names of metrics that are set here, and that no target may serve."""
+    probed = config.canary_url or config.health_endpoint
+    return (*SYNTHETIC, *PROBED) if probed else tuple(SYNTHETIC)
+
+
+def format_for(
+    names: Iterable[str], labels: Labels, reserved: Iterable[str] = SYNTHETIC
+) -> Format:
     """Return the format that finds the series of some metrics and labels them."""
     asked = frozenset(names)
-    wanted, counts = asked - SYNTHETIC.keys(), "scrape_samples_scraped" in asked
-    tree = _prefix_tree(sorted(wanted.union(SYNTHETIC))).encode()
+    wanted, counts = asked.difference(reserved), "scrape_samples_scraped" in asked
+    tree = _prefix_tree(sorted(wanted.union(reserved))).encode()
     # For Prometheus 3, blanks before a name are part of it: it is no wanted one.
     lines = re.compile(rb"\n(?:" + tree + rb"|\{)")
     # Room for a newline on either side of the text.
-    return Format(wanted, lines, labels, bytearray(CHUNK + 2), counts)
+    buffer = bytearray(CHUNK + 2)
+    return Format(wanted, frozenset(reserved), lines, labels, buffer, counts)
 
 
 def _prefix_tree(names: Sequence[str]) -> str:
@@ -2573,7 +2704,7 @@ class Reading:
     def _labels(self, text: bytes) -> Labels:
         own = parse_series(text)
         name = own["__name__"]
-        if name in SYNTHETIC:
+        if name in self._format.reserved:
             self.reserved.add(name)
         if name not in self._format.names:
             return ()
@@ -2693,6 +2824,8 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
     reasons = {target.instance: target.reason for target in before.targets}
     for target in after.targets:
         yield from _target_transition(reasons.get(target.instance, ""), target)
+    for probe in after.probes:
+        yield from _probe_transition(before.probes, probe)
     known = {status.rule.name: status for status in before.rules}
     for status in after.rules:
         old = known.get(status.rule.name, RuleStatus(status.rule))
@@ -2714,6 +2847,29 @@ def _target_transition(before: str, target: TargetStatus) -> Iterator[Message]:
         yield logging.WARNING, f"{target.instance}: {what}", fields
     elif before and not target.reason:
         yield logging.INFO, f"{target.instance}: scraped again", fields
+
+
+def _probe_transition(
+    before: Iterable[ProbeStatus], probe: ProbeStatus
+) -> Iterator[Message]:
+    key = (probe.probe, probe.instance)
+    old = next((p.reason for p in before if (p.probe, p.instance) == key), "")
+    if old != probe.reason:
+        names = {"probe": probe.probe, "target": probe.instance}
+        level = logging.WARNING if probe.reason else logging.INFO
+        yield level, describe_probe(probe), {**names, "reason": probe.reason}
+
+
+def describe_probe(probe: ProbeStatus) -> str:
+    """Return what a probe found last, in words.
+
+    >>> describe_probe(ProbeStatus("canary", "localhost:8000"))
+    'canary of localhost:8000: shows nothing now'
+    """
+    text = f"{probe.reason}: {probe.message}" if probe.reason else "shows nothing now"
+    if probe.success:
+        text = f"ok: HTTP {probe.code}, {probe.seconds:.4f} s"
+    return f"{probe.probe} of {probe.instance}: {text}"
 
 
 def describe(status: RuleStatus, now: float) -> str:
@@ -2744,7 +2900,7 @@ def selectors_to_find(rules: Iterable[Rule]) -> list[tuple[str, Selector]]:
         (rule.name, selector)
         for rule in rules if not rule.builtin
         for selector in find_selectors(rule.expr, ("absent", "absent_over_time"))
-        if selector.name not in SYNTHETIC
+        if selector.name not in (*SYNTHETIC, *PROBED)
     ]  # fmt: skip
 
 
@@ -2779,7 +2935,206 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(name, likely, 1)), "")
 
 
-# --- 10. History: samples of each check -> what expressions are evaluated against ----
+# --- 10. Probe: URL -> whether a server answers as it should -------------------------
+# An engine that hangs while it is idle says 0 run, 0 wait for ever, and gauges that
+# stand still look the same whether it hangs or its clients left.  Only a request tells;
+# the metrics say when it is needed, so that it is almost never sent.
+
+MAX_ANSWER = 64 * 1024
+REPEAT, MODEL_LABEL = 60.0, "model_name"
+# Where the text is: by OpenAI, TGI, SGLang, llama-server, Triton, KServe, Ollama.
+COMPLETIONS = (
+    "choices", "generated_text", "text", "content", "text_output", "outputs",
+    "predictions", "response",
+)  # fmt: skip
+# With these it is the request that is wrong, or what it is sent with.
+NO_SIGN = ("dns", "tls", "redirect", "credentials")
+MEND = {401: "CANARY_BEARER_TOKEN_FILE", 403: "CANARY_BEARER_TOKEN_FILE",
+        404: "CANARY_URL or CANARY_BODY", 405: "CANARY_URL"}  # fmt: skip
+
+
+def ask_health(
+    target: Target, deadline: float, credentials: Credentials = ANONYMOUS
+) -> ProbeStatus:
+    """Ask a server's own health route; 2xx is success, as to blackbox_exporter."""
+    started, code, reason, message = time.monotonic(), 0, "", ""
+    try:
+        with fetch(target, deadline, credentials) as response:
+            code = response.status
+        if not 200 <= code < 300:
+            reason, message = "http_status", f"HTTP {code}"
+    except ScrapeError as error:
+        reason, message = error.reason, str(error)
+    return ProbeStatus(
+        "health", target.instance, not reason, code, reason, message,
+        time.monotonic() - started, started,
+    )  # fmt: skip
+
+
+class Canary:
+    """Asks for a completion in a thread of its own, one request at a time.
+
+    The thread that checks calls ``consider``; the lock guards all that changes.
+    """
+
+    def __init__(self, config: Config, target: Target) -> None:
+        self._config, self._target = config, target
+        self._changed = threading.Condition()
+        self._model: str | None = None
+        self._status = ProbeStatus("canary", target.instance)
+        self._stopped = False
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, name="canary", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ask the thread to end; a request that hangs ends with the process."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def consider(
+        self, since: float | None, now: float, series: SeriesByName
+    ) -> ProbeStatus:
+        """Send a request if one is due; return what the last answer says of now.
+
+        ``since`` is when it all began to stand still, None while something moves.
+        """
+        after = self._config.canary_after
+        with self._changed:
+            status = self._status
+            if status.success is not None and not stands(status, since, now, after):
+                status = status._replace(success=None, reason="", message="")
+            if self._model is None and is_due(status, since, now, after):
+                self._model, status = _model(series), status._replace(sent=now)
+                self._changed.notify()
+            self._status = status
+            return status
+
+    def answered(self) -> bool:
+        """Tell whether no request is in flight."""
+        return self._model is None
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._model is not None)
+                model, sent = self._model, self._status.sent
+                if model is None:
+                    return
+            try:
+                found = ask_canary(self._config, self._target, model)
+            except Exception as error:
+                found = ProbeStatus("canary", self._target.instance)
+                found = found._replace(reason="bug", message=report(error))
+            with self._changed:
+                self._status, self._model = found._replace(sent=sent), None
+
+
+def ask_canary(config: Config, target: Target, model: str) -> ProbeStatus:
+    """Ask for a completion, of a model or of the first that the server names."""
+    started, code = time.monotonic(), 0
+    deadline = started + config.canary_timeout
+    token_file = config.canary_bearer_token_file
+    credentials = credentials_of(config)._replace(token_file=token_file)
+    try:
+        model = model or _served_model(target, deadline, credentials)
+        body = config.canary_body or completion_request(target.url, model)
+        with fetch(target, deadline, credentials, body) as response:
+            code = response.status
+            success, reason, message = judge_answer(code, _read(response))
+    except ScrapeError as error:
+        success = None if error.reason in NO_SIGN else False
+        reason, message = error.reason, str(error)
+    seconds = time.monotonic() - started
+    return ProbeStatus(
+        "canary", target.instance, success, code, reason, message, seconds
+    )
+
+
+def completion_request(url: str, model: str) -> bytes:
+    """Return a request for one token; for none vLLM answers without its engine.
+
+    >>> completion_request("http://localhost/v1/completions", "")
+    b'{"max_tokens": 1, "prompt": "Hi"}'
+    """
+    request: dict[str, Any] = {"max_tokens": 1}
+    if url.endswith("/chat/completions"):
+        request["messages"] = [{"role": "user", "content": "Hi"}]
+    else:
+        request["prompt"] = "Hi"
+    if model:
+        request["model"] = model
+    return json.dumps(request).encode()
+
+
+def judge_answer(code: int, body: bytes) -> tuple[bool | None, str, str]:
+    """Return whether an answer shows a sound engine; why not, in a word and for people.
+
+    None where it shows nothing: a status below 500 says that the request is wrong.
+    """
+    if code != 200:
+        text = redact(f"HTTP {code}: {body[:200].decode(errors='replace')}")
+        if code >= 500:
+            return False, "http_status", text
+        return None, "refused_request", f"mend {MEND.get(code, 'CANARY_BODY')}: {text}"
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return False, "no_completion", "200 without JSON"
+    answer = answer[0] if isinstance(answer, list) and answer else answer
+    answer = answer if isinstance(answer, dict) else {}
+    found = any(answer.get(name) not in (None, [], {}) for name in COMPLETIONS)
+    if found and not answer.get("error"):
+        return True, "", ""
+    return False, "no_completion", f"200 with {redact(repr(body[:200]))}"
+
+
+def stands(status: ProbeStatus, since: float | None, now: float, after: float) -> bool:
+    """Tell whether a result is about now, when nothing has moved ``since``.
+
+    A failure stands only while nothing moves: the server was busy otherwise.  A success
+    says nothing about a standstill that has begun after it.
+    """
+    if since is None:
+        return status.success is True and now - status.sent < 2 * after
+    return since <= status.sent
+
+
+def is_due(status: ProbeStatus, since: float | None, now: float, after: float) -> bool:
+    """Tell whether to ask, nothing having moved ``since``; None is that it moves."""
+    pause = REPEAT if status.success is False else after
+    return since is not None and now - status.sent >= pause
+
+
+def _model(series: SeriesByName) -> str:
+    labels = itertools.chain.from_iterable(itertools.chain(*series.values()))
+    return next((value for name, value in labels if name == MODEL_LABEL), "")
+
+
+def _served_model(target: Target, deadline: float, credentials: Credentials) -> str:
+    base, version, _ = target.url.partition("/v1/")
+    if version:
+        models = target._replace(url=f"{base}/v1/models")
+        with fetch(models, deadline, credentials) as response:
+            answer = _read(response)
+        with suppress(LookupError, TypeError, ValueError, RecursionError):
+            return str(json.loads(answer)["data"][0]["id"])
+    return ""
+
+
+def _read(response: Response) -> bytes:
+    buffer, size = bytearray(MAX_ANSWER), 0
+    while size < MAX_ANSWER:
+        count = _readinto(response, memoryview(buffer)[size:])
+        if not count:
+            return bytes(buffer[:size])
+        size += count
+    raise ScrapeError("too_large", f"an answer of {MAX_ANSWER} bytes or more")
+
+
+# --- 11. History: samples of each check -> what expressions are evaluated against ----
 
 POINTS_PER_RANGE, LEAST_POINTS, MAX_POINTS = 512, 32, 2048
 
@@ -2855,7 +3210,7 @@ def _spacing(shortest: float, longest: float) -> float:
     return max(wanted, longest / MAX_POINTS)
 
 
-# --- 11. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
+# --- 12. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
 
 GRACE = 0.05
 
@@ -2901,28 +3256,37 @@ class Job(NamedTuple):
 
 
 class Scraper:
-    """Scrapes all targets at once, a worker thread for each, under one deadline.
+    """Asks all targets and health routes at once, a worker thread for each.
 
-    One thread at a time calls ``scrape``.  The lock guards the job, its scrapes and
+    One thread at a time calls ``scrape``.  The lock guards the job, its results and
     whether to stop: ``_ordered`` tells the workers of a new job, ``_finished`` tells
-    the caller of a scrape.  A worker that is late for its job is waited for no longer,
-    and takes the newest one when it comes back.
+    the caller of a result.  A worker that is late for its job is waited for no longer,
+    and takes the newest one when it comes back.  ``_known`` has the series of each
+    target's last scrape, for its worker alone.
     """
 
     def __init__(self, config: Config, names: Iterable[str]) -> None:
         self._config, self._targets = config, config.metrics_endpoint
-        self._names = frozenset(names)
+        self._routes, self._names = config.health_endpoint, frozenset(names)
+        self._known: list[dict[bytes, Labels]] = [{} for _ in self._targets]
         lock = threading.Lock()
         self._ordered = threading.Condition(lock)
         self._finished = threading.Condition(lock)
         self._job = Job(0, 0.0, False)
-        self._scrapes: dict[int, Scrape] = {}
+        self._results: dict[str, Any] = {}
         self._stopped = False
 
     def start(self) -> None:
         """Start the workers."""
+        workers: dict[str, Callable[[Job], object]] = {}
         for index, target in enumerate(self._targets):
-            work, name = partial(self._work, index), f"scrape {target.instance}"
+            labels = self._blank(target).labels
+            format = format_for(self._names, labels, reserved_names(self._config))
+            workers[f"scrape {target.instance}"] = partial(self._scrape, index, format)
+        for route in self._routes:
+            workers[f"health {route.instance}"] = partial(self._ask, route)
+        for name, ask in workers.items():
+            work = partial(self._work, name, ask)
             threading.Thread(target=work, name=name, daemon=True).start()
 
     def stop(self) -> None:
@@ -2931,82 +3295,87 @@ class Scraper:
             self._stopped = True
             self._ordered.notify_all()
 
-    def scrape(self, *, list_names: bool = False) -> list[Scrape]:
-        """Scrape each target, and return what is known of each at the deadline.
+    def scrape(
+        self, *, list_names: bool = False
+    ) -> tuple[list[Scrape], tuple[ProbeStatus, ...]]:
+        """Scrape all targets; return what is known of each at the deadline.
 
-        ``list_names`` asks for the names of all metrics too.
+        And what the servers' own health routes say.  ``list_names`` asks for the names
+        of all metrics too.
         """
         timeout = self._config.metrics_timeout
         deadline = time.monotonic() + timeout
+        workers = len(self._targets) + len(self._routes)
         with self._finished:
-            sequence, self._scrapes = self._job.sequence + 1, {}
+            sequence, self._results = self._job.sequence + 1, {}
             self._job = Job(sequence, deadline, list_names)
             self._ordered.notify_all()
             # A worker that keeps the deadline says more than that it passed.
             self._finished.wait_for(
-                lambda: len(self._scrapes) == len(self._targets), timeout + GRACE
+                lambda: len(self._results) == workers, timeout + GRACE
             )
-            scrapes = dict(self._scrapes)
-        late = f"no answer within {format_duration(timeout)}"
-        return [
-            scrapes.get(index) or self._blank(index, timeout).failed("timeout", late)
-            for index in range(len(self._targets))
+            results = dict(self._results)
+        late = "timeout", f"no answer within {format_duration(timeout)}"
+        scrapes = [
+            results.get(f"scrape {target.instance}")
+            or self._blank(target, timeout).failed(*late)
+            for target in self._targets
         ]
+        probes = [
+            results.get(f"health {route.instance}")
+            or ProbeStatus("health", route.instance, False, 0, *late, timeout, deadline)
+            for route in self._routes
+        ]
+        return scrapes, tuple(probes)
 
-    def _blank(self, index: int, seconds: float = 0.0) -> Scrape:
-        instance = self._targets[index].instance
-        labels = (("instance", instance), *self._config.target_labels)
-        return Scrape(TargetStatus(instance, seconds=seconds), labels)
+    def _blank(self, target: Target, seconds: float = 0.0) -> Scrape:
+        labels = (("instance", target.instance), *self._config.target_labels)
+        return Scrape(TargetStatus(target.instance, seconds=seconds), labels)
 
-    def _work(self, index: int) -> None:
-        config, blank = self._config, self._blank(index)
-        credentials = Credentials(
-            config.metrics_bearer_token_file, config.metrics_ca_file,
-            config.metrics_cert_file, config.metrics_key_file,
-            config.metrics_tls_skip_verify,
-        )
-        fetch = partial(_fetch, self._targets[index], credentials)
-        format = format_for(self._names, blank.labels)
-        known: dict[bytes, Labels] = {}
+    def _work(self, name: str, ask: Callable[[Job], object]) -> None:
         job = self._next_job(0)
         while job:
-            started, scrape = time.monotonic(), blank
-            try:
-                reading = fetch(format, known, job)
-                known, count = reading.series, len(reading.samples)
-                status = scrape.status._replace(
-                    size=reading.size, series=count, samples=reading.lines
-                )
-                scrape = scrape._replace(status=status, reading=reading)
-            except ScrapeError as error:
-                scrape = scrape.failed(error.reason, str(error))
-            except Exception as error:
-                scrape = scrape.failed("bug", report(error))
-            self._finish(index, job, scrape, time.monotonic() - started)
+            result = ask(job)
+            with self._finished:
+                if job is self._job:
+                    self._results[name] = result
+                    self._finished.notify()
             job = self._next_job(job.sequence)
-
-    def _finish(self, index: int, job: Job, scrape: Scrape, seconds: float) -> None:
-        status = scrape.status._replace(seconds=seconds)
-        with self._finished:
-            if job is self._job:
-                self._scrapes[index] = scrape._replace(status=status)
-                self._finished.notify()
 
     def _next_job(self, done: int) -> Job | None:
         with self._ordered:
             self._ordered.wait_for(lambda: self._stopped or self._job.sequence > done)
             return None if self._stopped else self._job
 
+    def _scrape(self, index: int, format: Format, job: Job) -> Scrape:
+        target, started = self._targets[index], time.monotonic()
+        scrape, credentials = self._blank(target), credentials_of(self._config)
+        try:
+            with open_stream(target, job.deadline, credentials) as stream:
+                known = self._known[index]
+                reading = read_samples(stream, format, known, job.list_names)
+            self._known[index], count = reading.series, len(reading.samples)
+            status = scrape.status._replace(
+                size=reading.size, series=count, samples=reading.lines
+            )
+            scrape = scrape._replace(status=status, reading=reading)
+        except ScrapeError as error:
+            scrape = scrape.failed(error.reason, str(error))
+        except Exception as error:
+            scrape = scrape.failed("bug", report(error))
+        status = scrape.status._replace(seconds=time.monotonic() - started)
+        return scrape._replace(status=status)
 
-def _fetch(
-    target: Target, credentials: Credentials, format: Format,
-    known: dict[bytes, Labels], job: Job,
-) -> Reading:  # fmt: skip
-    with open_stream(target, job.deadline, credentials) as stream:
-        return read_samples(stream, format, known, job.list_names)
+    def _ask(self, route: Target, job: Job) -> ProbeStatus:
+        # The token is for the metrics alone.
+        credentials = credentials_of(self._config)._replace(token_file="")
+        try:
+            return ask_health(route, job.deadline, credentials)
+        except Exception as error:
+            return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 
 
-# --- 12. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
+# --- 13. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
 
 MAX_GAP = 300.0
 TREND = 120
@@ -3036,10 +3405,14 @@ class Monitor:
         self._news = threading.Condition()
         self._asked, self._stopped = -1, False
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        wanted = [s for rule in config.rules for s in find_selectors(rule.expr)]
+        rules = (*config.rules, *config.canary_when)
+        wanted = [s for rule in rules for s in find_selectors(rule.expr)]
         self.scraper = Scraper(config, (selector.name for selector in wanted))
         self.history = History(wanted, len(config.metrics_endpoint))
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
+        self._when = tuple(RuleStatus(rule) for rule in config.canary_when)
+        url = config.canary_url
+        self.canary = Canary(config, url) if url else None
         self._scraped = False
         self._unseen = selectors_to_find(config.rules)
         self._reserved: set[str] = set()
@@ -3052,6 +3425,8 @@ class Monitor:
     def start(self) -> None:
         """Start the workers and the thread that checks."""
         self.scraper.start()
+        if self.canary:
+            self.canary.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -3060,6 +3435,8 @@ class Monitor:
             self._stopped = True
             self._news.notify()
         self.scraper.stop()
+        if self.canary:
+            self.canary.stop()
 
     def alive(self) -> bool:
         """Tell whether the thread that checks is there."""
@@ -3113,28 +3490,42 @@ class Monitor:
             _tell(listener, before, verdict)
 
     def _judge(self) -> Verdict:
-        now, wall, scrapes = self._scrape()
+        now, wall, scrapes, probes = self._scrape()
         if now - self.verdict.time > MAX_GAP:
             self._statuses = tuple(map(restart_clocks, self._statuses))
+            self._when = tuple(map(restart_clocks, self._when))
         targets = record(scrapes, self.history, now, self.verdict.targets)
+        if self.canary:
+            probes += (self._consider(self.canary, now, wall),)
+        record_probes(probes, self.history, now, self.config)
         self._scraped = self._scraped or not all(target.reason for target in targets)
         evaluation = self.history.evaluation(now, wall)
         self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
         self._warn(scrapes, evaluation)
         fault = "" if self._scraped else "never scraped"
         sequence = self.verdict.sequence + 1
-        verdict = Verdict(sequence, fault, now, wall, self._statuses, targets)
+        verdict = Verdict(sequence, fault, now, wall, self._statuses, targets, probes)
         self._count(verdict)
         return verdict
 
-    def _scrape(self) -> tuple[float, float, list[Scrape]]:
+    def _consider(self, canary: Canary, now: float, wall: float) -> ProbeStatus:
+        """Let the canary be sent where CANARY_WHEN asks for it."""
+        evaluation = self.history.evaluation(now, wall)
+        self._when = tuple(_judged(status, evaluation) for status in self._when)
+        alerts = itertools.chain.from_iterable(status.alerts for status in self._when)
+        begun = (alert.since for alert in alerts if alert.state == "firing")
+        return canary.consider(min(begun, default=None), now, evaluation.history)
+
+    def _scrape(
+        self
+    ) -> tuple[float, float, list[Scrape], tuple[ProbeStatus, ...]]:
         now, wall, begun = self._clock(), self._wall(), time.monotonic()
-        scrapes = self.scraper.scrape(list_names=bool(self._unseen))
+        scrapes, probes = self.scraper.scrape(list_names=bool(self._unseen))
         if time.monotonic() - begun > self.verdict_timeout + MAX_LATE:
             # This process was suspended meanwhile: what it has seen is old.
             now, wall = self._clock(), self._wall()
-            scrapes = self.scraper.scrape(list_names=bool(self._unseen))
-        return now, wall, scrapes
+            scrapes, probes = self.scraper.scrape(list_names=bool(self._unseen))
+        return now, wall, scrapes, probes
 
     def _warn(self, scrapes: Sequence[Scrape], evaluation: Evaluation) -> None:
         readings = [scrape.reading for scrape in scrapes if scrape.reading]
@@ -3173,6 +3564,14 @@ def record(
         statuses.append(status._replace(since=old.since if old and same else now))
     history.forget(now)
     return tuple(statuses)
+
+
+def record_probes(
+    probes: Iterable[ProbeStatus], history: History, now: float, config: Config
+) -> None:
+    """Remember what probes found, as scrapes are remembered."""
+    for probe in probes:
+        history.record(probe.samples(config.target_labels), now)
 
 
 def _record(scrape: Scrape, history: History, now: float) -> TargetStatus:
@@ -3217,7 +3616,7 @@ def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         return status._replace(error=f"bug: {report(error)}")
 
 
-# --- 13. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
+# --- 14. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
@@ -3433,7 +3832,7 @@ def _annotations(
     return {"summary": summary, "description": description, "value": value}
 
 
-# --- 14. Serve: Verdict -> HTTP ------------------------------------------------------
+# --- 15. Serve: Verdict -> HTTP ------------------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
@@ -3567,6 +3966,9 @@ def _verbose_lines(verdict: Verdict, excluded: Sequence[str]) -> Iterator[str]:
     for target in verdict.targets:
         if target.reason:
             yield f"[-]scrape of {target.instance} {_target_text(target, verdict.time)}"
+    for probe in verdict.probes:
+        if probe.reason:
+            yield f"[-]{describe_probe(probe)}"
     for status in verdict.rules:
         sign = "+" if status.rule.name in excluded or not status.failing else "-"
         note = " excluded:" if status.rule.name in excluded else ""
@@ -3585,6 +3987,8 @@ def _health_json(verdict: Verdict, reason: str) -> dict[str, Any]:
     pending = any(status.state == "pending" for status in verdict.rules)
     # A rule's name has no colon, so scrape:targets is none.
     checks = {"scrape:targets": [_target_json(t, verdict) for t in verdict.targets]}
+    for probe in verdict.probes:
+        checks.setdefault(f"probe:{probe.probe}", []).append(_probe_json(probe))
     checks.update({s.rule.name: [_rule_json(s, verdict)] for s in verdict.rules})
     return _present({
         "status": "fail" if reason else "warn" if pending else "pass",
@@ -3601,6 +4005,16 @@ def _target_json(target: TargetStatus, verdict: Verdict) -> dict[str, Any]:
         "observedValue": round(target.seconds, 6), "observedUnit": "s",
         "series": target.series, "bytes": target.size,
         "output": target.reason and f"{target.reason}: {target.message}",
+    })  # fmt: skip
+
+
+def _probe_json(probe: ProbeStatus) -> dict[str, Any]:
+    return _present({
+        "componentId": probe.instance,
+        "status": "fail" if probe.reason else "pass",
+        "observedValue": round(probe.seconds, 6), "observedUnit": "s",
+        "code": probe.code,
+        "output": probe.reason and f"{probe.reason}: {probe.message}",
     })  # fmt: skip
 
 
@@ -3654,6 +4068,8 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
     """Yield what the latest verdict says, as metrics."""
     states = ("inactive", "pending", "firing", "error")
     rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
+    probes = [({"probe": p.probe, "target": p.instance}, p) for p in verdict.probes]
+    probes = [(labels, p) for labels, p in probes if p.sent > -math.inf]
     return _families(
         ("health_check_healthy", "Whether the latest verdict is Healthy.",
          [({}, verdict.healthy)]),
@@ -3670,6 +4086,12 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
          [(rule, s.limit) for rule, s in rules if s.limit is not None]),
         ("health_check_target_up", "Whether the last scrape succeeded.",
          [({"target": t.instance}, not t.reason) for t in verdict.targets]),
+        ("probe_success", "Whether a probe succeeded.",
+         [(labels, p.success) for labels, p in probes if p.success is not None]),
+        ("probe_http_status_code", "Status of the answer, 0 if there was none.",
+         [(labels, p.code) for labels, p in probes]),
+        ("probe_duration_seconds", "How long a probe took.",
+         [(labels, p.seconds) for labels, p in probes]),
     )  # fmt: skip
 
 
@@ -3748,6 +4170,10 @@ def answer_page(
         state = "fail" if target.reason else "pass"
         text = _target_text(target, verdict.time)
         sections.append(_section(state, f"scrape of {target.instance}", text))
+    for probe in verdict.probes:
+        title, _, text = describe_probe(probe).partition(": ")
+        state = "fail" if probe.reason else "pass"
+        sections.append(_section(state, title, text))
     body = PAGE.format(
         style=STYLE, title=word,
         state="old" if old else "pass" if verdict.healthy else "fail",
@@ -4323,7 +4749,7 @@ def listen(host: str, port: int) -> socket.socket:
         return create(("0.0.0.0", port))
 
 
-# --- 15. Main: wiring and signals ----------------------------------------------------
+# --- 16. Main: wiring and signals ----------------------------------------------------
 
 QUERY_PAUSE = 1.0
 # What the first line of the log has in a form of its own.
@@ -4481,8 +4907,9 @@ def _scrape_for(
     for pause in (0.0, QUERY_PAUSE) if again else (0.0,):
         time.sleep(pause)
         now, wall = time.monotonic(), time.time()
-        scrapes = scraper.scrape(list_names=True)
+        scrapes, probes = scraper.scrape(list_names=True)
         targets = record(scrapes, history, now)
+        record_probes(probes, history, now, config)
     scraper.stop()
     evaluation = history.evaluation(now, wall)
     log_missing(selectors_to_find(rules), scrapes, evaluation)

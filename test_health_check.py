@@ -50,6 +50,7 @@ from health_check import (
     Monitor,
     Notifier,
     Points,
+    ProbeStatus,
     PromQLError,
     RuleStatus,
     ScrapeError,
@@ -57,6 +58,11 @@ from health_check import (
     Stream,
     TargetStatus,
     Verdict,
+    answer_health,
+    answer_metrics,
+    answer_page,
+    ask_canary,
+    ask_health,
     compile_regex,
     escape_controls,
     evaluate,
@@ -66,7 +72,9 @@ from health_check import (
     format_for,
     format_rule,
     format_series,
+    is_due,
     judge,
+    judge_answer,
     listen,
     load_config,
     log_transitions,
@@ -82,8 +90,10 @@ from health_check import (
     regex_matches,
     restart_clocks,
     scrape_families,
+    stands,
     tokenize,
     type_of,
+    verdict_families,
 )
 
 NOW, WALL, WHOLE = 1000.0, 1700000000.0, 1 << 20
@@ -1437,7 +1447,8 @@ class Config(unittest.TestCase):
         gone = str(Path(PROGRAM).parent / "gone")
         names = [s.name for s in SETTINGS if s.name.endswith("_FILE")]
         for path, told in (gone, len(names)), (PROGRAM, 0), (os.curdir, len(names)):
-            config = load_config(dict.fromkeys(names, str(path)))
+            url = {"CANARY_URL": "http://localhost/v1/completions"}
+            config = load_config({**dict.fromkeys(names, str(path)), **url})
             lines = list(health_check.missing_files(config))
             self.assertEqual(len(lines), told, lines)
             for name, line in zip(names, lines):
@@ -2059,6 +2070,279 @@ class Exposition(unittest.TestCase):
             with self.assertRaises(ScrapeError) as caught:
                 parse_series(text)
             self.assertEqual(caught.exception.reason, "bad_line")
+
+
+# --- 10. Probe -----------------------------------------------------------------------
+
+def answer_verdict(verdict):
+    return answer_metrics(verdict_families(verdict)).body
+
+
+ANSWER = '{"choices": [{"text": " the"}]}'
+
+
+class ProbeTest(NetworkTest):
+    """What the server's own health route and a canary show, and when it is sent."""
+
+    def ask(self, *pieces, model="m", path="/v1/completions", timeout="5", **environ):
+        """Return what a canary finds, and the server that it asked."""
+        server = self.metrics(*pieces)
+        url = f"http://{server.instance}{path}"
+        environ = {"CANARY_URL": url, "CANARY_TIMEOUT": timeout, **environ}
+        config = load_config(environ)
+        return ask_canary(config, config.canary_url, model), server
+
+    def answers(self, models):
+        """Answer a GET with the models that are served, a POST with a completion."""
+        return lambda head: [page(models if head.startswith(b"GET") else ANSWER)]
+
+    def test_only_a_completion_shows_a_sound_engine(self):
+        for code, body, success in (
+            (200, ANSWER, True),
+            (200, '{"generated_text": ""}', True),
+            (200, '[{"generated_text": "the"}]', True),
+            (200, '{"choices": []}', False),
+            (200, '{"choices": [{}], "error": {"message": "engine died"}}', False),
+            (200, '{"error": "no worker"}', False),
+            (200, '"the"', False),
+            (200, "", False),
+            (200, "<html>", False),
+            (200, "[" * 60000, False),
+            (200, "\udcff", False),
+            (204, "", None),
+            (400, "max_tokens", None),
+            (404, "no such model", None),
+            (429, "", None),
+            (500, "", False),
+            (503, "", False),
+        ):
+            with self.subTest(code=code, body=body[:60]):
+                found, reason, _ = judge_answer(code, body.encode(errors="replace"))
+                self.assertIs(found, success)
+                self.assertEqual(bool(reason), not success)
+        for code, setting in (401, "TOKEN_FILE"), (404, "URL"), (422, "BODY"):
+            self.assertIn("mend CANARY_", judge_answer(code, b"")[2])
+            self.assertIn(setting, judge_answer(code, b"")[2])
+
+    def test_a_canary_asks_for_one_token_of_the_model_that_is_there(self):
+        for path, model, asked in (
+            ("/v1/completions", "m", {"prompt": "Hi", "model": "m"}),
+            ("/generate", "", {"prompt": "Hi"}),
+            ("/v1/completions", "", {"prompt": "Hi", "model": "served"}),
+            ("/v1/chat/completions", "m",
+             {"messages": [{"role": "user", "content": "Hi"}], "model": "m"}),
+        ):  # fmt: skip
+            with self.subTest(path=path, model=model):
+                answers = self.answers('{"data": [{"id": "served"}]}')
+                status, server = self.ask(answers, model=model, path=path)
+                body = server.requests[-1].partition("\r\n\r\n")[2]
+                self.assertEqual(json.loads(body), {"max_tokens": 1, **asked})
+                self.assertEqual(status[:5], ("canary", server.instance, True, 200, ""))
+        for models in "[]", "{}", "x", '{"data": []}':
+            _, server = self.ask(self.answers(models), model="")
+            self.assertNotIn("model", server.requests[-1].partition("\r\n\r\n")[2])
+
+    def test_a_body_and_a_token_of_the_users_own_are_sent(self):
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write("secret")
+            file.flush()
+            body = '{"inputs": "Hi", "parameters": {"max_new_tokens": 1}}'
+            _, server = self.ask(
+                page(ANSWER), CANARY_BODY=body, CANARY_BEARER_TOKEN_FILE=file.name
+            )
+            head, _, sent = server.requests[0].partition("\r\n\r\n")
+            self.assertEqual(sent, body)
+            self.assertIn("Authorization: Bearer secret", head)
+            self.assertIn("Content-Type: application/json", head)
+        for body in "x", "[]", '{"stream": true}', "[" * 60000:
+            with self.assertRaises(ConfigError):
+                load_config({"CANARY_URL": "http://localhost/", "CANARY_BODY": body})
+        for environ in (
+            {"CANARY_AFTER": "5m"},
+            {"CANARY_URL": "http://a:b@c/", "CANARY_BEARER_TOKEN_FILE": "d"},
+        ):
+            with self.assertRaises(ConfigError):
+                load_config(environ)
+
+    def test_no_answer_can_hold_up_or_bloat_a_canary(self):
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+        endless = [head, *[b"x" * 65536] * 2000]
+        away = redirect("http://127.0.0.1:1/")
+        for pieces, timeout, success, code, reason in (
+            ([FOREVER], "0.03", False, 0, "timeout"),
+            ([head, FOREVER], "0.03", False, 200, "timeout"),
+            (dripping(page(ANSWER)), "0.03", False, 0, "timeout"),
+            (endless, "5", False, 200, "too_large"),
+            ([page(ANSWER)[:-1]], "5", False, 200, "truncated"),
+            ([b""], "5", False, 0, "reset"),
+            ([b"x\r\n\r\n"], "5", False, 0, "bad_http"),
+            ([away], "5", None, 0, "redirect"),
+            ([redirect("/elsewhere", "303 See Other")], "5", None, 303,
+             "refused_request"),
+        ):  # fmt: skip
+            with self.subTest(reason=reason):
+                status, _ = self.ask(*pieces, timeout=timeout)
+                self.assertEqual(status[2:5], (success, code, reason))
+        status, server = self.ask(
+            lambda head: [
+                page(ANSWER) if b"POST /b" in head and b"prompt" in head
+                else redirect("/b")
+            ]
+        )  # fmt: skip
+        self.assertTrue(status.success)
+        self.assertEqual(len(server.requests), 2)
+
+    def test_a_health_route_is_up_with_any_2xx(self):
+        for piece, success, code, reason in (
+            (page(), True, 200, ""),
+            (page(status="204 No Content"), True, 204, ""),
+            (page(status="503 Service Unavailable"), False, 503, "http_status"),
+            (redirect("http://127.0.0.1:1/"), False, 0, "redirect"),
+            (FOREVER, False, 0, "timeout"),
+        ):
+            with self.subTest(code=code, reason=reason):
+                target = load_config({"CANARY_URL": self.metrics(piece).url}).canary_url
+                status = ask_health(target, time.monotonic() + 0.05)
+                self.assertEqual(status[2:5], (success, code, reason))
+
+    def succeeds(self, now):
+        return True
+
+    def fails(self, now):
+        return False
+
+    def asked(self, moments, answers, after=300.0):
+        """Return when canaries are sent, and the results, given ``since`` by time."""
+        status, sent, results = ProbeStatus("canary", "a"), [], []
+        for now, since in moments:
+            if not stands(status, since, now, after):
+                status = status._replace(success=None)
+            results.append(status.success)
+            if is_due(status, since, now, after):
+                sent.append(now)
+                status = status._replace(success=answers(now), sent=now)
+        return sent, results
+
+    def test_a_canary_is_sent_only_while_nothing_moves(self):
+        day = [(now, None if now % 310 < 310 - 10 else now - 300)
+               for now in range(0, 86400, 10)]  # fmt: skip
+        still = [(now, 0 if now >= 60 else None) for now in range(0, 3600, 10)]
+        busy = [(now, None) for now in range(0, 600, 10)]
+        self.assertLessEqual(len(self.asked(day, self.succeeds)[0]), 288)
+        self.assertEqual(self.asked(still, self.succeeds)[0], [*range(60, 3600, 300)])
+        self.assertEqual(self.asked(busy, self.succeeds)[0], [])
+        sent, results = self.asked(still, lambda now: now > 600)
+        self.assertEqual(sent[:11], list(range(60, 661, 60)))
+        self.assertEqual(sent[11:13], [960, 1260])
+        self.assertEqual(set(results[7:67]), {False})
+
+    def test_a_result_is_about_the_standstill_that_it_was_sent_in(self):
+        for name, answers, moments, last in (
+            ("busy meanwhile", self.fails, [(60, 0), (90, None)], None),
+            ("stands still again", self.fails, [(60, 0), (200, 80)], None),
+            ("hangs on", self.fails, [(60, 0), (200, 0)], False),
+            ("sound", self.succeeds, [(60, 0), (70, None)], True),
+            ("sound for a while", self.succeeds, [(60, 0), (700, None)], None),
+            ("hangs after", self.succeeds, [(60, 0), (70, None), (200, 80)], None),
+        ):
+            with self.subTest(name):
+                self.assertIs(self.asked(moments, answers)[1][-1], last)
+
+    def watched(self, clock, answer, **environ):
+        """Return a monitor with a canary, and a server that answers it."""
+        server = self.metrics(
+            lambda head: answer() if b"POST" in head else [page('x{model_name="m"} 0')]
+        )
+        monitor = self.monitor(
+            server, clock=clock, CANARY_URL=f"http://{server.instance}/v1/completions",
+            CANARY_TIMEOUT="0.03", UNHEALTHY_WHEN="Ok: x > 1", **environ,
+        )  # fmt: skip
+        monitor.canary.start()
+        return monitor, server
+
+    def asking(self, server):
+        return [request for request in server.requests if request.startswith("POST")]
+
+    def test_an_engine_that_hangs_while_it_is_idle_is_found_and_seen_to_recover(self):
+        clock, pieces = Clock(), [FOREVER]
+        idle = "x == 0 for 5m"
+        monitor, server = self.watched(clock, lambda: pieces, CANARY_WHEN=idle)
+        monitor.listeners.append(log_transitions)
+        states = []
+        for _ in range(50):
+            asked = len(self.asking(server))
+            verdict = monitor.check()
+            if verdict.probes[0].sent == clock.now:
+                wait_until(monitor.canary.answered)
+                self.assertEqual(len(self.asking(server)), asked + 1)
+            states.append(verdict.reason)
+            clock.now += 10.0
+        # Sent after 300 s, failed at 310 s, for two minutes at 430 s.
+        self.assertEqual(states, [""] * 43 + ["Unresponsive"] * 7)
+        self.assertEqual(len(self.asking(server)), 4)
+        pieces[:] = [page(ANSWER)]
+        clock.now += 60.0
+        monitor.check()
+        self.assertTrue(wait_until(monitor.canary.answered))
+        self.assertTrue(monitor.check().healthy)
+        self.assertIn('"model": "m"', self.asking(server)[-1])
+        lines = [line for line in self.log if line.startswith("canary of")]
+        self.assertEqual([line.split(": ")[1] for line in lines], ["timeout", "ok"])
+
+    def test_a_canary_that_hangs_delays_no_check_and_is_the_only_one(self):
+        clock = Clock()
+        monitor, _ = self.watched(
+            clock, lambda: [FOREVER], CANARY_WHEN="x == 0", METRICS_TIMEOUT="5"
+        )
+        for _ in range(5):
+            before = time.monotonic()
+            monitor.check()
+            clock.now += 3600.0
+        self.assertLess(time.monotonic() - before, 2.0)
+        threads = [t.name for t in threading.enumerate() if t.name == "canary"]
+        self.assertEqual(len(threads), 1)
+
+    def test_a_canary_that_is_refused_decides_nothing_and_names_what_to_mend(self):
+        clock, refused = Clock(), page("no such model", status="404 Not Found")
+        monitor, _ = self.watched(clock, lambda: [refused], CANARY_WHEN="x == 0")
+        monitor.check()
+        wait_until(monitor.canary.answered)
+        verdict = monitor.check()
+        probe = verdict.probes[0]
+        self.assertEqual((probe.success, probe.code), (None, 404))
+        self.assertTrue(verdict.healthy)
+        self.assertNotIn("probe_success{", answer_verdict(verdict))
+        told = answer_health(verdict, "verbose").body
+        self.assertIn("mend CANARY_URL or CANARY_BODY: HTTP 404: no such model", told)
+
+    def test_the_servers_own_health_route_is_asked_beside_each_scrape(self):
+        clock, pieces = Clock(), [page()]
+        route = self.metrics(lambda _: pieces)
+        other = self.metrics(page(status="204 No Content"))
+        fake = 'probe_success{probe="health"} 0\n'
+        monitor = self.monitor(
+            self.metrics(page(f"x 1\n{fake}")), clock=clock, METRICS_TIMEOUT="0.05",
+            HEALTH_ENDPOINT=f"{route.url},{other.url}", UNHEALTHY_WHEN="Ok: x > 1",
+        )  # fmt: skip
+        bad = page(status="503 Service Unavailable")
+        for seconds, answers, reason in (
+            (0, [page()], ""), (10, [bad], "NotServing"), (20, [page()], ""),
+            (30, [FOREVER], ""), (40, [FOREVER], ""), (51, [FOREVER], "NotServing"),
+            (60, [page()], ""),
+        ):  # fmt: skip
+            with self.subTest(seconds=seconds):
+                pieces[:] = answers
+                clock.now = 1000.0 + seconds
+                verdict = monitor.check()
+                self.assertEqual(verdict.reason, reason)
+                self.assertEqual(len(verdict.probes), 2)
+                document = json.loads(answer_health(verdict, "format=json").body)
+                probes = document["checks"]["probe:health"]
+                word = "pass" if answers == [page()] else "fail"
+                self.assertEqual(probes[0]["status"], word)
+        labels = f'{{probe="health", target="{route.instance}"}}'
+        self.assertIn(f"probe_success{labels} 1\n", answer_verdict(verdict))
+        self.assertIn(f"health of {route.instance}", answer_page(verdict, {}).body)
 
 
 # --- 8. Monitor ----------------------------------------------------------------------
