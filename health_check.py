@@ -46,6 +46,7 @@ import base64
 import collections
 import difflib
 import errno
+import gzip
 import hashlib
 import html
 import http.client
@@ -65,11 +66,12 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
-from select import PIPE_BUF
+from select import PIPE_BUF, POLLOUT, poll
 from select import select as ready_of
 from typing import (
     Any,
@@ -2205,9 +2207,11 @@ SETTINGS = tuple(itertools.starmap(Setting, (
 
 # --- 7. Scrape: URL -> bytes ---------------------------------------------------------
 
-MAX_HEAD, MAX_FIELDS = 64 * 1024, 100
+MAX_HEAD, MAX_FIELDS = 64 * 1024, 250
 MAX_REDIRECTS, REDIRECTS = 3, (301, 302, 303, 307, 308)
+MAX_UNPACKED = 256 * 1024 * 1024
 RECEIVE_BUFFER = 1024 * 1024
+NEXT_ADDRESS = 0.25
 AGENT = f"health_check.py/{__version__}"
 # Of version 1.0.0 without allow-utf-8, prometheus_client 0.23 and later would serve
 # sglang:x as sglang_x, at whatever q.
@@ -2218,14 +2222,22 @@ ACCEPT = (
 REASONS = (
     (socket.timeout, "timeout"), (socket.gaierror, "dns"), (ssl.SSLError, "tls"),
     (ConnectionRefusedError, "refused"), (ConnectionError, "reset"),
-    (http.client.IncompleteRead, "truncated"), (http.client.HTTPException, "bad_http"),
-    (OSError, "network"), (ValueError, "bad_http"),
+    (http.client.IncompleteRead, "truncated"), (EOFError, "truncated"),
+    (http.client.HTTPException, "bad_http"), (ValueError, "bad_http"),
+    (gzip.BadGzipFile, "bad_http"), (zlib.error, "bad_http"), (OSError, "network"),
 )
+_FAILURES = tuple(kind for kind, _ in REASONS)
+_LINE = operator.methodcaller("rstrip", b"\r\n")
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})(?: .*)?")
 FIELD_NAME = r"[\w!#$%&'*+.^`|~-]+"
 _FIELD = re.compile(rf"({FIELD_NAME}):([^\0\r]*)", re.ASCII)
+_FOLD = re.compile(r"\n[ \t]+")
 # Python would ignore what it does not understand of these two.
-_FRAMING = ("transfer-encoding", "(?i)chunked"), ("content-length", r"(?a)\d{1,18}")
+_FRAMING = (
+    ("transfer-encoding", "(?i)chunked"),
+    ("content-length", r"(?a)(\d{1,18})(?:[ \t]*,[ \t]*\1)*"),
+)
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\r\n]*)?\r?\n")
 
 
 def redact(text: str) -> str:
@@ -2245,12 +2257,10 @@ class ScrapeError(Exception):
 class Stream(NamedTuple):
     """A body that is being received.
 
-    ``readinto`` fills a buffer and returns how much; 0 is the end.  ``framed`` says
-    whether the protocol shows if the end is the real one.
+    ``readinto`` fills a buffer and returns how much; 0 is the end.
     """
 
     content_type: str
-    framed: bool
     readinto: Callable[[memoryview], int]
 
 
@@ -2263,21 +2273,49 @@ def open_stream(
     Name lookup is the one part that cannot be interrupted.  Raises ScrapeError.
     """
     with fetch(target, deadline, credentials) as response:
-        fields = response.fields
-        encoding = fields.get("content-encoding", "identity")
         if response.status != 200:
-            phrase = http.client.responses.get(response.status, "")
-            raise ScrapeError("http_status", f"HTTP {response.status} {phrase}".strip())
-        if encoding.lower() != "identity":
-            raise ScrapeError("bad_http", f"unasked Content-Encoding {encoding[:40]!r}")
-        framed = response.chunked or "content-length" in fields
-        readinto = partial(_readinto, response)
-        yield Stream(fields.get("content-type", ""), framed, readinto)
+            problem = _refusal(response.status, target, credentials)
+            raise ScrapeError("http_status", problem)
+        body = reader_of(response, deadline)
+        yield Stream(response.fields.get("content-type", ""), body)
 
 
-def _readinto(response: http.client.HTTPResponse, view: memoryview) -> int:
+def _refusal(status: int, target: Target, credentials: Credentials) -> str:
+    text = f"HTTP {status} {http.client.responses.get(status, '')}".strip()
+    if status != 401:
+        return text
+    if credentials.token_file:
+        return f"{text}: it takes no token of METRICS_BEARER_TOKEN_FILE"
+    if target.authorization:
+        return f"{text}: it takes no user:password of METRICS_ENDPOINT"
+    return f"{text}: METRICS_BEARER_TOKEN_FILE is not set"
+
+
+def reader_of(response: Response, deadline: float) -> Callable[[memoryview], int]:
+    """Return what fills a buffer with the body, unpacked; raises ScrapeError.
+
+    Some servers pack what nobody asked them to (RFC 9110 section 8.4), and Prometheus
+    reads it.
+    """
+    body: Response | gzip.GzipFile = response
+    coding = response.fields.get("content-encoding", "identity").lower()
+    if coding in ("gzip", "x-gzip"):
+        body = gzip.GzipFile(fileobj=response, mode="rb")
+    elif coding != "identity":
+        raise ScrapeError("bad_http", f"unasked Content-Encoding {coding[:40]!r}")
+    return partial(_readinto, response, body, deadline)
+
+
+def _readinto(
+    response: Response, body: Response | gzip.GzipFile, deadline: float,
+    view: memoryview,
+) -> int:
     with _Translated():
-        count = response.readinto(view)
+        # A megabyte that has been received may unpack to a gigabyte.
+        _left(deadline)
+        count = body.readinto(view)
+    if body is not response and body.tell() > MAX_UNPACKED:
+        raise ScrapeError("too_large", f"unpacks to more than {MAX_UNPACKED} bytes")
     if not count and response.length:
         raise ScrapeError("truncated", f"{response.length} bytes less than announced")
     return count
@@ -2329,7 +2367,7 @@ class _Translated:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
+        if error and isinstance(error, _FAILURES):
             # urllib wraps what went wrong before the answer in a URLError.
             inner = getattr(error, "reason", None)
             cause = inner if isinstance(inner, Exception) else error
@@ -2410,6 +2448,10 @@ class _Socket(socket.socket):
     allowance: float
     cut = ""
 
+    def makefile(self, *_: Any, **__: Any) -> Any:
+        """Give a file whose first read takes a whole page, if that is a small one."""
+        return super().makefile("rb", MAX_HEAD)
+
     def recv_into(self, *arguments: Any, **options: Any) -> int:
         self.settimeout(_left(self.deadline))
         count = super().recv_into(*arguments, **options)
@@ -2429,7 +2471,8 @@ class _TLSSocket(_Socket, ssl.SSLSocket):
 class Response(http.client.HTTPResponse):
     """An answer whose head is read strictly, and not by the e-mail parser: it is slow.
 
-    Fields of one name are joined (RFC 9110 section 5.3), so each has one meaning.
+    Fields of one name are joined (RFC 9110 section 5.3), so each has one meaning.  A
+    body is as long as RFC 9112 section 6 says.
     """
 
     fields: dict[str, str]
@@ -2438,7 +2481,7 @@ class Response(http.client.HTTPResponse):
         """Read the head, and before it those of any interim answers (1xx)."""
         self.status = 100
         while self.status < 200:
-            self.status, self.fields = _head(line.rstrip(b"\r\n") for line in self.fp)
+            self.status, self.fields = _head(map(_LINE, self.fp))
         self.code, self.reason, self.will_close = self.status, "", True
         self.length = self.chunk_left = None
         self.chunked = "transfer-encoding" in self.fields
@@ -2447,23 +2490,37 @@ class Response(http.client.HTTPResponse):
             if value is not None and not re.fullmatch(form, value):
                 raise http.client.HTTPException(f"bad {name.title()} {value[:40]!r}")
         if not self.chunked and "content-length" in self.fields:
-            self.length = int(self.fields["content-length"])
+            self.length = int(self.fields["content-length"].partition(",")[0])
+
+    def _read_next_chunk_size(self) -> int:
+        # RFC 9112 section 7.1, where http.client would take 0x8 and +8 for 8.
+        line = self.fp.readline(MAX_HEAD)
+        size = _CHUNK_SIZE.fullmatch(line)
+        if not size:
+            raise http.client.HTTPException(f"bad size of a chunk {line[:40]!r}")
+        return int(size[1], 16)
 
 
 def _head(lines: Iterator[bytes]) -> tuple[int, dict[str, str]]:
+    # RFC 9112 sections 4 and 5; what is folded is one line (section 5.2).
     fields: dict[str, str] = {}
     status = _STATUS.fullmatch(next(lines, b""))
     if not status:
         raise http.client.BadStatusLine("not an answer of HTTP/1")
-    for count, line in enumerate(itertools.takewhile(bool, lines)):
-        field = _FIELD.fullmatch(line.decode("latin-1"))
+    text = b"\n".join(itertools.takewhile(bool, lines)).decode("latin-1")
+    unfolded = _FOLD.sub(" ", text).split("\n") if text else []
+    if len(unfolded) > MAX_FIELDS:
+        raise http.client.HTTPException(f"more than {MAX_FIELDS} header fields")
+    for line in unfolded:
+        field = _FIELD.fullmatch(line)
         if not field:
             raise http.client.HTTPException(f"not a header field: {line[:40]!r}")
-        if count == MAX_FIELDS:
-            raise http.client.HTTPException(f"more than {MAX_FIELDS} header fields")
         name, value = field[1].lower(), field[2].strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return int(status[1]), fields
+
+
+AddressInfo = Tuple[int, int, int, str, Any]
 
 
 class _Connection(http.client.HTTPConnection):
@@ -2477,19 +2534,7 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
-        for place, (*kind, _, address) in enumerate(found, 1):
-            try:
-                self.sock = _Socket(*kind)
-                option = socket.SOL_SOCKET, socket.SO_RCVBUF
-                self.sock.setsockopt(*option, RECEIVE_BUFFER)
-                self.sock.settimeout(_left(self._deadline))
-                self.sock.connect(address)
-                break
-            except OSError:
-                if self.sock:
-                    self.sock.close()
-                if place == len(found):
-                    raise
+        self.sock = _connected(_interleaved(found), self._deadline)
         self.sock.settimeout(_left(self._deadline))
         if self._context:
             self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
@@ -2500,6 +2545,59 @@ class _Connection(http.client.HTTPConnection):
         response = super().getresponse()
         sock.allowance, sock.cut = math.inf, "truncated" if response.chunked else ""
         return response
+
+
+def _interleaved(found: Sequence[AddressInfo]) -> list[AddressInfo]:
+    # RFC 8305 section 4: where one family is silent, the second address is of another.
+    families = [
+        [info for info in found if info[0] == family]
+        for family in dict.fromkeys(info[0] for info in found)
+    ]
+    turns = itertools.zip_longest(*families)
+    return [info for turn in turns for info in turn if info]
+
+
+def _connected(found: Sequence[AddressInfo], deadline: float) -> _Socket:
+    """Return a socket that is connected to the first address that answers.
+
+    The next is tried once one has failed, or after 250 ms, while those before it go on
+    (RFC 8305 section 5).  Raises OSError: if none is left, that of the last.
+    """
+    untried, poller, problem = list(found[::-1]), poll(), 0
+    trying: dict[int, _Socket] = {}
+    try:
+        while untried or trying:
+            if untried:
+                try:
+                    sock = _begin(*untried.pop())
+                except OSError as error:
+                    problem = error.errno or 0
+                    continue
+                trying[sock.fileno()] = sock
+                poller.register(sock, POLLOUT)
+            seconds = min(NEXT_ADDRESS if untried else math.inf, _left(deadline))
+            for descriptor, _ in poller.poll(seconds * 1000):
+                poller.unregister(descriptor)
+                sock = trying.pop(descriptor)
+                problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not problem:
+                    return sock
+                sock.close()
+        raise OSError(problem, os.strerror(problem))
+    finally:
+        for sock in trying.values():
+            sock.close()
+
+
+def _begin(family: int, kind: int, protocol: int, _: str, address: Any) -> _Socket:
+    sock = _Socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    sock.setblocking(False)
+    problem = sock.connect_ex(address)
+    if problem not in (0, errno.EINPROGRESS):
+        sock.close()
+        raise OSError(problem, os.strerror(problem))
+    return sock
 
 
 # --- 8. Exposition: bytes x wanted names -> samples ----------------------------------
@@ -2532,7 +2630,12 @@ _OPEN_STRING = re.compile(
 )
 _LABEL_ESCAPE = re.compile(rb'\\([\\"n])')
 _SAMPLE = re.compile(rb"\n[ \t]*[^ \t\n#]")
-_LISTED_NAME = re.compile(rb"\n([a-zA-Z_:][\w:]{0,199})(?![\w:])")
+_LISTED_NAME = re.compile(
+    rb'\n(?:\{[ \t]*")?([a-zA-Z_:][\w:./-]{0,199})(?![\w:./-])'
+)
+_TYPE_OPENMETRICS = re.compile(
+    r"application/openmetrics-text[ \t]*(?:[;,]|\Z)", re.IGNORECASE
+)
 _NOT_BLANK = re.compile(rb"\S")
 _NOTHING = re.compile(rb"\s*(?:null\s*)?\Z")
 
@@ -2604,36 +2707,22 @@ def read_samples(
     their text, from the scrape before.  Raises ScrapeError where Prometheus' scraper
     would, as far as the first line and the wanted ones show it.
     """
-    openmetrics = "openmetrics" in stream.content_type
-    reading = Reading(format, known, _VALUE_OPENMETRICS if openmetrics else _VALUE)
+    openmetrics = bool(_TYPE_OPENMETRICS.match(stream.content_type))
+    reading = Reading(format, known, openmetrics, list_names)
     buffer, view = format.buffer, memoryview(format.buffer)
     # Each line starts with a newline: what is kept of a chunk begins with one, too.
-    buffer[0], filled = NEWLINE, 1
-    started = ended = final = False
+    buffer[0], filled, final = NEWLINE, 1, False
     while not final:
         count = _fill(view[filled:-1], stream)
         filled, reading.size = filled + count, reading.size + count
         final = filled < len(view) - 1
-        if final and not started and _NOTHING.match(buffer, 0, filled):
-            return reading
         if final and buffer[filled - 1] != NEWLINE:
-            if not stream.framed:
-                raise ScrapeError("truncated", "the last line has no end")
+            # Prometheus reads a last line that does not end, too.
             buffer[filled], filled = NEWLINE, filled + 1
-        end = buffer.rfind(b"\n", 0, filled) + 1
-        started = started or _starts(buffer, end, stream.content_type)
-        kept = reading.scan(buffer, end, final)
-        reading.count(buffer, kept)
-        room = MAX_NAMES - len(reading.names)
-        if list_names and room:
-            reading.names.update(_LISTED_NAME.findall(buffer, 0, end)[:room])
-        if end > 1:
-            ended = buffer.endswith(b"\n# EOF\n", 0, end)
+        kept = reading.take(buffer, filled, final)
         view[: filled - kept], filled = view[kept:filled], filled - kept
         if filled > CHUNK:
             raise ScrapeError("too_large", f"a line of more than {CHUNK - 1} bytes")
-    if openmetrics and not ended:
-        raise ScrapeError("truncated", "no # EOF at the end of OpenMetrics text")
     return reading
 
 
@@ -2647,19 +2736,6 @@ def _fill(view: memoryview, stream: Stream) -> int:
     return filled
 
 
-def _starts(buffer: bytearray, end: int, content_type: str) -> bool:
-    first = _NOT_BLANK.search(buffer, 0, end)
-    media = content_type.partition(";")[0].strip().lower()
-    if first and media.endswith(("html", "json", "+xml")):
-        raise ScrapeError("not_metrics", f"Content-Type {media[:60]!r}")
-    if first and first[0] != b"#":
-        try:
-            _line(buffer, first.start(), end, True, _VALUE_OPENMETRICS)
-        except ScrapeError as error:
-            raise ScrapeError("not_metrics", f"the first line is {error}") from None
-    return bool(first)
-
-
 class Reading:
     """What has been read of a body: samples, and the labels of series by their text.
 
@@ -2668,17 +2744,42 @@ class Reading:
     """
 
     def __init__(
-        self, format: Format, known: dict[bytes, Labels], value: re.Pattern[bytes]
+        self, format: Format, known: dict[bytes, Labels], openmetrics: bool,
+        list_names: bool,
     ) -> None:
         self.samples: dict[Labels, float] = {}
         self.series: dict[bytes, Labels] = {}
         self.names: set[bytes] = set()
         self.reserved: set[str] = set()
         self.size = self.lines = self._text = 0
-        self._format, self._known, self._value = format, known, value
+        self._format, self._known = format, known
+        self._openmetrics, self._list_names = openmetrics, list_names
+        self._value = _VALUE_OPENMETRICS if openmetrics else _VALUE
+        self._started = self._ended = False
 
-    def scan(self, buffer: bytearray, end: int, final: bool) -> int:
+    def take(self, buffer: bytearray, filled: int, final: bool) -> int:
         """Take the samples of whole lines; return where the rest to keep begins."""
+        end = buffer.rfind(b"\n", 0, filled) + 1
+        if not self._started:
+            if final and _NOTHING.match(buffer, 0, end):
+                return end - 1
+            self._started = _starts(buffer, end)
+        kept = self._scan(buffer, end, final)
+        self._survey(buffer, end, kept)
+        # Of nothing but its newline the end of a body says no more.
+        self._ended = buffer.endswith(b"\n# EOF\n", 0, end) if end > 1 else self._ended
+        if final and self._openmetrics and not self._ended:
+            raise ScrapeError("truncated", "no # EOF at the end of OpenMetrics text")
+        return kept
+
+    def _survey(self, buffer: bytearray, end: int, kept: int) -> None:
+        room = MAX_NAMES - len(self.names)
+        if self._list_names and room:
+            self.names.update(_LISTED_NAME.findall(buffer, 0, end)[:room])
+        if self._format.counts:
+            self.lines += len(_SAMPLE.findall(buffer, 0, kept))
+
+    def _scan(self, buffer: bytearray, end: int, final: bool) -> int:
         match = self._format.lines.search(buffer, 0, end)
         while match:
             line = _line(buffer, match.start() + 1, end, final, self._value)
@@ -2695,11 +2796,6 @@ class Reading:
                 raise ScrapeError("too_large", f"more than {limits}, are wanted")
             match = self._format.lines.search(buffer, at, end)
         return end - 1
-
-    def count(self, buffer: bytearray, end: int) -> None:
-        """Count the samples of whole lines."""
-        if self._format.counts:
-            self.lines += len(_SAMPLE.findall(buffer, 0, end))
 
     def _labels(self, text: bytes) -> Labels:
         own = parse_series(text)
@@ -2739,6 +2835,17 @@ def normalize_bound(text: str) -> str:
     return shown
 
 
+def _starts(buffer: bytearray, end: int) -> bool:
+    # Servers serve metrics as text/html and pages as text/plain: the first line tells.
+    first = _NOT_BLANK.search(buffer, 0, end)
+    if first and first[0] != b"#":
+        try:
+            _line(buffer, first.start(), end, True, _VALUE_OPENMETRICS)
+        except ScrapeError as error:
+            raise ScrapeError("not_metrics", f"the first line is {error}") from None
+    return bool(first)
+
+
 def _line(
     buffer: bytearray, start: int, end: int, final: bool, value: re.Pattern[bytes]
 ) -> tuple[bytes, float, int] | None:
@@ -2767,24 +2874,30 @@ def parse_series(text: bytes) -> dict[str, str]:
     {'__name__': 'x', 'a': 'b'}
     """
     name, _, rest = text.rstrip(b" \t").partition(b"{")
-    pairs, at = rest[:-1].rstrip(b" \t"), 0
     labels = {"__name__": name.decode().strip()} if name else {}
     try:
-        while at < len(pairs):
-            match = _PAIR.match(pairs, at)
-            if not match:
-                raise ValueError("a label without a value")
-            plain, quoted, value = match.groups()
-            # A quoted text alone is the metric's own name.
-            label = _unescape(quoted) if quoted else (plain or b"__name__").decode()
+        for label, value in _pairs_of(rest[:-1].rstrip(b" \t")):
             if not label or label in labels:
                 raise ValueError("a label twice or without a name")
-            labels[label], at = _unescape(value), match.end()
+            labels[label] = value
         if not labels.get("__name__"):
             raise ValueError("no name")
     except ValueError as error:
         raise ScrapeError("bad_line", f"{error} in {text[:80]!r}") from None
     return {label: value for label, value in labels.items() if value}
+
+
+def _pairs_of(text: bytes) -> Iterator[tuple[str, str]]:
+    at = 0
+    while at < len(text):
+        match = _PAIR.match(text, at)
+        if not match:
+            raise ValueError("a label without a value")
+        plain, quoted, value = match.groups()
+        # A quoted text alone is the metric's own name.
+        label = _unescape(quoted) if quoted else (plain or b"__name__").decode()
+        yield label, _unescape(value)
+        at = match.end()
 
 
 def _unescape(quoted: bytes) -> str:
@@ -3043,7 +3156,8 @@ def ask_canary(config: Config, target: Target, model: str) -> ProbeStatus:
         body = config.canary_body or completion_request(target.url, model)
         with fetch(target, deadline, credentials, body) as response:
             code = response.status
-            success, reason, message = judge_answer(code, _read(response))
+            answer = _read(response, deadline)
+            success, reason, message = judge_answer(code, answer)
     except ScrapeError as error:
         success = None if error.reason in NO_SIGN else False
         reason, message = error.reason, str(error)
@@ -3118,16 +3232,16 @@ def _served_model(target: Target, deadline: float, credentials: Credentials) -> 
     if version:
         models = target._replace(url=f"{base}/v1/models")
         with fetch(models, deadline, credentials) as response:
-            answer = _read(response)
+            answer = _read(response, deadline)
         with suppress(LookupError, TypeError, ValueError, RecursionError):
             return str(json.loads(answer)["data"][0]["id"])
     return ""
 
 
-def _read(response: Response) -> bytes:
-    buffer, size = bytearray(MAX_ANSWER), 0
+def _read(response: Response, deadline: float) -> bytes:
+    buffer, size, readinto = bytearray(MAX_ANSWER), 0, reader_of(response, deadline)
     while size < MAX_ANSWER:
-        count = _readinto(response, memoryview(buffer)[size:])
+        count = readinto(memoryview(buffer)[size:])
         if not count:
             return bytes(buffer[:size])
         size += count

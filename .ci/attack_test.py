@@ -8,6 +8,7 @@ Limits of time are generous, for a machine with other work; the figures are real
 from __future__ import annotations
 
 import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -436,6 +437,7 @@ STATUS = b"HTTP/1.1 200 OK\r\n"
 LONG = b"Content-Length: 1000\r\n\r\n"
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 LABEL = b'x{a="%s"} 11\n'
+BOMB = gzip.compress(b"# a\n" * 10**6)
 
 # Each waits until the deadline, so they run all at once.
 SLOW = (
@@ -486,7 +488,9 @@ BROKEN = (
     Attack("Content-Length negative", sends(HEAD, b"Content-Length: -1\r\n\r\n", FINE),
            "bad_http"),
     Attack("Content-Length doubled", sends(page(FINE, LONG[:-2])), "bad_http"),
-    Attack("Content-Length as a list", sends(HEAD, b"Content-Length: 19, 19\r\n\r\n",
+    Attack("Content-Length equal twice", sends(HEAD, b"Content-Length: 20, 20\r\n\r\n",
+           FULL), "success"),
+    Attack("Content-Length as a list", sends(HEAD, b"Content-Length: 19, 18\r\n\r\n",
            FINE), "bad_http"),
     Attack("Content-Length of words", sends(HEAD, b"Content-Length: 0x13\r\n\r\n",
            FINE), "bad_http"),
@@ -497,10 +501,16 @@ BROKEN = (
            "truncated|bad_http"),
     Attack("a chunk of huge size", sends(CHUNKED, b"f" * 40, b"\r\n", FINE),
            "truncated|bad_http"),
+    Attack("a chunk of a size of Python's", sends(CHUNKED, b"0x13\r\n", FINE,
+           b"\r\n0\r\n\r\n"), "bad_http"),
     Attack("a chunk without end", sends(CHUNKED, b"13\r\n", FINE, b"13\r\n"),
            "truncated"),
     Attack("an endless chunk size", pours(CHUNKED, b"0"), "bad_http|truncated"),
-    Attack("gzip unasked for", sends(page(b"\x1f\x8b\x08" + b"\0" * 10**5,
+    Attack("gzip unasked for", sends(page(gzip.compress(FULL),
+           b"Content-Encoding: gzip\r\n")), "success"),
+    Attack("gzip cut", sends(page(gzip.compress(FINE)[:-4],
+           b"Content-Encoding: gzip\r\n")), "truncated"),
+    Attack("gzip of garbage", sends(page(b"\x1f\x8b\x08" + b"\0" * 10**5,
            b"Content-Encoding: gzip\r\n")), "bad_http"),
     Attack("deflate unasked for", sends(page(b"x\x9c" + b"\0" * 10**5,
            b"Content-Encoding: deflate\r\n")), "bad_http"),
@@ -517,8 +527,9 @@ BROKEN = (
     Attack("304", sends(b"HTTP/1.1 304 Not Modified\r\n\r\n"), "http_status"),
     Attack("500", sends(page(FINE, head=b"HTTP/1.1 500 Oops\r\n")), "http_status"),
     Attack("a page of HTML", sends(page(b"<!DOCTYPE html><p>x 1\n")), "not_metrics"),
-    Attack("type HTML", sends(page(FINE, head=STATUS +
-           b"Content-Type: text/html\r\n")), "not_metrics"),
+    Attack("type HTML of metrics", sends(page(FULL, head=STATUS +
+           b"Content-Type: text/html\r\n")), "success"),
+    Attack("a line of HTML that does not end", sends(page(b"<p>x 1")), "not_metrics"),
     Attack("a page of JSON", sends(page(b'{"x": 1}\n')), "not_metrics"),
     Attack("a byte-order mark", sends(page(b"\xef\xbb\xbf" + FULL)), "not_metrics"),
     Attack("CRLF", sends(page(FULL.replace(b"\n", b"\r\n"))), "bad_line"),
@@ -548,6 +559,8 @@ MASSES = (
            "too_large|timeout"),
     Attack("endless chunks of a byte", pours(CHUNKED, b"1\r\n#\r\n"),
            "timeout|too_large", TIMES // 4),
+    Attack("a bomb of gzip", pours(HEAD + b"Content-Encoding: gzip\r\n\r\n", BOMB),
+           "too_large|timeout", TIMES // 4),
     Attack("endless trailers", pours(CHUNKED + b"13\r\n" + FINE + b"\r\n0\r\n",
            b"A: b\r\n"), "timeout|too_large|bad_http|truncated", TIMES // 4),
 )  # fmt: skip

@@ -355,7 +355,9 @@ def reader(module: Any, which: str) -> Callable[[Callable[[memoryview], int]], i
     known: dict[bytes, Any] = {}
 
     def read(readinto: Callable[[memoryview], int]) -> int:
-        stream = module.Stream("text/plain", True, readinto)
+        # The build before had a field more.
+        values = {"content_type": "text/plain", "framed": True, "readinto": readinto}
+        stream = module.Stream(*(values[field] for field in module.Stream._fields))
         reading = module.read_samples(stream, form, known)
         known.update(reading.series)
         return len(reading.samples)

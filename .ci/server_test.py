@@ -501,7 +501,7 @@ def in_process(pages: dict[str, Callable[[], bytes]]) -> Iterator[None]:
     @contextlib.contextmanager
     def stream(target: hc.Target, *_: object) -> Iterator[hc.Stream]:
         body = io.BytesIO(pages[target.instance]())
-        yield hc.Stream(CLASSIC, True, body.readinto)
+        yield hc.Stream(CLASSIC, body.readinto)
 
     with mock.patch.object(hc, "open_stream", stream):
         yield
