@@ -230,6 +230,7 @@ class RuleStatus(NamedTuple):
 
     ``value`` is the worst of the series where the rule is ``EXPR OP NUMBER``, and
     ``limit`` the number; ``matched`` counts the series that its selectors found.
+    ``last_words`` is what they did before it began to fire.
     """
 
     rule: Rule
@@ -238,6 +239,7 @@ class RuleStatus(NamedTuple):
     matched: int = 0
     value: float | None = None
     limit: float | None = None
+    last_words: str = ""
 
     @property
     def state(self) -> str:
@@ -485,9 +487,9 @@ def format_series(labels: Labels) -> str:
     return format_selector(dict(labels).get("__name__", ""), pairs) or "{}"
 
 
-def shorten(text: str) -> str:
-    """Return at most 1,000 characters of a text for people."""
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
+def shorten(text: str, most: int = MAX_TEXT) -> str:
+    """Return at most 1,000 characters of a text for people, or as many as are given."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def format_selector(name: str, matchers: Iterable[tuple[str, str, str]]) -> str:
@@ -1705,6 +1707,7 @@ MAX_SHOWN = 60
 # A variable that begins so is meant for this program.
 OWN_PREFIXES = (
     "METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_", "CANARY_",
+    "EXIT_",
 )  # fmt: skip
 GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _GO_PART = re.compile(r"(\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})(ms|us|ns|h|m|s)", re.ASCII)
@@ -1784,6 +1787,9 @@ class Config(NamedTuple):
     canary_after: float
     canary_bearer_token_file: str
     canary_when: tuple[Rule, ...]
+    exit_when: tuple[str, ...]
+    exit_after: float
+    last_words: str
     alertmanager_url: tuple[Target, ...]
     alert_labels: Labels
     alertmanager_bearer_token_file: str
@@ -1830,7 +1836,13 @@ def load_config(environ: Mapping[str, str]) -> Config:
     plain = [s.name for s in SETTINGS if not s.name.endswith(("_ENDPOINT", "_URL"))]
     values["given"] = {name: given[name] for name in plain if name in given}
     config = Config(**values, warnings=tuple(warnings))
-    return config._replace(rules=_rules(config))
+    config = config._replace(rules=_rules(config))
+    names = [rule.name for rule in config.rules]
+    unknown = [name for name in config.exit_when if name not in names]
+    if unknown:
+        there = ", ".join(names)
+        raise ConfigError(f"EXIT_WHEN: no rule {', '.join(unknown)}: there are {there}")
+    return config
 
 
 def is_service_link(port: str) -> bool:
@@ -2062,6 +2074,13 @@ def _basic(parts: urllib.parse.SplitResult) -> str:
     return "Basic " + base64.b64encode(user.encode()).decode()
 
 
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(_items(text))
+    if not all(_NAME.match(f"{name}:") for name in names):
+        raise ValueError("expected names of rules as in Stalled,Unresponsive")
+    return names
+
+
 def _canary(text: str) -> Target | None:
     return _target(text) if text else None
 
@@ -2187,6 +2206,12 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("CANARY_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
     ("CANARY_WHEN", parse_rules, "",
      "EXPR [for DURATION] that asks for it, where the server is not a known one"),
+    ("EXIT_WHEN", _names, "",
+     "rules at which to exit with 88, which restarts a pod of Kubernetes 1.36"),
+    ("EXIT_AFTER", partial(_duration, 0.0, 86400.0), "10m",
+     "time from the start in which it does not exit so"),
+    ("LAST_WORDS", str, "",
+     "file that has the reason then; /dev/termination-log where there is one"),
     ("ALERTMANAGER_URL", _alertmanagers, "",
      "URL of an Alertmanager, or several, each of which gets every alert"),
     ("ALERT_LABELS", partial(_label_pairs, ("alertname",)), "",
@@ -2909,6 +2934,7 @@ def _unescape(quoted: bytes) -> str:
 # --- 9. Words: Verdict -> text -------------------------------------------------------
 
 LOG = logging.getLogger("health_check")
+MAX_LAST_WORDS = 2000
 BUG = "this is a bug in health_check.py: please report it"
 Message = Tuple[int, str, Dict[str, str]]
 """A line of the log: its level, its text, and its fields for LOG_FORMAT=json."""
@@ -2945,12 +2971,59 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
         if (status.state, status.error) != (old.state, old.error):
             level = logging.WARNING if status.failing else logging.INFO
             fields = {"rule": status.rule.name, "state": status.state}
-            yield level, f"{status.rule.name}: {describe(status, after.time)}", fields
+            yield level, _transition(old, status, after.time), fields
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
         word = "Healthy" if after.healthy else "Unhealthy"
         level = logging.INFO if after.healthy else logging.WARNING
         message = f"{word}: {after.reason}" if after.reason else word
         yield level, message, {"verdict": word, "reason": after.reason}
+
+
+def _transition(old: RuleStatus, status: RuleStatus, now: float) -> str:
+    text = f"{status.rule.name}: {describe(status, now)}"
+    if status.last_words not in ("", old.last_words):
+        text += f"; {status.last_words}"
+    return shorten(text, MAX_LAST_WORDS)
+
+
+def last_words(rule: Rule, evaluation: Evaluation) -> str:
+    """Return what is remembered of the series that a rule reads, in one line.
+
+    A restart destroys it: the first and the last value, the least and the most, and for
+    how long the last has stood still.
+    """
+    found = (select(selector, evaluation).items() for selector in _read_by(rule))
+    told: dict[str, str] = {}
+    for labels, points in itertools.chain.from_iterable(found):
+        series = format_series(labels)
+        told[series] = f"{series} {_course(points, evaluation.now)}"
+        # Labels can be long, and slow to show.
+        if sum(map(len, told.values())) > MAX_LAST_WORDS:
+            break
+    return shorten("; ".join(told.values()), MAX_LAST_WORDS)
+
+
+def _read_by(rule: Rule) -> Iterator[Selector]:
+    # Those over a range tell most.
+    selectors = dict.fromkeys(find_selectors(rule.expr))
+    return iter(sorted(selectors, key=lambda selector: -selector.window))
+
+
+def _course(points: Points, now: float) -> str:
+    """Return what a series did.
+
+    >>> _course(Points([(0, 5), (30, 7), (60, 6), (90, 6)]), 90.0)
+    'from 5 to 6, least 5, most 7, still for 30s'
+    >>> _course(Points([(0, 5), (90, 5)]), 90.0)
+    '5 for 1m30s or longer'
+    """
+    values, last = points.values, format_float(points.values[-1])
+    moved = [at for at, value in enumerate(values[:-1]) if value != values[-1]]
+    still = format_duration(int(now - points.times[moved[-1] + 1 if moved else 0]))
+    if not moved:
+        return f"{last} for {still} or longer" if len(values) > 1 else last
+    first, least, most = map(format_float, (values[0], min(values), max(values)))
+    return f"from {first} to {last}, least {least}, most {most}, still for {still}"
 
 
 def _target_transition(before: str, target: TargetStatus) -> Iterator[Message]:
@@ -3725,7 +3798,11 @@ def _tell(
 
 def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     try:
-        return judge(status, evaluation)
+        judged = judge(status, evaluation)
+        if judged.state != "firing":
+            return judged
+        words = status.last_words or last_words(status.rule, evaluation)
+        return judged._replace(last_words=words)
     except Exception as error:
         return status._replace(error=f"bug: {report(error)}")
 
@@ -4011,7 +4088,8 @@ class Answer(NamedTuple):
 def answer_health(verdict: Verdict, query: str = "") -> Answer:
     """Answer ``/health``: it fails closed, so only a healthy verdict is 200.
 
-    ``verbose`` and ``exclude=Name`` are those of kube-apiserver, ``format=json`` is
+    ``verbose`` and ``exclude=Name`` are those of kube-apiserver, with ``window`` the
+    last words of each rule that fires; ``format=json`` is
     draft-inadarei-api-health-check-06.
     """
     options = _options(query)
@@ -4025,7 +4103,7 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
         return Answer(status, f"{word}\n")
     unknown = sorted(set(excluded) - {status.rule.name for status in verdict.rules})
     lines = [
-        *_verbose_lines(verdict, excluded),
+        *_verbose_lines(verdict, excluded, window="window" in options),
         *(f"warn: no rule {quote(name)} to exclude" for name in unknown),
         f"{word}: {reason}" if reason else word,
     ]
@@ -4076,7 +4154,9 @@ def answer_livez(alive: bool) -> Answer:
     return Answer(200, "Healthy\n") if alive else dead
 
 
-def _verbose_lines(verdict: Verdict, excluded: Sequence[str]) -> Iterator[str]:
+def _verbose_lines(
+    verdict: Verdict, excluded: Sequence[str], *, window: bool
+) -> Iterator[str]:
     for target in verdict.targets:
         if target.reason:
             yield f"[-]scrape of {target.instance} {_target_text(target, verdict.time)}"
@@ -4087,6 +4167,8 @@ def _verbose_lines(verdict: Verdict, excluded: Sequence[str]) -> Iterator[str]:
         sign = "+" if status.rule.name in excluded or not status.failing else "-"
         note = " excluded:" if status.rule.name in excluded else ""
         yield f"[{sign}]{status.rule.name}{note} {describe(status, verdict.time)}"
+        if window and status.last_words:
+            yield f"   {status.last_words}"
 
 
 def _target_text(target: TargetStatus, now: float) -> str:
@@ -4266,7 +4348,8 @@ def _families(*families: tuple[str, str, Series]) -> Iterator[Family]:
 
 
 def answer_page(
-    verdict: Verdict, trends: Mapping[str, Sequence[float]], interval: float = 0.0
+    verdict: Verdict, trends: Mapping[str, Sequence[float]], interval: float = 0.0,
+    last_words: str = "",
 ) -> Answer:
     """Answer ``/``: the latest verdict for people, from memory, without a script.
 
@@ -4288,6 +4371,8 @@ def answer_page(
         title, _, text = describe_probe(probe).partition(": ")
         state = "fail" if probe.reason else "pass"
         sections.append(_section(state, title, text))
+    if last_words:
+        sections.append(_section("warn", "the run before ended so", last_words))
     body = PAGE.format(
         style=STYLE, title=word,
         state="old" if old else "pass" if verdict.healthy else "fail",
@@ -4576,12 +4661,12 @@ class Server:
 
     def __init__(
         self, listener: socket.socket, monitor: Monitor,
-        notifiers: Sequence[Notifier] = (),
+        notifiers: Sequence[Notifier] = (), last_words: str = "",
     ) -> None:
         self._listener, self._monitor, self._notifiers = listener, monitor, notifiers
         self._routes: dict[str, Callable[[Verdict, str], Answer]] = {
             "/": lambda verdict, _: answer_page(
-                verdict, monitor.trends, monitor.config.scrape_interval
+                verdict, monitor.trends, monitor.config.scrape_interval, last_words
             ),
             "/livez": lambda *_: answer_livez(monitor.alive()),
             "/metrics": lambda verdict, _: answer_metrics(self._metrics(verdict)),
@@ -4866,6 +4951,7 @@ def listen(host: str, port: int) -> socket.socket:
 # --- 16. Main: wiring and signals ----------------------------------------------------
 
 QUERY_PAUSE = 1.0
+EXIT_STATUS, TERMINATION_LOG, MAX_FILE = 88, "/dev/termination-log", 4096
 # What the first line of the log has in a form of its own.
 TOLD = ("UNHEALTHY_WHEN", "APP_PORT", "METRICS_TIMEOUT", "SCRAPE_INTERVAL")
 MODES = (
@@ -4873,6 +4959,12 @@ MODES = (
     ("--check-config", "print the rules as understood; exit 2 if one is wrong"),
     ("--demo", "serve against a simulated LLM server"),
 )
+# What Prometheus does not have, or only from somewhere else.
+NOT_IN_PROMETHEUS = {
+    "scrape_error": "is up == 0 there, without a reason and without a past",
+    "scrape_body_size_bytes": "needs --enable-feature=extra-scrape-metrics",
+    **dict.fromkeys(PROBED, "comes from /metrics of this program"),
+}
 EXAMPLES = """
 
 answers on APP_PORT:
@@ -4890,6 +4982,7 @@ exit status:
   0  healthy, or stopped by a signal
   1  unhealthy, no answer, or the port cannot be had
   2  a setting, a rule or an expression is wrong
+  88 a rule of EXIT_WHEN fires
 """
 
 
@@ -4912,7 +5005,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _log_to_stderr(config)
     if options.get("check_config"):
-        print("\n".join(map(describe_rule, config.rules)))
+        told = options["format"] == "prometheus"
+        print(
+            prometheus_rules(config.rules) if told
+            else "\n".join(map(describe_rule, config.rules))
+        )  # fmt: skip
         return 0
     if expr is not None:
         return query(config, expr)
@@ -4931,7 +5028,10 @@ def _parse_query(text: str, config: Config) -> Expr:
 
 
 def serve(config: Config) -> int:
-    """Answer until SIGTERM or SIGINT; return 0, or 1 where the port cannot be had."""
+    """Answer until SIGTERM or SIGINT; return 0, or 1 where the port cannot be had.
+
+    And 88 where EXIT_WHEN ended it.
+    """
     try:
         listener = listen(config.app_host, config.app_port)
     except (OSError, ValueError) as error:
@@ -4946,7 +5046,10 @@ def serve(config: Config) -> int:
     monitor = Monitor(config)
     monitor.listeners.append(log_transitions)
     threads: list[Monitor | Notifier] = [monitor, *notifiers]
-    server = Server(listener, monitor, notifiers)
+    before = read_last_words(config.last_words)
+    server = Server(listener, monitor, notifiers, before)
+    policy = ExitPolicy(config, server.stop, time.monotonic())
+    monitor.listeners.append(policy.on_verdict)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     # A signal that comes just before the loop sleeps would not wake it otherwise.
@@ -4954,6 +5057,8 @@ def serve(config: Config) -> int:
     for thread in threads:
         thread.start()
     _log_start(config, port)
+    if before:
+        log(logging.WARNING, f"the run before ended so: {before}")
     server.run()
     signal.set_wakeup_fd(-1)
     server.close()
@@ -4962,7 +5067,55 @@ def serve(config: Config) -> int:
         signal.signal(number, signal.SIG_IGN)
     for thread in threads:
         thread.stop()
-    return 0
+    return policy.status
+
+
+class ExitPolicy:
+    """Ends the program with 88 when a rule of EXIT_WHEN fires.
+
+    Kubernetes restarts the pod for it without any back-off.  So never before the first
+    Healthy verdict of this run, and never within EXIT_AFTER of its start.
+    """
+
+    status = 0
+
+    def __init__(self, config: Config, stop: Callable[[], None], start: float) -> None:
+        self._config, self._stop = config, stop
+        self._earliest, self._was_healthy = start + config.exit_after, False
+
+    def on_verdict(self, _: Verdict, verdict: Verdict) -> None:
+        """Stop the program if a verdict asks for it; for the thread that checks."""
+        self._was_healthy = self._was_healthy or verdict.healthy
+        wanted = [s for s in verdict.rules if s.rule.name in self._config.exit_when]
+        firing = [status for status in wanted if status.state == "firing"]
+        if firing and self._was_healthy and verdict.time >= self._earliest:
+            self.status = EXIT_STATUS
+            names = ", ".join(status.rule.name for status in firing)
+            text = f"exit status {EXIT_STATUS}: {names}; {firing[0].last_words}"
+            log(logging.WARNING, text, rule=names)
+            text = f"{format_time(verdict.wall)} {text}"
+            _write_last_words(self._config.last_words, text)
+            self._stop()
+
+
+def read_last_words(path: str) -> str:
+    """Return why the run before ended, empty if that is not known."""
+    with suppress(OSError):
+        if os.path.isfile(path):  # noqa: PTH113
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return escape_controls(file.read(MAX_FILE).strip())
+    return ""
+
+
+def _write_last_words(path: str, text: str) -> None:
+    if not path and os.path.exists(TERMINATION_LOG):  # noqa: PTH110
+        path = TERMINATION_LOG
+    try:
+        if path:
+            with open(path, "w", encoding="utf-8", errors="replace") as file:
+                file.write(text + "\n")
+    except OSError as error:
+        LOG.error("LAST_WORDS=%s: %s", path, error.strerror)
 
 
 def page_url(name: str, port: int) -> str:
@@ -5099,6 +5252,46 @@ def describe_rule(rule: Rule) -> str:
     return text
 
 
+def prometheus_rules(rules: Iterable[Rule]) -> str:
+    """Return rules as a rule group of Prometheus, in YAML.
+
+    >>> print(prometheus_rules(parse_rules("Down: scrape_error for 30s")))
+    groups:
+      - name: health_check
+        rules:
+          # scrape_error is up == 0 there, without a reason and without a past
+          - alert: Down
+            expr: |-
+              up == 0
+            for: 30s
+    """
+    lines = ["groups:", "  - name: health_check", "    rules:"]
+    for rule in rules:
+        names = {selector.name for selector in find_selectors(rule.expr)}
+        notes = [name for name in NOT_IN_PROMETHEUS if name in names]
+        lines += [f"      # {name} {NOT_IN_PROMETHEUS[name]}" for name in notes]
+        text = format_expression(_as_in_prometheus(rule.expr))
+        clauses = zip(RULE_WORDS, (rule.hold, rule.keep_firing_for))
+        lines += [
+            f"      - alert: {rule.name}", "        expr: |-", f"          {text}",
+            *(f"        {word}: {format_duration(s)}" for word, s in clauses if s),
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _as_in_prometheus(expr: Expr, *, counts: bool = False) -> Expr:
+    """Return an expression without ``scrape_error``, whose value 1 may count."""
+    if isinstance(expr, Operation):
+        counts = counts or expr.name not in ("and", "or", "unless")
+        parts = (_as_in_prometheus(operand, counts=counts) for operand in expr.operands)
+        return expr._replace(operands=tuple(parts))
+    if not isinstance(expr, Selector) or expr.name != "scrape_error" or expr.window:
+        return expr
+    kept = tuple(matcher for matcher in expr.matchers if matcher.label != "reason")
+    down = Operation("==", (Selector("up", kept), Number(0)))
+    return Operation("+", (down, Number(1))) if counts else down
+
+
 def _range_text(expr: Expr) -> str:
     longest = max((selector.window for selector in find_selectors(expr)), default=0.0)
     return f"range of {format_duration(longest)}" if longest else ""
@@ -5113,6 +5306,8 @@ def _log_start(config: Config, port: int) -> None:
         "alertmanager": " ".join(target.url for target in config.alertmanager_url),
         **{name: text for name, text in config.given.items() if name not in TOLD},
     }
+    if config.exit_when:
+        settings["EXIT_WHEN"] += " (for restartPolicyRules of Kubernetes 1.36)"
     shown = ", ".join(f"{name} {value or 'none'}" for name, value in settings.items())
     rules = [format_rule(rule) for rule in config.rules]
     message = f"health_check.py {__version__} is up: {shown}, rules: {'; '.join(rules)}"
@@ -5224,6 +5419,10 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         "--probe", nargs="?", const="/health", metavar="PATH",
         help="ask the running program (default /health); exit 0 if 200, else 1; for"
         " /health/NAME exit 1 only if 503",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=("text", "prometheus"), default="text",
+        help="how --check-config prints rules: prometheus is a rule group in YAML",
     )  # fmt: skip
     modes.add_argument("--query", metavar="EXPR", help="print what EXPR gives now")
     parser.add_argument("--version", action="version", version=__version__)

@@ -48,6 +48,7 @@ from health_check import (
     Credentials,
     Evaluation,
     EvaluationError,
+    ExitPolicy,
     Monitor,
     Notifier,
     Points,
@@ -76,6 +77,7 @@ from health_check import (
     is_due,
     judge,
     judge_answer,
+    last_words,
     listen,
     load_config,
     log_transitions,
@@ -2458,6 +2460,38 @@ class ProbeTest(NetworkTest):
 class MonitorTest(NetworkTest):
     """Checks, without a server in front of them."""
 
+    def test_a_rule_that_begins_to_fire_says_once_what_its_series_did(self):
+        clock, values = Clock(), iter([5, 5, 7, 7, 7, 7])
+        target = self.metrics(lambda _: [page(f"tokens {next(values)}\nrun 4\n")])
+        rules = "Stalled: run > 0 unless changes(tokens[1m]) > 0 for 20s"
+        monitor = self.monitor(target, clock=clock, UNHEALTHY_WHEN=rules)
+        monitor.listeners.append(log_transitions)
+        for _ in range(6):
+            clock.now += 30.0
+            verdict = monitor.check()
+        of = f'{{instance="{target.instance}"}}'
+        before = f"Stalled: firing for 0s: run{of} 4; tokens{of} "
+        after = f" for 30s or longer; run{of} 4"
+        lines = [line for line in self.log if "tokens" in line]
+        self.assertEqual(lines, [f"{before}{n}{after}" for n in (5, 7)])
+        self.assertIn("Stalled: ok", self.log)
+        told = answer_health(verdict, "verbose&window").body
+        self.assertIn(f"   tokens{of} 7{after}\n", told)
+        self.assertNotIn("longer", answer_health(verdict, "verbose").body)
+
+    def test_last_words_are_short(self):
+        rule = parse_rules("a > 0 unless changes(b[1m]) > 0")[0]
+        for text, said in (
+            ("a 4", "a 4"),
+            ("b 1 3 2 2", "b from 1 to 2, least 1, most 3, still for 1s"),
+            ("b 2 2; a 1", "b 2 for 1s or longer; a 1"),
+            ("b NaN 1", "b from NaN to 1, least NaN, most NaN, still for 0s"),
+            ("", ""),
+        ):
+            self.assertEqual(last_words(rule, history(text)), said)
+        many = ";".join(f'b{{x="{n}",y="{"z" * 500}"}} 1' for n in range(100))
+        self.assertEqual(len(last_words(rule, history(many))), 2000)
+
     def state(self, verdict, name):
         return next(s.state for s in verdict.rules if s.rule.name == name)
 
@@ -4254,6 +4288,84 @@ class MainTest(NetworkTest):
         self.assertNotIn("a blank ends", out)
         _, out, _ = self.run_main("--check-config", UNHEALTHY_WHEN="Q:x > 1")
         self.assertIn("Q:x is a metric: a blank ends the name of a rule\n", out)
+
+    def test_rules_are_printed_as_a_group_of_Prometheus(self):
+        rules = {
+            'Down: scrape_error{reason!="timeout",job="a"} keep_firing_for 1m':
+                'up{job="a"} == 0',
+            "x > 1 unless on (instance) scrape_error":
+                "x > 1 unless on (instance) up == 0",
+            "count(scrape_error) > 1": "count((up == 0) + 1) > 1",
+            "scrape_error == 1": "(up == 0) + 1 == 1",
+            "changes(scrape_error[1m]) > 0": "changes(scrape_error[1m]) > 0",
+            r'x{a="\n# : \\"} > 1 for 90s': r'x{a="\n# : \\"} > 1',
+        }
+        code, out, err = self.run_main(
+            "--check-config", "--format=prometheus", UNHEALTHY_WHEN="\n".join(rules),
+            TARGET_LABELS="job=a", METRICS_ENDPOINT="http://localhost/",
+        )  # fmt: skip
+        self.assertEqual((code, err), (0, ""))
+        group, *alerts = out.split("      - alert: ")
+        self.assertTrue(group.startswith("groups:\n  - name: health_check\n"), group)
+        self.assertIn("      # scrape_error is up == 0 there", group)
+        for alert, expected in zip(alerts, rules.values()):
+            self.assertIn(f"        expr: |-\n          {expected}\n", alert)
+        self.assertIn("        keep_firing_for: 1m\n", alerts[0])
+        self.assertIn("        for: 1m30s\n", alerts[5])
+
+    def exiting(self, path, **environ):
+        """Return a policy of ten minutes, and how often it has stopped the program."""
+        rules = "Stalled: x > 1\nFull: x > 2"
+        config = load_config({
+            "UNHEALTHY_WHEN": rules, "EXIT_WHEN": "Stalled", "LAST_WORDS": path,
+            **environ,
+        })  # fmt: skip
+        stops = []
+        return ExitPolicy(config, lambda: stops.append(1), 1000.0), stops
+
+    def test_it_exits_with_88_only_after_it_was_healthy_and_EXIT_AFTER(self):
+        rule, other = parse_rules("Stalled: x > 1; Full: x > 2")
+        firing = (Alert((), 2.0, "firing", 0.0),)
+        calm = RuleStatus(rule)
+        bad = RuleStatus(rule, firing, last_words="x 2 for 5m")
+        full = RuleStatus(other, firing)
+        for name, verdicts, status in (
+            ("healthy, then stalled", [(0, calm), (600, bad)], 88),
+            ("never healthy", [(0, bad), (700, bad)], 0),
+            ("too early", [(0, calm), (599, bad)], 0),
+            ("goes on", [(0, calm), (300, bad), (610, bad)], 88),
+            ("another rule", [(0, calm), (700, full)], 0),
+        ):
+            with self.subTest(name), tempfile.TemporaryDirectory() as directory:
+                path = f"{directory}/last"
+                policy, stops = self.exiting(path)
+                for seconds, found in verdicts:
+                    at = 1000.0 + seconds
+                    policy.on_verdict(None, Verdict(1, "", at, WALL, (found,)))
+                self.assertEqual((policy.status, len(stops)), (status, status and 1))
+                words = "exit status 88: Stalled; x 2 for 5m"
+                told = f"2023-11-14T22:13:20.000Z {words}" if status else ""
+                self.assertEqual(health_check.read_last_words(path), told)
+                self.assertEqual(words in self.log, bool(status))
+                self.log.clear()
+        page_ = answer_page(Verdict(1, "", NOW, WALL), {}, 0.0, "<x 2 for 5m>").body
+        self.assertIn("the run before ended so", page_)
+        self.assertIn("&lt;x 2 for 5m&gt;", page_)
+
+    def test_a_file_of_last_words_that_cannot_be_had_stops_no_exit(self):
+        rule = parse_rules("Stalled: x > 1")[0]
+        bad = RuleStatus(rule, (Alert((), 2.0, "firing", 0.0),))
+        with tempfile.NamedTemporaryFile() as file:
+            for path in "/nowhere/last", "":
+                with mock.patch.object(health_check, "TERMINATION_LOG", file.name):
+                    policy, stops = self.exiting(path, EXIT_AFTER="0s")
+                    policy.on_verdict(None, Verdict(1, "", NOW, WALL))
+                    policy.on_verdict(None, Verdict(2, "", NOW, WALL, (bad,)))
+                self.assertEqual((policy.status, stops), (88, [1]))
+            self.assertIn(b"exit status 88: Stalled", Path(file.name).read_bytes())
+        self.assertIn("LAST_WORDS=/nowhere/last: No such file", self.log[1])
+        with self.assertRaisesRegex(ConfigError, "no rule Stale: there are Queue"):
+            load_config({"EXIT_WHEN": "Stale,Down"})
 
     def test_a_wrong_configuration_is_told_at_once_and_exit_2(self):
         environ = {
