@@ -70,12 +70,14 @@ import zlib
 from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial, reduce
+from functools import cached_property, lru_cache, partial, reduce
 from select import PIPE_BUF, POLLOUT, poll
 from select import select as ready_of
 from typing import (
+    AbstractSet,
     Any,
     Callable,
+    Container,
     Counter,
     Dict,
     Generator,
@@ -225,14 +227,7 @@ class Alert(NamedTuple):
         return self.since if self.fired is None else self.fired
 
 
-class RuleStatus(NamedTuple):
-    """What a check found for one rule; ``error`` if it could not be evaluated.
-
-    ``value`` is the worst of the series where the rule is ``EXPR OP NUMBER``, and
-    ``limit`` the number; ``matched`` counts the series that its selectors found.
-    ``last_words`` is what they did before it began to fire.
-    """
-
+class _RuleStatus(NamedTuple):
     rule: Rule
     alerts: tuple[Alert, ...] = ()
     error: str = ""
@@ -240,6 +235,20 @@ class RuleStatus(NamedTuple):
     value: float | None = None
     limit: float | None = None
     last_words: str = ""
+
+
+class RuleStatus(_RuleStatus):
+    """What a check found for one rule; ``error`` if it could not be evaluated.
+
+    ``value`` is the worst of the series where the rule is ``EXPR OP NUMBER``, and
+    ``limit`` the number; ``matched`` counts the series that its selectors found.
+    ``last_words`` is what they did before it began to fire.
+    """
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """How many alerts are pending and firing; there may be 20,000 to count."""
+        return collections.Counter(alert.state for alert in self.alerts)
 
     @property
     def state(self) -> str:
@@ -250,8 +259,8 @@ class RuleStatus(NamedTuple):
         """
         if self.error:
             return "error"
-        states = {alert.state for alert in self.alerts}
-        return "firing" if "firing" in states else "pending" if states else "inactive"
+        states = (state for state in ("firing", "pending") if self.counts[state])
+        return next(states, "inactive")
 
     @property
     def failing(self) -> bool:
@@ -342,7 +351,7 @@ class Verdict(NamedTuple):
     targets: tuple[TargetStatus, ...] = ()
     probes: tuple[ProbeStatus, ...] = ()
 
-    def failing_rules(self, excluded: Sequence[str] = ()) -> tuple[str, ...]:
+    def failing_rules(self, excluded: Container[str] = ()) -> tuple[str, ...]:
         """Return the names of the rules that make it Unhealthy."""
         names = (status.rule.name for status in self.rules if status.failing)
         return tuple(name for name in names if name not in excluded)
@@ -350,7 +359,7 @@ class Verdict(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is Unhealthy, empty if it is Healthy."""
-        return self.fault or ", ".join(self.failing_rules())
+        return self.fault or name_some(self.failing_rules())
 
     @property
     def healthy(self) -> bool:
@@ -382,7 +391,7 @@ _DURATION = re.compile(
 _UNIT_SECONDS = (31536000, 604800, 86400, 3600, 60, 1, 0.001)
 # Go counts nanoseconds in 64 bits.
 MAX_DURATION = 2**63 / 1e9
-MAX_TEXT = 1000
+MAX_TEXT, MAX_NAMED = 1000, 20
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -490,6 +499,16 @@ def format_series(labels: Labels) -> str:
 def shorten(text: str, most: int = MAX_TEXT) -> str:
     """Return at most 1,000 characters of a text for people, or as many as are given."""
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Return at most 20 names in a row, and how many more there are.
+
+    >>> name_some(["Down", "Full"])
+    'Down, Full'
+    """
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def format_selector(name: str, matchers: Iterable[tuple[str, str, str]]) -> str:
@@ -1522,6 +1541,7 @@ def parse_rules(text: str, builtin: bool = False) -> tuple[Rule, ...]:
     return tuple(rules.values())
 
 
+@lru_cache(maxsize=256)
 def format_rule(rule: Rule) -> str:
     """Return a rule as text that gives the same rule again."""
     clauses = zip(RULE_WORDS, (rule.hold, rule.keep_firing_for))
@@ -3071,8 +3091,9 @@ def describe(status: RuleStatus, now: float) -> str:
             value, limit = format_float(status.value), format_float(status.limit)
             return f"ok: {value} (limit {limit})"
         return "ok" if status.matched else "ok (no series)"
-    first, *others = [a for a in status.alerts if a.state == status.state]
-    more = f" and {len(others)} more" if others else ""
+    first = next(a for a in status.alerts if a.state == status.state)
+    others = status.counts[status.state] - 1
+    more = f" and {others} more" if others else ""
     series = f"{shorten(format_series(first.labels))} {format_float(first.value)}{more}"
     return f"{status.state} for {format_duration(int(now - first.began))}: {series}"
 
@@ -3821,13 +3842,17 @@ MAX_ALERTS, MAX_ALERT_TEXT = 1024, 4096
 
 
 class Notice(NamedTuple):
-    """An alert as an Alertmanager knows it; times are monotonic, None is not yet."""
+    """An alert as an Alertmanager knows it; times are monotonic, None is not yet.
+
+    ``key`` is the name of its rule and the labels of its series there.
+    """
 
     labels: Labels
     annotations: dict[str, str]
     started: float
-    ended: float | None = None
-    sent: float | None = None
+    ended: float | None
+    sent: float | None
+    key: tuple[str, Labels]
 
 
 class Notifier:
@@ -3866,7 +3891,8 @@ class Notifier:
         if not verdict.rules:
             return
         self._verdict = verdict
-        firing = frozenset((s.rule.name, alert.labels) for s, alert in _firing(verdict))
+        some = itertools.islice(_firing(verdict), 2 * MAX_ALERTS)
+        firing = frozenset((status.rule.name, alert.labels) for status, alert in some)
         if firing != self._firing:
             self._firing = firing
             self._changed.set()
@@ -3902,19 +3928,19 @@ class Notifier:
         return max(min(times) + RESEND - self._clock(), RETRY) if times else None
 
     def _update(self, verdict: Verdict, now: float) -> None:
-        firing = {
-            _alert_labels(status.rule, alert, self._config): (status, alert)
-            for status, alert in _firing(verdict)
-        }
-        crowded, self._crowded = self._crowded, len(firing) > MAX_ALERTS
+        total = sum(status.counts["firing"] for status in verdict.rules)
+        crowded, self._crowded = self._crowded, total > MAX_ALERTS
         if self._crowded and not crowded:
-            text = f"{len(firing)} alerts fire: only {MAX_ALERTS} of them are sent"
+            text = f"{total} alerts fire: only {MAX_ALERTS} of them are sent"
             log(logging.WARNING, text, alertmanager=self.target.url)
-        for labels, (status, alert) in itertools.islice(firing.items(), MAX_ALERTS):
+        firing, failures = self._choose(verdict), _failures(verdict.targets)
+        for labels, (status, alert) in firing.items():
             old, started = self._notices.pop(labels, None), alert.fired or verdict.time
             sent = old.sent if old and old.ended is None else None
-            annotations = _annotations(status, alert, verdict.targets)
-            self._notices[labels] = Notice(labels, annotations, started, None, sent)
+            annotations = _annotations(status, alert, failures)
+            key = status.rule.name, alert.labels
+            notice = Notice(labels, annotations, started, None, sent, key)
+            self._notices[labels] = notice
         for labels, notice in list(self._notices.items()):
             if notice.ended is not None and (
                 labels in firing or now - notice.ended > RETENTION
@@ -3925,6 +3951,19 @@ class Notifier:
         # Those that fire come last; the others end by themselves.
         for labels in list(self._notices)[: -2 * MAX_ALERTS]:
             del self._notices[labels]
+
+    def _choose(self, verdict: Verdict) -> dict[Labels, tuple[RuleStatus, Alert]]:
+        # Those that were told of, as ended too, and new ones while there is room; the
+        # labels of thousands that are not sent are not made.
+        told = {notice.key: notice.labels for notice in self._notices.values()}
+        chosen: dict[Labels, tuple[RuleStatus, Alert]] = {}
+        for status, alert in _firing(verdict):
+            labels = told.get((status.rule.name, alert.labels))
+            if not labels and len(chosen) < MAX_ALERTS:
+                labels = _alert_labels(status.rule, alert, self._config)
+            if labels:
+                chosen[labels] = status, alert
+        return chosen
 
     def _post(self, batch: Sequence[dict[str, Any]]) -> bool:
         body, headers = json.dumps(batch).encode(), {"Content-Type": "application/json"}
@@ -4009,18 +4048,22 @@ def _fitting(labels: Labels) -> Iterator[tuple[str, str]]:
 
 
 def _annotations(
-    status: RuleStatus, alert: Alert, targets: Sequence[TargetStatus]
+    status: RuleStatus, alert: Alert, failures: Sequence[str]
 ) -> dict[str, str]:
     value = format_float(alert.value)
     series = f"{shorten(format_series(alert.labels))} {value}"
-    what = [f"The rule {format_rule(status.rule)} fires for {series}"]
-    # No series of Down: up == 0 has the reason.
-    for target in targets:
-        if target.reason:
-            problem = f"{target.reason}: {escape_controls(target.message)}"
-            what.append(f"the scrape of {target.instance} failed: {problem}")
+    what = [f"The rule {format_rule(status.rule)} fires for {series}", *failures]
     summary, description = f"{status.rule.name}: {series}", "; ".join(what)
     return {"summary": summary, "description": description, "value": value}
+
+
+def _failures(targets: Iterable[TargetStatus]) -> list[str]:
+    # No series of Down: up == 0 has the reason.
+    return [
+        f"the scrape of {target.instance} failed: {target.reason}: "
+        f"{escape_controls(target.message)}"
+        for target in targets if target.reason
+    ]  # fmt: skip
 
 
 # --- 15. Serve: Verdict -> HTTP ------------------------------------------------------
@@ -4052,10 +4095,14 @@ WRONG_METHOD = (
     "asks with a method that is refused: GET, 'option httpchk GET /health' for HAProxy"
 )
 ACCEPTS = 64
-# With 5,000 series an answer would be megabytes, and a few callers hold up the loop.
-MAX_LISTED, MAX_LISTED_TEXT = 20, 16 * 1024
+# With 200 rules or 5,000 series an answer would be megabytes: it is cut, and built in
+# slices, one in each turn of the loop, so that it holds up nobody else's.
+MAX_LISTED, MAX_LISTED_TEXT, MAX_ANSWER = 20, 16 * 1024, 256 * 1024
+MAX_UNSENT = 8 * MAX_ANSWER
+SLICE = 0.005
 CALLER_TIMEOUT = 5.0
 ALLOWED = ("GET", "HEAD")
+SEVERITY = ("firing", "error", "pending", "inactive")
 HEALTH_STATUS = {
     "firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass"
 }  # fmt: skip
@@ -4077,10 +4124,13 @@ Series = Iterable[Tuple[Mapping[str, str], float]]
 
 
 class Answer(NamedTuple):
-    """A response: status, body, its type, and headers of its own."""
+    """A response: status, body, its type, and headers of its own.
+
+    The body of one that may take long is made of parts, each of them made in no time.
+    """
 
     status: int
-    body: str
+    body: str | Iterator[str]
     content_type: str = TEXT
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -4093,21 +4143,16 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
     draft-inadarei-api-health-check-06.
     """
     options = _options(query)
-    excluded = options.get("exclude", [])
-    reason = verdict.fault or ", ".join(verdict.failing_rules(excluded))
+    excluded = {*options.get("exclude", [])}
+    reason = verdict.fault or name_some(verdict.failing_rules(excluded))
     status, word = (503, "Unhealthy") if reason else (200, "Healthy")
     if options.get("format") == ["json"]:
-        document = json.dumps(_health_json(verdict, reason), indent=1)
-        return Answer(status, document + "\n", "application/health+json")
+        parts = _health_json(verdict, reason)
+        return Answer(status, parts, "application/health+json")
     if "verbose" not in options:
         return Answer(status, f"{word}\n")
-    unknown = sorted(set(excluded) - {status.rule.name for status in verdict.rules})
-    lines = [
-        *_verbose_lines(verdict, excluded, window="window" in options),
-        *(f"warn: no rule {quote(name)} to exclude" for name in unknown),
-        f"{word}: {reason}" if reason else word,
-    ]
-    return Answer(status, "".join(map(_escaped_line, lines)))
+    lines = _verbose_lines(verdict, excluded, window="window" in options)
+    return Answer(status, _lines(lines, f"{word}: {reason}" if reason else word))
 
 
 def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Answer:
@@ -4116,21 +4161,20 @@ def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Ans
     A rule that is not there is unknown: a change of rules may restart no server.
     """
     known = {status.rule.name: status for status in verdict.rules}
-    firing = [n for n in names if n in known and known[n].state == "firing"]
+    firing = tuple(n for n in names if n in known and known[n].state == "firing")
     unknown = {name: _unknown(name, known.get(name), verdict) for name in names}
     reasons = shorten(", ".join(dict.fromkeys(filter(None, unknown.values()))))
     code, healthy = 503 if firing else 200, "Healthy"
     healthy += f" (unknown: {reasons})" if reasons else ""
     if "verbose" not in _options(query):
         return Answer(code, _escaped_line("Unhealthy" if firing else healthy))
-    lines = [
-        f"[-]{name} {describe(known[name], verdict.time)}" if name in firing
-        else f"[?]{name} unknown: {unknown[name]}" if unknown[name]
-        else f"[+]{name} {describe(known[name], verdict.time)}"
+    lines = (
+        f"[?]{name} unknown: {unknown[name]}" if unknown[name] and name not in firing
+        else f"[{'+-'[name in firing]}]{name} {describe(known[name], verdict.time)}"
         for name in names
-    ]  # fmt: skip
-    lines.append(f"Unhealthy: {', '.join(firing)}" if firing else healthy)
-    return Answer(code, "".join(map(_escaped_line, lines)))
+    )
+    last = f"Unhealthy: {name_some(firing)}" if firing else healthy
+    return Answer(code, _lines(lines, last))
 
 
 def _unknown(name: str, status: RuleStatus | None, verdict: Verdict) -> str:
@@ -4148,6 +4192,23 @@ def _escaped_line(text: str) -> str:
     return f"{escape_controls(text)}\n"
 
 
+def _lines(lines: Iterable[str], last: str) -> Iterator[str]:
+    left_out = "warn: the rest is left out"
+    yield from _bounded(map(_escaped_line, lines), _escaped_line(left_out))
+    yield _escaped_line(last)
+
+
+def _bounded(parts: Iterable[str], left_out: str) -> Iterator[str]:
+    """Yield parts up to a bound, and then what says that there are more."""
+    size = 0
+    for part in parts:
+        size += len(part)
+        if size > MAX_ANSWER:
+            yield left_out
+            return
+        yield part
+
+
 def answer_livez(alive: bool) -> Answer:
     """Answer ``/livez``: whether this program can check, whatever the checks find."""
     dead = Answer(503, "Unhealthy: the monitor thread is dead\n")
@@ -4155,7 +4216,7 @@ def answer_livez(alive: bool) -> Answer:
 
 
 def _verbose_lines(
-    verdict: Verdict, excluded: Sequence[str], *, window: bool
+    verdict: Verdict, excluded: AbstractSet[str], *, window: bool
 ) -> Iterator[str]:
     for target in verdict.targets:
         if target.reason:
@@ -4169,6 +4230,8 @@ def _verbose_lines(
         yield f"[{sign}]{status.rule.name}{note} {describe(status, verdict.time)}"
         if window and status.last_words:
             yield f"   {status.last_words}"
+    for name in sorted(excluded - {status.rule.name for status in verdict.rules}):
+        yield f"warn: no rule {quote(name)} to exclude"
 
 
 def _target_text(target: TargetStatus, now: float) -> str:
@@ -4179,17 +4242,35 @@ def _target_text(target: TargetStatus, now: float) -> str:
     return f"ok: {size}, {target.seconds:.4f} s"
 
 
-def _health_json(verdict: Verdict, reason: str) -> dict[str, Any]:
+def _health_json(verdict: Verdict, reason: str) -> Iterator[str]:
     pending = any(status.state == "pending" for status in verdict.rules)
-    # A rule's name has no colon, so scrape:targets is none.
-    checks = {"scrape:targets": [_target_json(t, verdict) for t in verdict.targets]}
-    for probe in verdict.probes:
-        checks.setdefault(f"probe:{probe.probe}", []).append(_probe_json(probe))
-    checks.update({s.rule.name: [_rule_json(s, verdict)] for s in verdict.rules})
-    return _present({
+    head = _present({
         "status": "fail" if reason else "warn" if pending else "pass",
-        "version": "1", "releaseId": __version__, "output": reason, "checks": checks,
+        "version": "1", "releaseId": __version__, "output": reason,
     })  # fmt: skip
+    yield f'{json.dumps(head)[:-1]},\n"checks": {{'
+    size, left_out, separator = 0, 0, "\n"
+    for name, values in _json_checks(verdict):
+        text = f"{separator}{json.dumps(name)}: {json.dumps(values)}"
+        size, separator = size + len(text), ",\n"
+        left_out += size > MAX_ANSWER
+        yield "" if size > MAX_ANSWER else text
+    notes = json.dumps([f"checks left out: {left_out}"])
+    yield f'}},\n"notes": {notes}}}\n' if left_out else "}}\n"
+
+
+def _json_checks(verdict: Verdict) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    # A rule's name has no colon, so scrape:targets is none.
+    yield "scrape:targets", [_target_json(t, verdict) for t in verdict.targets]
+    for name in dict.fromkeys(probe.probe for probe in verdict.probes):
+        found = [p for p in verdict.probes if p.probe == name]
+        yield f"probe:{name}", list(map(_probe_json, found))
+    for status in _worst_first(verdict.rules):
+        yield status.rule.name, [_rule_json(status, verdict)]
+
+
+def _worst_first(statuses: Iterable[RuleStatus]) -> list[RuleStatus]:
+    return sorted(statuses, key=lambda status: SEVERITY.index(status.state))
 
 
 def _target_json(target: TargetStatus, verdict: Verdict) -> dict[str, Any]:
@@ -4250,19 +4331,20 @@ def _rule_body(rule: Rule) -> str:
 
 def answer_metrics(families: Iterable[Family]) -> Answer:
     """Answer ``/metrics`` in the text format 0.0.4."""
-    lines = []
+    lines = _bounded(_exposition(families), "# the other samples are left out\n")
+    return Answer(200, lines, "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _exposition(families: Iterable[Family]) -> Iterator[str]:
     for name, kind, text, samples in families:
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
         for suffix, labels, value in samples:
             series = (("__name__", name + suffix), *labels.items())
-            lines.append(f"{format_series(series)} {format_float(value)}")
-    text_type = "text/plain; version=0.0.4; charset=utf-8"
-    return Answer(200, "\n".join(lines) + "\n", text_type)
+            yield f"{format_series(series)} {format_float(value)}\n"
 
 
 def verdict_families(verdict: Verdict) -> Iterator[Family]:
     """Yield what the latest verdict says, as metrics."""
-    states = ("inactive", "pending", "firing", "error")
     rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
     probes = [({"probe": p.probe, "target": p.instance}, p) for p in verdict.probes]
     probes = [(labels, p) for labels, p in probes if p.sent > -math.inf]
@@ -4273,7 +4355,7 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
          [({}, verdict.wall)]),
         ("health_check_rule_state", "1 for the state that a rule is in.",
          [({**rule, "state": s}, status.state == s) for rule, status in rules
-          for s in states]),
+          for s in reversed(SEVERITY)]),
         ("health_check_rule_series", "Series that a rule's selectors matched.",
          [(rule, status.matched) for rule, status in rules]),
         ("health_check_rule_value", "Worst value of a rule EXPR OP NUMBER.",
@@ -4362,28 +4444,35 @@ def answer_page(
     word = "Healthy" if verdict.healthy else "Unhealthy"
     word = f"Last verdict, {age} ago: {word}" if old else word
     shown = f"checked {age} ago, <time>{format_time(verdict.wall)}</time>"
-    sections = [_rule_html(status, verdict.time, trends) for status in verdict.rules]
-    for target in verdict.targets:
-        state = "fail" if target.reason else "pass"
-        text = _target_text(target, verdict.time)
-        sections.append(_section(state, f"scrape of {target.instance}", text))
-    for probe in verdict.probes:
-        title, _, text = describe_probe(probe).partition(": ")
-        state = "fail" if probe.reason else "pass"
-        sections.append(_section(state, title, text))
-    if last_words:
-        sections.append(_section("warn", "the run before ended so", last_words))
-    body = PAGE.format(
+    head = PAGE_HEAD.format(
         style=STYLE, title=word,
         state="old" if old else "pass" if verdict.healthy else "fail",
         verdict=_escape(f"{word}: {verdict.reason}" if verdict.reason else word),
         shown=shown if verdict.sequence else "not checked yet",
-        sections="".join(sections), version=__version__,
     )  # fmt: skip
+    sections = _sections(verdict, trends, last_words)
+    sections = _bounded(sections, "<p>The rest is left out.</p>")
+    body = itertools.chain([head], sections, [PAGE_END])
     status = 200 if verdict.healthy and not old else 503
     return Answer(status, body, "text/html; charset=utf-8", (
         ("Content-Security-Policy", POLICY), ("Referrer-Policy", "no-referrer")
     ))  # fmt: skip
+
+
+def _sections(
+    verdict: Verdict, trends: Mapping[str, Sequence[float]], last_words: str
+) -> Iterator[str]:
+    for status in _worst_first(verdict.rules):
+        yield _rule_html(status, verdict.time, trends)
+    for target in verdict.targets:
+        state = "fail" if target.reason else "pass"
+        text = _target_text(target, verdict.time)
+        yield _section(state, f"scrape of {target.instance}", text)
+    for probe in verdict.probes:
+        title, _, text = describe_probe(probe).partition(": ")
+        yield _section("fail" if probe.reason else "pass", title, text)
+    if last_words:
+        yield _section("warn", "the run before ended so", last_words)
 
 
 def _rule_html(
@@ -4466,7 +4555,7 @@ POLICY = (
     f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
-PAGE = """<!DOCTYPE html>
+PAGE_HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -4479,8 +4568,9 @@ PAGE = """<!DOCTYPE html>
 <header><h1 class="{state}">{verdict}</h1>
 <p>{shown}</p></header>
 <main>
-{sections}</main>
-<footer>health_check.py {version}</footer>
+"""
+PAGE_END = f"""</main>
+<footer>health_check.py {__version__}</footer>
 </body>
 </html>
 """
@@ -4597,7 +4687,7 @@ class Request(http.server.BaseHTTPRequestHandler):
 
     def respond(self, answer: Answer) -> bytes:
         """Return the whole response; the connection ends with it."""
-        body = answer.body.encode(errors="backslashreplace")
+        body = "".join(answer.body).encode(errors="backslashreplace")
         self.wfile = io.BytesIO()
         self.send_response(answer.status)
         for name, value in (
@@ -4627,6 +4717,7 @@ class Phase(NamedTuple):
 
 READ = Phase(selectors.EVENT_READ, "sent no request in time")
 PARK = Phase(0, "no verdict within the deadline: the checker is stuck")
+BUILD = Phase(0, "its answer was not made in time")
 WRITE = Phase(selectors.EVENT_WRITE, "did not read its answer in time")
 LINGER = Phase(selectors.EVENT_READ, "did not hang up in time")
 Conversation = Generator[Phase, None, T]
@@ -4649,9 +4740,10 @@ class Server:
 
     A conversation is a generator, and goes on where it stopped each time that what it
     waits for is there.  It yields READ until a whole head is there; PARK if the answer
-    needs a new verdict, which each check that ends may be; WRITE while the caller's
-    socket is full; LINGER, when all is sent, until the caller hangs up.  Then it ends,
-    and the socket is closed, whatever the end was.
+    needs a new verdict, which each check that ends may be; BUILD before each slice of a
+    long answer, one in each turn of the loop; WRITE while the socket is full; LINGER,
+    when all is sent, until the caller hangs up.  Then it ends, and the socket is
+    closed, whatever the end was.
 
     At a yield it may be thrown TimeoutError, as the deadline of its phase has passed:
     in PARK the answer is made of that, elsewhere it is the end.  GeneratorExit, as the
@@ -4676,10 +4768,10 @@ class Server:
         self._requests: Counter[tuple[str, str]] = collections.Counter()
         self._unknown: Counter[str] = collections.Counter()
         self._waiting: dict[Phase, dict[Connection, float]] = {
-            phase: {} for phase in (READ, PARK, WRITE, LINGER)
+            phase: {} for phase in (READ, PARK, BUILD, WRITE, LINGER)
         }
         self._selector = selectors.DefaultSelector()
-        self._stopping = False
+        self._stopping, self._unsent = False, 0
         self._warned: dict[str, float] = {}
         self._woken, self.waker = socket.socketpair()
         for sock in (listener, self._woken, self.waker):
@@ -4691,8 +4783,11 @@ class Server:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._woken, selectors.EVENT_READ, self._wake_up)
         while not self._stopping:
-            for key, _ in self._selector.select(self._expire()):
+            timeout = self._expire()
+            for key, _ in self._selector.select(0 if self._to_build() else timeout):
                 key.data()
+            for connection in self._to_build():
+                self._step(connection)
         for connection in itertools.chain(*map(list, self._waiting.values())):
             self._close(connection)
 
@@ -4770,6 +4865,10 @@ class Server:
                 return min(found, key=operator.itemgetter(1))[0]
         return None
 
+    def _to_build(self) -> list[Connection]:
+        # One at a time, and while those who do not read what was built leave room.
+        return list(self._waiting[BUILD])[: self._unsent < MAX_UNSENT]
+
     def _expire(self) -> float | None:
         """Give up what is overdue, and return the seconds until something may be."""
         now, deadlines = time.monotonic(), []
@@ -4827,12 +4926,11 @@ class Server:
         if mistake:
             self._warn(mistake, HOUR, client)
         answer = request.refusal or (yield from self._answer(request))
+        if not isinstance(answer.body, str):
+            answer = answer._replace(body=(yield from _build(answer.body)))
         self._count(request.path, str(answer.status))
         LOG.debug("%s: %s %s", client, request.requestline, answer.status)
-        output = memoryview(request.respond(answer))
-        while output:
-            sent = yield from _when(WRITE, sock.send, output)
-            output = output[sent:]
+        yield from self._send(sock, request.respond(answer))
         # A connection that is closed while input is unread, or still comes, is reset,
         # and the caller might never see its answer: a body is read past, to a bound.
         sock.shutdown(socket.SHUT_WR)
@@ -4842,6 +4940,16 @@ class Server:
             yield LINGER
             data = sock.recv(MAX_REQUEST)
             unread = unread - len(data) if data else 0
+
+    def _send(self, sock: socket.socket, output: bytes) -> Conversation[None]:
+        rest = memoryview(output)
+        self._unsent += len(output)
+        try:
+            while rest:
+                sent = yield from _when(WRITE, sock.send, rest)
+                rest = rest[sent:]
+        finally:
+            self._unsent -= len(output)
 
     def _count(self, path: str, code: str) -> None:
         names = rules_of(path)
@@ -4916,6 +5024,20 @@ def _receive(sock: socket.socket) -> Conversation[Request]:
         foreign = received.startswith(FOREIGN)
         end = None if foreign else _HEAD_END.search(received)
     return parse_request(received[: end.end()] if end else received)
+
+
+def _build(parts: Iterator[str]) -> Conversation[str]:
+    """Put an answer together, a slice of it each turn of the loop."""
+    built: list[str] = []
+    while True:
+        yield BUILD
+        end = time.monotonic() + SLICE
+        for part in parts:
+            built.append(part)
+            if time.monotonic() > end:
+                break
+        else:
+            return "".join(built)
 
 
 def _when(phase: Phase, action: Callable[[Any], T], argument: Any) -> Conversation[T]:
@@ -5142,7 +5264,7 @@ def check_once(config: Config) -> int:
     fault = "never scraped" if all(target.reason for target in targets) else ""
     verdict = Verdict(1, fault, evaluation.now, evaluation.wall, rules, targets)
     answer = answer_health(verdict, "verbose")
-    print(answer.body, end="")
+    print("".join(answer.body), end="")
     return 0 if answer.status == 200 else 1
 
 

@@ -2184,7 +2184,7 @@ class Exposition(unittest.TestCase):
 # --- 10. Probe -----------------------------------------------------------------------
 
 def answer_verdict(verdict):
-    return answer_metrics(verdict_families(verdict)).body
+    return "".join(answer_metrics(verdict_families(verdict)).body)
 
 
 ANSWER = '{"choices": [{"text": " the"}]}'
@@ -2421,7 +2421,7 @@ class ProbeTest(NetworkTest):
         self.assertEqual((probe.success, probe.code), (None, 404))
         self.assertTrue(verdict.healthy)
         self.assertNotIn("probe_success{", answer_verdict(verdict))
-        told = answer_health(verdict, "verbose").body
+        told = "".join(answer_health(verdict, "verbose").body)
         self.assertIn("mend CANARY_URL or CANARY_BODY: HTTP 404: no such model", told)
 
     def test_the_servers_own_health_route_is_asked_beside_each_scrape(self):
@@ -2445,13 +2445,16 @@ class ProbeTest(NetworkTest):
                 verdict = monitor.check()
                 self.assertEqual(verdict.reason, reason)
                 self.assertEqual(len(verdict.probes), 2)
-                document = json.loads(answer_health(verdict, "format=json").body)
+                document = json.loads(
+                    "".join(answer_health(verdict, "format=json").body)
+                )
                 probes = document["checks"]["probe:health"]
                 word = "pass" if answers == [page()] else "fail"
                 self.assertEqual(probes[0]["status"], word)
         labels = f'{{probe="health", target="{route.instance}"}}'
         self.assertIn(f"probe_success{labels} 1\n", answer_verdict(verdict))
-        self.assertIn(f"health of {route.instance}", answer_page(verdict, {}).body)
+        page_ = "".join(answer_page(verdict, {}).body)
+        self.assertIn(f"health of {route.instance}", page_)
 
 
 # --- 8. Monitor ----------------------------------------------------------------------
@@ -3391,6 +3394,84 @@ class ServeTest(NetworkTest):
             self.assertLess(len(body), 30000)
         self.assertLess(max(map(len, self.log)), 3000)
 
+    def answers(self, verdict):
+        """Return all that is said of a verdict, by the name of the answer."""
+        return {
+            "verbose": health_check.answer_health(verdict, "verbose"),
+            "rules": health_check.answer_rules(
+                [status.rule.name for status in verdict.rules], verdict, "verbose"
+            ),
+            "json": health_check.answer_health(verdict, "format=json"),
+            "page": answer_page(verdict, {}),
+            "metrics": answer_metrics(verdict_families(verdict)),
+        }
+
+    def firing(self, rules, alerts):
+        """Return a verdict in which rules fire, each for some series."""
+        found = tuple(
+            Alert((("__name__", "q"), ("n", str(number))), 1.0, "firing", NOW, NOW)
+            for number in range(alerts)
+        )
+        text = ";".join(f"Q{number}: q > 0" for number in range(rules))
+        statuses = (RuleStatus(rule, found, "", alerts) for rule in parse_rules(text))
+        return Verdict(1, "", NOW, WALL, tuple(statuses))
+
+    def test_what_is_said_of_a_rule_costs_time_linear_in_its_alerts(self):
+        before = Verdict(0, "never scraped", NOW, WALL)
+        for name in (*self.answers(before), "log"):
+            with self.subTest(name):
+                verdict = self.firing(3, 500)
+                if name == "log":
+                    said = steps(list, health_check.transitions(before, verdict))
+                else:
+                    said = steps("".join, self.answers(verdict)[name].body)
+                self.assertLess(said, 8000)
+
+    def test_a_long_answer_is_cut_and_says_so(self):
+        verdict = self.firing(30, 3)
+        for name, said, last in (
+            ("verbose", "warn: the rest is left out\nUnhealthy: Q0, ", "10 more\n"),
+            ("rules", "warn: the rest is left out\nUnhealthy: Q0, ", "10 more\n"),
+            ("json", '"notes": ["checks left out: ', "}\n"),
+            ("page", "<p>The rest is left out.</p></main>", "</html>\n"),
+            ("metrics", "\n# the other samples are left out", "out\n"),
+        ):
+            with self.subTest(name):
+                whole = "".join(self.answers(verdict)[name].body)
+                self.assertNotIn("left out", whole)
+                with mock.patch.object(health_check, "MAX_ANSWER", 1000):
+                    cut = "".join(self.answers(verdict)[name].body)
+                self.assertIn(said, cut)
+                self.assertTrue(cut.endswith(last), cut)
+                self.assertLess(len(cut), len(whole))
+                if name == "json":
+                    document, whole = json.loads(cut), json.loads(whole)
+                    left_out = len(whole["checks"]) - len(document["checks"])
+                    notes = [f"checks left out: {left_out}"]
+                    self.assertEqual(document["notes"], notes)
+
+    def test_a_long_answer_is_built_in_slices_one_in_a_turn(self):
+        with mock.patch.object(health_check, "SLICE", -1.0):
+            build = health_check._build(iter("abc"))
+            self.assertEqual([next(build) for _ in "abc"], [health_check.BUILD] * 3)
+            self.assertEqual(list(build), [health_check.BUILD])
+            port = self.serve(self.running(self.metrics(page())))
+            socks = [send(port, request_for("/metrics")) for _ in range(5)]
+            self.assertEqual(get(port, "/livez")[0], 200)
+            for sock in socks:
+                self.assertTrue(receive(sock).endswith("\n"))
+
+    def test_those_who_read_nothing_leave_no_room_for_more_long_answers(self):
+        server = self.metrics(page())
+        port = self.serve(self.running(server))
+        with mock.patch.object(health_check, "MAX_UNSENT", 0), mock.patch.object(
+            health_check, "CALLER_TIMEOUT", 0.1
+        ):
+            late = send(port, request_for("/metrics"))
+            self.assertEqual(get(port), (200, "Healthy\n"))
+            self.assertEqual(receive(late), "")
+        self.assert_any("its answer was not made in time", self.log)
+
     def test_a_target_of_number_signs_is_looked_at_once(self):
         head = b"GET " + b"#" * 16000 + b" HTTP/1.1\r\n\r\n"
         tracemalloc.start()
@@ -3550,8 +3631,9 @@ class ServeTest(NetworkTest):
                 seen = verdict._replace(time=verdict.time - age, fault=fault)
                 answer = health_check.answer_page(seen, {}, interval)
                 self.assertEqual(answer.status, status)
-                self.assertIn(f'<h1 class="{state}">', answer.body)
-                self.assertEqual("Last verdict, 1m" in answer.body, state == "old")
+                body = "".join(answer.body)
+                self.assertIn(f'<h1 class="{state}">', body)
+                self.assertEqual("Last verdict, 1m" in body, state == "old")
 
     def test_a_line_is_drawn_of_what_can_be_drawn(self):
         rule = RuleStatus(parse_rules("Q: q > 1")[0])
@@ -3565,7 +3647,7 @@ class ServeTest(NetworkTest):
         ):
             with self.subTest((values, limit)):
                 verdict = Verdict(1, "", NOW, WALL, (rule._replace(limit=limit),))
-                body = health_check.answer_page(verdict, {"Q": values}).body
+                body = "".join(health_check.answer_page(verdict, {"Q": values}).body)
                 self.assertIn(line, body)
                 self.assertNotRegex(body, r"\b(nan|inf)\b")
 
