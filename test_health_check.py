@@ -4430,7 +4430,7 @@ class MainTest(NetworkTest):
                 self.assertEqual(health_check.read_last_words(path), told)
                 self.assertEqual(words in self.log, bool(status))
                 self.log.clear()
-        page_ = answer_page(Verdict(1, "", NOW, WALL), {}, 0.0, "<x 2 for 5m>").body
+        page_ = "".join(answer_page(Verdict(1, "", NOW, WALL), {}, 0.0, "<x 2 for 5m>").body)
         self.assertIn("the run before ended so", page_)
         self.assertIn("&lt;x 2 for 5m&gt;", page_)
 
