@@ -2478,9 +2478,9 @@ class MonitorTest(NetworkTest):
         lines = [line for line in self.log if "tokens" in line]
         self.assertEqual(lines, [f"{before}{n}{after}" for n in (5, 7)])
         self.assertIn("Stalled: ok", self.log)
-        told = answer_health(verdict, "verbose&window").body
+        told = "".join(answer_health(verdict, "verbose&window").body)
         self.assertIn(f"   tokens{of} 7{after}\n", told)
-        self.assertNotIn("longer", answer_health(verdict, "verbose").body)
+        self.assertNotIn("longer", "".join(answer_health(verdict, "verbose").body))
 
     def test_last_words_are_short(self):
         rule = parse_rules("a > 0 unless changes(b[1m]) > 0")[0]
@@ -4430,7 +4430,8 @@ class MainTest(NetworkTest):
                 self.assertEqual(health_check.read_last_words(path), told)
                 self.assertEqual(words in self.log, bool(status))
                 self.log.clear()
-        page_ = "".join(answer_page(Verdict(1, "", NOW, WALL), {}, 0.0, "<x 2 for 5m>").body)
+        shown = answer_page(Verdict(1, "", NOW, WALL), {}, 0.0, "<x 2 for 5m>")
+        page_ = "".join(shown.body)
         self.assertIn("the run before ended so", page_)
         self.assertIn("&lt;x 2 for 5m&gt;", page_)
 
