@@ -71,7 +71,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache, partial, reduce
-from select import PIPE_BUF, POLLOUT, poll
+from select import POLLOUT, poll
 from select import select as ready_of
 from typing import (
     AbstractSet,
@@ -5074,6 +5074,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 QUERY_PAUSE = 1.0
 EXIT_STATUS, TERMINATION_LOG, MAX_FILE = 88, "/dev/termination-log", 4096
+MAX_BACKLOG, FLUSH_TIME = 256 * 1024, 0.2
 # What the first line of the log has in a form of its own.
 TOLD = ("UNHEALTHY_WHEN", "APP_PORT", "METRICS_TIMEOUT", "SCRAPE_INTERVAL")
 MODES = (
@@ -5114,7 +5115,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is healthy or a clean stop, 1 unhealthy or not able to serve, 2 a wrong
     configuration or expression.
     """
-    arguments = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):
+        # A label's value may be more than the locale can write.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        say(f"health_check.py: {error}: too many processes, or no memory", error=True)
+        return 1
+    finally:
+        with _unread(sys.stdout):
+            print(end="", flush=True)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a result or an error; a reader who has gone changes no exit status."""
+    stream = sys.stderr if error else sys.stdout
+    with _unread(stream):
+        if stream:
+            print(text, file=stream, flush=True)
+
+
+@contextmanager
+def _unread(stream: Any) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        # What is buffered would be written, and fail, once more as Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(arguments: Sequence[str]) -> int:
     options = _parse_arguments(arguments) if arguments else {}
     path, text = options.get("probe"), options.get("query")
     if path is not None:
@@ -5123,12 +5156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(os.environ)
         expr = None if text is None else _parse_query(text, config)
     except (ConfigError, PromQLError) as error:
-        print(f"health_check.py: {error}", file=sys.stderr)
+        say(f"health_check.py: {error}", error=True)
         return 2
     _log_to_stderr(config)
     if options.get("check_config"):
         told = options["format"] == "prometheus"
-        print(
+        say(
             prometheus_rules(config.rules) if told
             else "\n".join(map(describe_rule, config.rules))
         )  # fmt: skip
@@ -5154,12 +5187,8 @@ def serve(config: Config) -> int:
 
     And 88 where EXIT_WHEN ended it.
     """
-    try:
-        listener = listen(config.app_host, config.app_port)
-    except (OSError, ValueError) as error:
-        where = f"{config.app_host or 'any address'}, port {config.app_port}"
-        problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        LOG.error("cannot listen on %s: %s", where, problem)
+    listener = _listener(config)
+    if not listener:
         return 1
     port = listener.getsockname()[1]
     config = config._replace(pod_name=config.pod_name or socket.gethostname())
@@ -5176,20 +5205,32 @@ def serve(config: Config) -> int:
         signal.signal(number, lambda *_: server.stop())
     # A signal that comes just before the loop sleeps would not wake it otherwise.
     signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
-    for thread in threads:
-        thread.start()
-    _log_start(config, port)
-    if before:
-        log(logging.WARNING, f"the run before ended so: {before}")
-    server.run()
-    signal.set_wakeup_fd(-1)
-    server.close()
+    try:
+        for thread in threads:
+            thread.start()
+        _log_start(config, port)
+        if before:
+            log(logging.WARNING, f"the run before ended so: {before}")
+        server.run()
+    finally:
+        signal.set_wakeup_fd(-1)
+        server.close()
     # Python restores what a signal does by default as it ends.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     for thread in threads:
         thread.stop()
     return policy.status
+
+
+def _listener(config: Config) -> socket.socket | None:
+    try:
+        return listen(config.app_host, config.app_port)
+    except (OSError, ValueError) as error:
+        where = f"{config.app_host or 'any address'}, port {config.app_port}"
+        problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        LOG.error("cannot listen on %s: %s", where, problem)
+        return None
 
 
 class ExitPolicy:
@@ -5257,14 +5298,14 @@ def check_once(config: Config) -> int:
     """
     undecided = {r: _range_text(r.expr) for r in config.rules if _range_text(r.expr)}
     for rule, text in undecided.items():
-        print(f"[?]{rule.name} undecided: one check has no {text}")
+        say(f"[?]{rule.name} undecided: one check has no {text}")
     decided = [r._replace(hold=0.0) for r in config.rules if r not in undecided]
     targets, evaluation = _scrape_for(decided, config)
     rules = tuple(judge(RuleStatus(rule), evaluation) for rule in decided)
     fault = "never scraped" if all(target.reason for target in targets) else ""
     verdict = Verdict(1, fault, evaluation.now, evaluation.wall, rules, targets)
     answer = answer_health(verdict, "verbose")
-    print("".join(answer.body), end="")
+    say("".join(answer.body).rstrip("\n"))
     return 0 if answer.status == 200 else 1
 
 
@@ -5275,12 +5316,12 @@ def query(config: Config, expr: Expr) -> int:
     failed = [target for target in targets if target.reason]
     for target in failed:
         problem = f"scrape of {target.instance} failed: {target.reason}"
-        print(f"{problem}: {target.message}", file=sys.stderr)
+        say(f"{problem}: {target.message}", error=True)
     try:
         for line in _results(expr, evaluation):
-            print(escape_controls(line))
+            say(escape_controls(line))
     except EvaluationError as error:
-        print(f"health_check.py: {error}", file=sys.stderr)
+        say(f"health_check.py: {error}", error=True)
         return 1
     return 1 if failed else 0
 
@@ -5331,9 +5372,9 @@ def probe(environ: Mapping[str, str], path: str) -> int:
     status, text = _ask_running(environ, path)
     if path.startswith("/health/") and status not in (200, 503):
         problem = f"HTTP {status}" if status else text
-        print(f"{problem}; unknown, so exit status 0", file=sys.stderr)
+        say(f"{problem}; unknown, so exit status 0", error=True)
         return 0
-    print(text.rstrip("\n"), file=sys.stdout if status else sys.stderr)
+    say(text.rstrip("\n"), error=not status)
     return 0 if status == 200 else 1
 
 
@@ -5437,7 +5478,7 @@ def _log_start(config: Config, port: int) -> None:
 
 
 def _log_to_stderr(config: Config) -> None:
-    handler = PatientHandler()
+    handler = _stderr_handler()
     formatter = JSONFormatter if config.log_format == "json" else TextFormatter
     handler.setFormatter(formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.handlers[:], LOG.propagate = [handler], False
@@ -5448,37 +5489,77 @@ def _log_to_stderr(config: Config) -> None:
     LOG.setLevel(config.log_level.upper())
 
 
-class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Drops a line that stderr cannot take: a reader that stalls may stop no check."""
+def _stderr_handler() -> logging.Handler:
+    try:
+        return LogWriter(sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):
+        # Descriptor 2 is closed, or stderr is no file.
+        return logging.StreamHandler()
 
-    lost, _cut = 0, False
+
+class LogWriter(logging.Handler):
+    """Writes the log in a thread of its own, so that nobody waits for its reader.
+
+    A terminal or a pipe that nobody reads keeps that thread alone; lines wait in a
+    bounded backlog, and from when it is full until it is empty they are lost and
+    counted.  To make the descriptor non-blocking would do so to each process that
+    shares it.  The condition guards the backlog and the count.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor, self._changed = descriptor, threading.Condition()
+        self._lines: collections.deque[bytes] = collections.deque()
+        self._size = self._lost = 0
+        threading.Thread(target=self._work, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, and before it how many were lost."""
-        try:
-            descriptor = self.stream.fileno()
-        except (AttributeError, OSError, ValueError):
-            super().emit(record)
-            return
-        if self.lost:
-            text = f"nobody read the log, lines lost: {self.lost}"
-            told = logging.makeLogRecord({"msg": text, "levelname": "WARNING"})
-            self.lost = 0 if self._write(descriptor, told) else self.lost
-        if not self._write(descriptor, record):
-            self.lost += 1
+        """Hand a line to the thread, or count it as lost."""
+        line = self._encode(record)
+        with self._changed:
+            if self._lost or self._size + len(line) > MAX_BACKLOG:
+                self._lost += 1
+            else:
+                self._append(line)
 
-    def _write(self, descriptor: int, record: logging.LogRecord) -> bool:
-        # A pipe that is ready takes this much, and the rest after a moment.
-        line = f"{self.format(record)}\n".encode(errors="backslashreplace")
-        with suppress(OSError):
-            # What was cut off has no end: this line must not go on with it.
-            line = b"\n" + line if self._cut else line
-            for start in range(0, len(line), PIPE_BUF):
-                if not ready_of([], [descriptor], [], 0.1 if start else 0)[1]:
-                    return False
-                os.write(descriptor, line[start : start + PIPE_BUF])
-                self._cut = start + PIPE_BUF < len(line)
-        return True
+    def flush(self) -> None:
+        """Wait until all is written, a moment at most: the program may be ending."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._size, FLUSH_TIME)
+
+    def _encode(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+
+    def _append(self, line: bytes) -> None:
+        self._lines.append(line)
+        self._size += len(line)
+        self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            line = self._next_line()
+            with suppress(OSError):
+                self._write(line)
+            with self._changed:
+                self._size -= len(line)
+                self._changed.notify_all()
+
+    def _next_line(self) -> bytes:
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._lost)
+            if not self._lines:
+                text = f"nobody read the log, lines lost: {self._lost}"
+                told = {"msg": text, "levelname": "WARNING"}
+                self._append(self._encode(logging.makeLogRecord(told)))
+                self._lost = 0
+            return self._lines.popleft()
+
+    def _write(self, line: bytes) -> None:
+        while line:
+            # Another process that shares it may have made it non-blocking.
+            ready_of([], [self._descriptor], [])
+            with suppress(BlockingIOError):
+                line = line[os.write(self._descriptor, line) :]
 
 
 class TextFormatter(logging.Formatter):
@@ -5529,7 +5610,7 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         for name, _, default, help in SETTINGS
     )
     parser = argparse.ArgumentParser(
-        prog="health_check.py", description=str(__doc__).partition("\n\n")[0],
+        prog="health_check.py", description=(__doc__ or "").partition("\n\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"settings, from the environment:\n{settings}{EXAMPLES}",
@@ -5582,11 +5663,10 @@ class Simulation(http.server.BaseHTTPRequestHandler):
 def _start_demo(config: Config) -> Config:
     simulated = http.server.HTTPServer(("127.0.0.1", 0), Simulation)
     threading.Thread(target=simulated.serve_forever, daemon=True).start()
-    print(
+    say(
         "a simulated LLM server: its queue rises above 10 and falls, every 40 seconds\n"
         f"  curl -i localhost:{config.app_port}/health\n"
-        f"  curl 'localhost:{config.app_port}/health?verbose'\n",
-        flush=True,
+        f"  curl 'localhost:{config.app_port}/health?verbose'\n"
     )
     target = _target(f"http://127.0.0.1:{simulated.server_port}/metrics")
     interval = config.scrape_interval or 1.0
