@@ -304,8 +304,9 @@ PROBED = (
 class ProbeStatus(NamedTuple):
     """What a request of our own found last, of blackbox_exporter's names and meaning.
 
-    ``success`` is None where it shows nothing about the server; ``code`` is 0 without
-    an answer; ``sent`` is when it was, in monotonic seconds.
+    ``success`` is None where it shows nothing about the server, and ``stands`` tells
+    whether rules may go by it now; ``code`` is 0 without an answer; ``sent`` is when
+    it was, in monotonic seconds.
     """
 
     probe: str
@@ -316,11 +317,13 @@ class ProbeStatus(NamedTuple):
     message: str = ""
     seconds: float = 0.0
     sent: float = -math.inf
+    stands: bool = True
 
     def samples(self, labels: Labels) -> dict[Labels, float]:
         """Return what rules see of it: nothing before it was first sent."""
         values = {
-            "probe_success": self.success, "probe_http_status_code": self.code,
+            "probe_success": self.success if self.stands else None,
+            "probe_http_status_code": self.code,
             "probe_duration_seconds": self.seconds,
         }  # fmt: skip
         own = (("instance", self.instance), ("probe", self.probe), *labels)
@@ -3181,14 +3184,15 @@ def ask_health(
 class Canary:
     """Asks for a completion in a thread of its own, one request at a time.
 
-    The thread that checks calls ``consider``; the lock guards all that changes.
+    The thread that checks calls ``latest`` and ``consider``; the lock guards all that
+    changes.
     """
 
     def __init__(self, config: Config, target: Target) -> None:
         self._config, self._target = config, target
         self._changed = threading.Condition()
-        self._model: str | None = None
-        self._status = ProbeStatus("canary", target.instance)
+        self._order: tuple[float, str] | None = None
+        self._latest = ProbeStatus("canary", target.instance)
         self._stopped = False
 
     def start(self) -> None:
@@ -3201,42 +3205,37 @@ class Canary:
             self._stopped = True
             self._changed.notify()
 
-    def consider(
-        self, since: float | None, now: float, series: SeriesByName
-    ) -> ProbeStatus:
-        """Send a request if one is due; return what the last answer says of now.
-
-        ``since`` is when it all began to stand still, None while something moves.
-        """
-        after = self._config.canary_after
+    def latest(self) -> ProbeStatus:
+        """Return what the last answer was."""
         with self._changed:
-            status = self._status
-            if status.success is not None and not stands(status, since, now, after):
-                status = status._replace(success=None, reason="", message="")
-            if self._model is None and is_due(status, since, now, after):
-                self._model, status = _model(series), status._replace(sent=now)
+            return self._latest
+
+    def consider(self, since: float | None, now: float, series: SeriesByName) -> None:
+        """Send a request if one is due; ``since`` is when all began to stand still."""
+        with self._changed:
+            due = is_due(self._latest, since, now, self._config.canary_after)
+            if due and self._order is None:
+                self._order = now, _model(series)
                 self._changed.notify()
-            self._status = status
-            return status
 
     def answered(self) -> bool:
         """Tell whether no request is in flight."""
-        return self._model is None
+        return self._order is None
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._model is not None)
-                model, sent = self._model, self._status.sent
-                if model is None:
+                self._changed.wait_for(lambda: self._stopped or self._order is not None)
+                if self._order is None:
                     return
+                sent, model = self._order
             try:
                 found = ask_canary(self._config, self._target, model)
             except Exception as error:
-                found = ProbeStatus("canary", self._target.instance)
-                found = found._replace(reason="bug", message=report(error))
+                text, instance = report(error), self._target.instance
+                found = ProbeStatus("canary", instance, None, 0, "bug", text)
             with self._changed:
-                self._status, self._model = found._replace(sent=sent), None
+                self._latest, self._order = found._replace(sent=sent), None
 
 
 def ask_canary(config: Config, target: Target, model: str) -> ProbeStatus:
@@ -3299,21 +3298,27 @@ def judge_answer(code: int, body: bytes) -> tuple[bool | None, str, str]:
     return False, "no_completion", f"200 with {redact(repr(body[:200]))}"
 
 
-def stands(status: ProbeStatus, since: float | None, now: float, after: float) -> bool:
-    """Tell whether a result is about now, when nothing has moved ``since``.
+def as_of(
+    status: ProbeStatus, since: float | None, now: float, after: float
+) -> ProbeStatus:
+    """Return what a result says now, when nothing has moved ``since``; None: it moves.
 
-    A failure stands only while nothing moves: the server was busy otherwise.  A success
-    says nothing about a standstill that has begun after it.
+    A result is about the standstill in which it was sent.  A failure is none while
+    something moves, as the server was busy, nor before nothing has moved for ``after``,
+    as it may be busy with one long request.
     """
-    if since is None:
-        return status.success is True and now - status.sent < 2 * after
-    return since <= status.sent
+    if since is None or since > status.sent:
+        if status.success is False:
+            return status._replace(success=None, reason="", message="")
+        return status._replace(stands=False)
+    early = status.success is False and now - since < after
+    return status._replace(success=None) if early else status
 
 
 def is_due(status: ProbeStatus, since: float | None, now: float, after: float) -> bool:
-    """Tell whether to ask, nothing having moved ``since``; None is that it moves."""
-    pause = REPEAT if status.success is False else after
-    return since is not None and now - status.sent >= pause
+    """Tell whether to ask, when nothing has moved ``since``; None is that it moves."""
+    fails = status.success is False and since is not None and since <= status.sent
+    return since is not None and now - status.sent >= (REPEAT if fails else after)
 
 
 def _model(series: SeriesByName) -> str:
@@ -3698,13 +3703,15 @@ class Monitor:
             _tell(listener, before, verdict)
 
     def _judge(self) -> Verdict:
+        # Before the scrape, which so has seen what an answer has moved.
+        latest = self.canary.latest() if self.canary else None
         now, wall, scrapes, probes = self._scrape()
         if now - self.verdict.time > MAX_GAP:
             self._statuses = tuple(map(restart_clocks, self._statuses))
             self._when = tuple(map(restart_clocks, self._when))
         targets = record(scrapes, self.history, now, self.verdict.targets)
-        if self.canary:
-            probes += (self._consider(self.canary, now, wall),)
+        if self.canary and latest:
+            probes += (self._consider(self.canary, latest, now, wall),)
         record_probes(probes, self.history, now, self.config)
         self._scraped = self._scraped or not all(target.reason for target in targets)
         evaluation = self.history.evaluation(now, wall)
@@ -3716,13 +3723,17 @@ class Monitor:
         self._count(verdict)
         return verdict
 
-    def _consider(self, canary: Canary, now: float, wall: float) -> ProbeStatus:
+    def _consider(
+        self, canary: Canary, latest: ProbeStatus, now: float, wall: float
+    ) -> ProbeStatus:
         """Let the canary be sent where CANARY_WHEN asks for it."""
         evaluation = self.history.evaluation(now, wall)
         self._when = tuple(_judged(status, evaluation) for status in self._when)
         alerts = itertools.chain.from_iterable(status.alerts for status in self._when)
         begun = (alert.since for alert in alerts if alert.state == "firing")
-        return canary.consider(min(begun, default=None), now, evaluation.history)
+        since = min(begun, default=None)
+        canary.consider(since, now, evaluation.history)
+        return as_of(latest, since, now, self.config.canary_after)
 
     def _scrape(
         self

@@ -62,6 +62,7 @@ from health_check import (
     answer_health,
     answer_metrics,
     answer_page,
+    as_of,
     ask_canary,
     ask_health,
     compile_regex,
@@ -92,7 +93,6 @@ from health_check import (
     regex_matches,
     restart_clocks,
     scrape_families,
-    stands,
     tokenize,
     type_of,
     verdict_families,
@@ -2330,16 +2330,17 @@ class ProbeTest(NetworkTest):
         return False
 
     def asked(self, moments, answers, after=300.0):
-        """Return when canaries are sent, and the results, given ``since`` by time."""
-        status, sent, results = ProbeStatus("canary", "a"), [], []
+        """Return when canaries are sent, and what rules see, by time and ``since``."""
+        status, sent, seen = ProbeStatus("canary", "a"), [], []
         for now, since in moments:
-            if not stands(status, since, now, after):
-                status = status._replace(success=None)
-            results.append(status.success)
+            shown = as_of(status, since, now, after)
+            seen.append({k[0][1]: v for k, v in shown.samples(()).items()})
             if is_due(status, since, now, after):
                 sent.append(now)
-                status = status._replace(success=answers(now), sent=now)
-        return sent, results
+                success = answers(now)
+                reason = "" if success else "timeout"
+                status = ProbeStatus("canary", "a", success, 0, reason, sent=now)
+        return sent, [samples.get("probe_success") for samples in seen]
 
     def test_a_canary_is_sent_only_while_nothing_moves(self):
         day = [(now, None if now % 310 < 310 - 10 else now - 300)
@@ -2349,22 +2350,25 @@ class ProbeTest(NetworkTest):
         self.assertLessEqual(len(self.asked(day, self.succeeds)[0]), 288)
         self.assertEqual(self.asked(still, self.succeeds)[0], [*range(60, 3600, 300)])
         self.assertEqual(self.asked(busy, self.succeeds)[0], [])
-        sent, results = self.asked(still, lambda now: now > 600)
+        sent, seen = self.asked(still, lambda now: now > 600)
         self.assertEqual(sent[:11], list(range(60, 661, 60)))
         self.assertEqual(sent[11:13], [960, 1260])
-        self.assertEqual(set(results[7:67]), {False})
+        self.assertEqual(seen[:30], [None] * 30)
+        self.assertEqual(seen[30:67], [0.0] * 37)
+        self.assertEqual(seen[67:], [1.0] * len(seen[67:]))
 
     def test_a_result_is_about_the_standstill_that_it_was_sent_in(self):
         for name, answers, moments, last in (
-            ("busy meanwhile", self.fails, [(60, 0), (90, None)], None),
-            ("stands still again", self.fails, [(60, 0), (200, 80)], None),
-            ("hangs on", self.fails, [(60, 0), (200, 0)], False),
-            ("sound", self.succeeds, [(60, 0), (70, None)], True),
-            ("sound for a while", self.succeeds, [(60, 0), (700, None)], None),
+            ("busy meanwhile", self.fails, [(300, 0), (330, None)], None),
+            ("stands still again", self.fails, [(300, 0), (700, 340)], None),
+            ("one long request", self.fails, [(60, 0), (90, 0)], None),
+            ("hangs on", self.fails, [(60, 0), (300, 0)], 0.0),
+            ("moves", self.succeeds, [(60, 0), (70, None)], None),
+            ("only gauges stand", self.succeeds, [(60, 0), (90, 0)], 1.0),
             ("hangs after", self.succeeds, [(60, 0), (70, None), (200, 80)], None),
         ):
             with self.subTest(name):
-                self.assertIs(self.asked(moments, answers)[1][-1], last)
+                self.assertEqual(self.asked(moments, answers)[1][-1], last)
 
     def watched(self, clock, answer, **environ):
         """Return a monitor with a canary, and a server that answers it."""
@@ -2390,7 +2394,7 @@ class ProbeTest(NetworkTest):
         for _ in range(50):
             asked = len(self.asking(server))
             verdict = monitor.check()
-            if verdict.probes[0].sent == clock.now:
+            if not monitor.canary.answered():
                 wait_until(monitor.canary.answered)
                 self.assertEqual(len(self.asking(server)), asked + 1)
             states.append(verdict.reason)
