@@ -1025,6 +1025,48 @@ class FromDownstream(AttackTest):
         self.assertEqual(after[2:], before[2:])
         self.assertGreater(max(usage.fds for usage in during), before.fds + 400)
 
+    def test_who_asks_for_all_of_57000_alerts_keeps_no_probe_waiting(self) -> None:
+        many = b"".join(b'x{n="%05d",model="abc"} 11\n' % n for n in range(4750))
+        paths = ("/health?verbose", "/", "/health?format=json", "/metrics")
+        rules = "A: x > 1; B: x > 2; C: x > 3"
+        with contextlib.ExitStack() as stack:
+            urls = [
+                stack.enter_context(Upstream(sends(page(many)))).url for _ in range(4)
+            ]
+            checker = stack.enter_context(
+                Checker(
+                    *urls, METRICS_TIMEOUT="8", SCRAPE_INTERVAL="10",
+                    UNHEALTHY_WHEN=rules,
+                )
+            )  # fmt: skip
+            self.assertTrue(until(lambda: get(checker.port)[0] == 503, 30))
+            self.assertTrue(
+                until(lambda: "18999 more" in get(checker.port, paths[0])[1], 30)
+            )
+            before = checker.begin()
+            ends = time.monotonic() + MINUTE / 10
+            with ThreadPoolExecutor(len(paths)) as pool:
+
+                def ask_on(path: str) -> int:
+                    asked = 0
+                    while time.monotonic() < ends:
+                        asked += bool(get(checker.port, path)[1])
+                        time.sleep(0.01)
+                    return asked
+
+                asking = [pool.submit(ask_on, path) for path in paths]
+                slow = []
+                while time.monotonic() < ends:
+                    slow.append(timed(checker.port, "/livez")[1])
+                    time.sleep(0.02)
+                asked = sum(one.result() for one in asking)
+            after = checker.end(before)
+            seen = f"{asked} long answers; median {sorted(slow)[len(slow) // 2]:.4f} s"
+            self.note("57,000 alerts", len(slow), seen, max(slow), before, after)
+            self.assertGreater(asked, 100)
+            self.assertLess(max(slow), 0.1 + SLACK)
+            self.assertLess(after.peak - before.rss, 64 * MIB)
+
     def test_a_hostile_request_is_refused_in_plain_text(self) -> None:
         start, host = "GET /health HTTP/1.1\r\n", "Host: a\r\n"
         length = "Content-Length: "

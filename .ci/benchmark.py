@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -426,6 +427,26 @@ def child_rules(url: str, rules: str, points: str) -> list[float]:
     return seconds[int(points) :]
 
 
+def child_alerts(count: str) -> list[float]:
+    """Return the seconds that ?verbose of a rule takes of which so many series fire."""
+    module, seconds = program(), []
+
+    def said(verdict: Any) -> str:
+        # A body is a text, or the parts of one.
+        return "".join(module.answer_health(verdict, "verbose").body)
+
+    (rule,) = module.parse_rules("Q: q > 0")
+    alerts = tuple(
+        module.Alert((("__name__", "q"), ("n", str(n))), 1.0, "firing", 0.0, 0.0)
+        for n in range(int(count))
+    )
+    for number in range(5):
+        status = module.RuleStatus(rule, alerts, "", number, 1.0, 0.0)
+        verdict = module.Verdict(1, "", 1.0, 1.0, (status,))
+        seconds.append(timed(partial(said, verdict)))
+    return seconds
+
+
 # --- The rows ------------------------------------------------------------------------
 
 
@@ -758,6 +779,17 @@ def rows_rules(bench: Bench) -> Iterator[Row]:
                 other.append(statistics.median(seconds) * 1000)
         text = f"a check of 50 rates {what}"
         yield row(text, "ms", ours, Limit("ours", "<=", most), "a scrape alone", other)
+
+
+def rows_alerts(bench: Bench) -> Iterator[Row]:
+    """What is said of a rule of which thousands of series fire."""
+    for count, most in ((5000, 10), (19000, 40)):
+        ours = [
+            statistics.median(bench.child("alerts", count)) * 1000
+            for _ in range(min(bench.rounds, 3))
+        ]
+        text = f"?verbose, a rule of {count:,} alerts"
+        yield row(text, "ms", ours, Limit("ours", "<=", most))
 
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
