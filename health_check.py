@@ -5262,7 +5262,8 @@ class ExitPolicy:
         self._was_healthy = self._was_healthy or verdict.healthy
         wanted = [s for s in verdict.rules if s.rule.name in self._config.exit_when]
         firing = [status for status in wanted if status.state == "firing"]
-        if firing and self._was_healthy and verdict.time >= self._earliest:
+        may = self._was_healthy and verdict.time >= self._earliest and not self.status
+        if firing and may:
             self.status = EXIT_STATUS
             names = ", ".join(status.rule.name for status in firing)
             text = f"exit status {EXIT_STATUS}: {names}; {firing[0].last_words}"

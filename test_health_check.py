@@ -4488,7 +4488,7 @@ class MainTest(NetworkTest):
         bad = RuleStatus(rule, firing, last_words="x 2 for 5m")
         full = RuleStatus(other, firing)
         for name, verdicts, status in (
-            ("healthy, then stalled", [(0, calm), (600, bad)], 88),
+            ("healthy, then stalled", [(0, calm), (600, bad), (601, bad)], 88),
             ("never healthy", [(0, bad), (700, bad)], 0),
             ("too early", [(0, calm), (599, bad)], 0),
             ("goes on", [(0, calm), (300, bad), (610, bad)], 88),
