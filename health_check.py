@@ -112,52 +112,132 @@ class Sample(NamedTuple):
     value: float
 
 
-class Points:
-    """The remembered samples of one series, oldest first; times are monotonic.
+# How far back the newest sample counts (--query.lookback-delta of Prometheus).
+LOOKBACK = 300.0
+NONE = array("I")
+"""Shared by all series that have no gap, or no fall: few have one."""
 
-    ``falls`` has the time of each sample that is less than the one before, and that
-    one's value: a counter's resets, found once and not by each rule at each check.
+
+class Points(NamedTuple):
+    """The samples of one series in a window, oldest first; times are monotonic.
+
+    ``falls`` has, for each value less than the one before, the one before: a counter's
+    resets.
     """
 
-    __slots__ = ("falls", "times", "values")
-
-    def __init__(self, samples: Iterable[tuple[float, float]] = ()) -> None:
-        self.times, self.values = array("d"), array("d")
-        self.falls = array("d"), array("d")
-        for at, value in samples:
-            self.add(at, value)
-
-    def add(self, at: float, value: float) -> None:
-        """Remember one more sample."""
-        if self.values and value < self.values[-1]:
-            self.falls[0].append(at)
-            self.falls[1].append(self.values[-1])
-        self.times.append(at)
-        self.values.append(value)
-
-    def pop(self) -> None:
-        """Forget the newest sample."""
-        if self.times.pop() in self.falls[0][-1:]:
-            self.falls[0].pop()
-            self.falls[1].pop()
-        self.values.pop()
-
-    def after(self, start: float) -> Points:
-        """Return the samples after a moment."""
-        first = bisect_right(self.times, start)
-        if first == 0:
-            return self
-        later = Points()
-        later.times, later.values = self.times[first:], self.values[first:]
-        # From a sample that is not there any more nothing has fallen.
-        if later.times:
-            fall = bisect_right(self.falls[0], later.times[0])
-            later.falls = self.falls[0][fall:], self.falls[1][fall:]
-        return later
+    times: Sequence[float]
+    values: Sequence[float]
+    falls: Sequence[float] = ()
 
 
-SeriesByName = Dict[str, Dict[Labels, Points]]
+class Series:
+    """The remembered samples of one series.
+
+    ``checks`` are the times of the checks, a column that all series of a metric share;
+    value ``i`` is of check ``first + i``.  ``gaps`` has each ``i`` that had no sample:
+    there the value before is repeated.  ``falls`` has each ``i`` below the one before,
+    found once and not by each rule at each check.
+    """
+
+    __slots__ = ("checks", "falls", "first", "gaps", "values")
+
+    def __init__(self, checks: array[float]) -> None:
+        self.checks, self.first = checks, len(checks) - 1
+        self.values, self.falls, self.gaps = array("d"), NONE, NONE
+
+    @property
+    def time(self) -> float:
+        """When its newest sample was found."""
+        return self.checks[self.first + len(self.values) - 1]
+
+    @property
+    def value(self) -> float:
+        """The newest value."""
+        return self.values[-1]
+
+    def window(self, start: float, end: float) -> Points:
+        """Return the samples after a moment, up to another."""
+        begin = max(bisect_right(self.checks, start) - self.first, 0)
+        stop = bisect_right(self.checks, end) - self.first
+        stop = max(min(stop, len(self.values)), begin)
+        gaps = self.gaps[bisect_left(self.gaps, begin) : bisect_left(self.gaps, stop)]
+        while gaps and gaps[0] == begin:
+            del gaps[0]
+            begin += 1
+        times = self.checks[self.first + begin : self.first + stop]
+        values = self.values[begin:stop]
+        for gap in reversed(gaps):
+            del times[gap - begin], values[gap - begin]
+        # From a sample that is not in the window nothing has fallen.
+        falls = bisect_right(self.falls, begin), bisect_left(self.falls, stop)
+        before = [self.values[fall - 1] for fall in self.falls[slice(*falls)]]
+        return Points(times, values, before)
+
+    def value_at(self, moment: float) -> float | None:
+        """Return the value that an instant selector finds at a moment, None if none.
+
+        A check that did not find the series ends it, as Prometheus' stale marker does.
+        """
+        check = bisect_right(self.checks, moment) - 1
+        index = check - self.first
+        if not 0 <= index < len(self.values) or index in self.gaps:
+            return None
+        return self.values[index] if self.checks[check] > moment - LOOKBACK else None
+
+    def add(self, value: float) -> None:
+        """Remember the value that the newest check has found, in place of any other."""
+        values, index = self.values, len(self.checks) - 1 - self.first
+        if len(values) > index:
+            values.pop()
+            self._trim()
+        while len(values) < index:
+            self.gaps = self.gaps or array("I")
+            self.gaps.append(len(values))
+            values.append(values[-1])
+        if values and value < values[-1]:
+            self.falls = self.falls or array("I")
+            self.falls.append(index)
+        values.append(value)
+
+    def keep(self, start: int, step: int = 1) -> bool:
+        """Forget all checks but each ``step``-th from one on; tell if a sample is left.
+
+        The column of checks is cut in the same way by its owner.
+        """
+        skipped = max(0, -((start - self.first) // step))
+        offset = start + skipped * step - self.first
+        places = range(offset, len(self.values), step)
+        self.first, self.values = skipped, self.values[offset::step]
+        gaps, falls = ([places.index(i) for i in column if i in places]
+                       for column in (self.gaps, self.falls))  # fmt: skip
+        if step > 1:
+            for gap in filter(None, gaps):
+                self.values[gap] = self.values[gap - 1]
+            pairs = zip(self.values, self.values[1:])
+            falls = [i for i, (one, other) in enumerate(pairs, 1) if other < one]
+        self.gaps = array("I", gaps) if gaps else NONE
+        self.falls = array("I", filter(None, falls)) if falls else NONE
+        self._trim()
+        return bool(self.values)
+
+    def _trim(self) -> None:
+        # At the end stands a sample, and no fall that is gone.
+        while self.gaps and self.gaps[-1] == len(self.values) - 1:
+            self.gaps.pop()
+            self.values.pop()
+        while self.falls and self.falls[-1] >= len(self.values):
+            self.falls.pop()
+
+
+SeriesByName = Mapping[str, Mapping[Labels, Series]]
 Vector = Dict[Labels, float]
+
+
+class Lookback(NamedTuple):
+    """How far back a metric is looked at: by its longest and its shortest range."""
+
+    seconds: float = 0.0
+    shortest: float = 0.0
 
 
 class Number(NamedTuple):
@@ -1123,7 +1203,7 @@ class Evaluation(NamedTuple):
     now: float
     wall: float
     history: SeriesByName
-    selected: dict[Selector, dict[Labels, Points]]
+    selected: dict[Selector, dict[Labels, Series]]
     computed: dict[Operation, Vector]
 
 
@@ -1140,15 +1220,15 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
         return expr.value
     if isinstance(expr, Selector):
         return {
-            labels: points.values[-1]
-            for labels, points in select(expr, evaluation).items()
-            if points.times[-1] == evaluation.now
+            labels: series.value
+            for labels, series in select(expr, evaluation).items()
+            if series.time == evaluation.now
         }
     if expr.name in RANGE_FUNCTIONS:
         return _over_range(expr, evaluation)
     if expr.name == "absent_over_time":
         found = select_range(cast(Selector, expr.operands[0]), evaluation)
-        return _absent(expr, evaluation, dict.fromkeys(found, 1.0))
+        return _absent(expr, evaluation, {labels: 1.0 for labels, _ in found})
     values = [evaluate(operand, evaluation) for operand in expr.operands]
     if expr.name in FUNCTIONS:
         return FUNCTIONS[expr.name](expr, evaluation, *values)
@@ -1160,24 +1240,49 @@ def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
     return cast(Vector, evaluate(expr, evaluation))
 
 
-def select(selector: Selector, evaluation: Evaluation) -> dict[Labels, Points]:
+def select(selector: Selector, evaluation: Evaluation) -> dict[Labels, Series]:
     """Return the remembered series, fresh or not, that a selector matches."""
     key = selector._replace(window=0.0) if selector.window else selector
     if key not in evaluation.selected:
         evaluation.selected[key] = {
-            labels: points
-            for labels, points in evaluation.history.get(selector.name, {}).items()
+            labels: series
+            for labels, series in evaluation.history.get(selector.name, {}).items()
             if all(matches(matcher, dict(labels)) for matcher in selector.matchers)
         }
     return evaluation.selected[key]
 
 
-def select_range(selector: Selector, evaluation: Evaluation) -> dict[Labels, Points]:
-    """Return the series of a range selector and their samples within its window."""
+def select_range(
+    selector: Selector, evaluation: Evaluation
+) -> Iterator[tuple[Labels, Points]]:
+    """Yield the series of a range selector and their samples within its window.
+
+    One at a time: thousands of windows at once would take more than the history.
+    """
     # The window is left-open since Prometheus 3.
     start, found = evaluation.now - selector.window, select(selector, evaluation)
-    windows = {labels: points.after(start) for labels, points in found.items()}
-    return {labels: points for labels, points in windows.items() if points.times}
+    for labels, series in found.items():
+        points = series.window(start, evaluation.now)
+        if points.times:
+            yield labels, points
+
+
+def count_matched(selector: Selector, evaluation: Evaluation) -> int:
+    """Return how many series a selector finds."""
+    now, found = evaluation.now, select(selector, evaluation).values()
+    start = now - selector.window
+    return sum(series.time > start or series.time == now for series in found)
+
+
+def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
+    """Return each metric that expressions read, and how far back they look."""
+    found: dict[str, Lookback] = {}
+    for selector in itertools.chain.from_iterable(map(find_selectors, expressions)):
+        seconds, shortest = found.get(selector.name, Lookback())
+        window = selector.window
+        shortest = min(window, shortest) if window and shortest else window or shortest
+        found[selector.name] = Lookback(max(seconds, window), shortest)
+    return found
 
 
 def operate(expr: Operation, left: Value, right: Value) -> Value:
@@ -1373,7 +1478,7 @@ def _over_range(expr: Operation, evaluation: Evaluation) -> Vector:
         selector = cast(Selector, expr.operands[0])
         results = {
             labels: function(points, evaluation.now - selector.window, evaluation.now)
-            for labels, points in select_range(selector, evaluation).items()
+            for labels, points in select_range(selector, evaluation)
             if len(points.times) > 1 or expr.name not in DIFFERENCES
         }
         named = expr.name == "last_over_time"
@@ -1388,7 +1493,7 @@ def _increase(
     result = values[-1] - values[0]
     if counter:
         # One by one, as Prometheus rounds; sum() would not since Python 3.12.
-        result = reduce(operator.add, points.falls[1], result)
+        result = reduce(operator.add, points.falls, result)
     covered = times[-1] - times[0]
     interval = covered / (len(times) - 1)
     # A series that begins or ends inside the window is extended by half an interval.
@@ -1487,7 +1592,7 @@ REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
 RANGE_FUNCTIONS: dict[str, Callable[[Points, float, float], float]] = {
     **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
     "changes": _of_values(_changes),
-    "resets": lambda points, start, end: float(len(points.falls[0])),
+    "resets": lambda points, start, end: float(len(points.falls)),
     "rate": lambda points, start, end: _increase(points, start, end) / (end - start),
     "increase": _increase,
     "delta": partial(_increase, counter=False),
@@ -1578,7 +1683,7 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         # Those that were known go on, and so end in time and make room again.
         known = tuple(a for a in now_there if unnamed(a.labels) in alerts)
         return before._replace(alerts=known, error=problem, value=None)
-    matched = sum(len(select(s, evaluation)) for s in _selectors(rule.expr))
+    matched = sum(count_matched(s, evaluation) for s in _selectors(rule.expr))
     return RuleStatus(rule, now_there, "", matched, value, limit)
 
 
@@ -1822,6 +1927,7 @@ class Config(NamedTuple):
     app_host: str
     metrics_timeout: float
     scrape_interval: float
+    history_limit: int
     log_level: str
     log_format: str
     given: Mapping[str, str]
@@ -2185,6 +2291,15 @@ def _one_of(choices: Sequence[str], text: str) -> str:
     return text.lower()
 
 
+def _bytes(text: str) -> int:
+    match = re.match(r"(\d{1,12})(|Ki|Mi|Gi)\Z", text, re.ASCII)
+    powers = {"": 0, "Ki": 10, "Mi": 20, "Gi": 30}
+    size = int(match[1]) << powers[match[2]] if match else 0
+    if not 1 << 20 <= size <= 1 << 32:
+        raise ValueError(f"expected bytes from 1Mi to 4Gi, not {text!r}")
+    return size
+
+
 def _flag(text: str) -> bool:
     return _one_of(("true", "false"), text) == "true"
 
@@ -2248,6 +2363,8 @@ SETTINGS = tuple(itertools.starmap(Setting, (
      "seconds for a whole scrape; keep it below the timeout of the probe"),
     ("SCRAPE_INTERVAL", partial(_duration, 0.0, 3600.0), "0",
      "seconds between checks, to answer from memory; 0 checks on each request"),
+    ("HISTORY_LIMIT", _bytes, "16Mi",
+     "bytes that the remembered series may take, as in 16Mi"),
     ("LOG_LEVEL", partial(_one_of, LEVELS), "info", ", ".join(LEVELS)),
     ("LOG_FORMAT", partial(_one_of, FORMATS), "text", ", ".join(FORMATS)),
 )))  # fmt: skip
@@ -3015,15 +3132,25 @@ def last_words(rule: Rule, evaluation: Evaluation) -> str:
     A restart destroys it: the first and the last value, the least and the most, and for
     how long the last has stood still.
     """
-    found = (select(selector, evaluation).items() for selector in _read_by(rule))
     told: dict[str, str] = {}
-    for labels, points in itertools.chain.from_iterable(found):
+    for labels, points in _points_read(rule, evaluation):
         series = format_series(labels)
         told[series] = f"{series} {_course(points, evaluation.now)}"
         # Labels can be long, and slow to show.
         if sum(map(len, told.values())) > MAX_LAST_WORDS:
             break
     return shorten("; ".join(told.values()), MAX_LAST_WORDS)
+
+
+def _points_read(
+    rule: Rule, evaluation: Evaluation
+) -> Iterator[tuple[Labels, Points]]:
+    now = evaluation.now
+    for selector in _read_by(rule):
+        for labels, series in select(selector, evaluation).items():
+            points = series.window(now - (selector.window or LOOKBACK), now)
+            if points.times:
+                yield labels, points
 
 
 def _read_by(rule: Rule) -> Iterator[Selector]:
@@ -3035,9 +3162,9 @@ def _read_by(rule: Rule) -> Iterator[Selector]:
 def _course(points: Points, now: float) -> str:
     """Return what a series did.
 
-    >>> _course(Points([(0, 5), (30, 7), (60, 6), (90, 6)]), 90.0)
+    >>> _course(Points([0, 30, 60, 90], [5, 7, 6, 6]), 90.0)
     'from 5 to 6, least 5, most 7, still for 30s'
-    >>> _course(Points([(0, 5), (90, 5)]), 90.0)
+    >>> _course(Points([0, 90], [5, 5]), 90.0)
     '5 for 1m30s or longer'
     """
     values, last = points.values, format_float(points.values[-1])
@@ -3128,6 +3255,22 @@ def missing(
             text = format_expression(selector)
             message = f"{rule_name}: no series of {text} is there{hint}"
             yield logging.WARNING, message, {"rule": rule_name, "selector": text}
+
+
+def thinned_ranges(
+    rules: Iterable[Rule], thinned: Mapping[str, float]
+) -> Iterator[Message]:
+    """Yield a warning for each range of which samples were forgotten for their size.
+
+    ``thinned`` has the seconds between two samples of a metric that are kept.
+    """
+    for rule in rules:
+        for selector in find_selectors(rule.expr):
+            if selector.window and selector.name in thinned:
+                text, apart = format_expression(selector), thinned[selector.name]
+                kept = f"only samples that are {format_duration(apart)} apart are kept"
+                message = f"{rule.name}: {kept} of {text}: HISTORY_LIMIT is too small"
+                yield logging.WARNING, message, {"rule": rule.name, "selector": text}
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
@@ -3350,77 +3493,188 @@ def _read(response: Response, deadline: float) -> bytes:
 # --- 11. History: samples of each check -> what expressions are evaluated against ----
 
 POINTS_PER_RANGE, LEAST_POINTS, MAX_POINTS = 512, 32, 2048
+# What a series takes besides its samples and the text of its labels, measured.
+SERIES_BYTES = 900
+# Checks that are not looked at any more are forgotten so many at once, or a share.
+SPARE = 16
 
 
 class History:
-    """Remembers the series that selectors ask for, as far back as they ask.
+    """Remembers the series that expressions read, as far back as they look.
 
     It has no thread, lock, clock or network: whoever checks calls it, and no other
     thread may touch it meanwhile.  Times are monotonic seconds, never less than before.
+    All of it takes ``limit`` bytes at most: more samples are forgotten where that is
+    not enough.
     """
 
-    def __init__(self, selectors: Iterable[Selector], targets: int = 1) -> None:
-        # The longest window of a name comes last, and stays.
-        ordered = sorted(selectors, key=lambda selector: selector.window)
-        self._windows = {selector.name: selector.window for selector in ordered}
-        self._spacing = {
-            selector.name: _spacing(selector.window, self._windows[selector.name])
-            for selector in reversed(ordered) if selector.window
-        }  # fmt: skip
-        self._series: SeriesByName = {}
-        self._most_series = 2 * targets * MAX_SERIES + 100
-        self._most_text = 2 * targets * MAX_SERIES_TEXT
+    def __init__(self, wanted: Mapping[str, Lookback], limit: int) -> None:
+        self.names = frozenset(wanted)
+        self._tables = {name: Table(back) for name, back in wanted.items()}
+        self._known: dict[Labels, Series] = {}
+        self._limit, self._labels_size = limit, 0
 
-    def has_room(self, samples: Iterable[Labels]) -> bool:
-        """Tell whether these series may be remembered beside those that are."""
-        # Those that are remembered already take no more room.
-        named = ((dict(labels)["__name__"], labels) for labels in samples)
-        new = [s for name, s in named if s not in self._series.get(name, {})]
-        if not new:
-            return True
-        held = [*new, *itertools.chain.from_iterable(self._series.values())]
-        size = sum(len(value) for labels in held for _, value in labels)
-        return len(held) <= self._most_series and size <= self._most_text
+    def room(self) -> int:
+        """Return the bytes that are left for new series; a quarter is for samples."""
+        return self._limit * 3 // 4 - self._labels_size
 
-    def record(self, samples: Mapping[Labels, float], now: float) -> None:
-        """Remember the value that each of these series has now."""
+    def cost(self, series: Iterable[Labels]) -> int:
+        """Return the bytes that those of these series take that are new."""
+        return sum(_size(labels) for labels in series if labels not in self._known)
+
+    def thinned(self) -> dict[str, float]:
+        """Return the metrics of which samples had to go, and the seconds between two.
+
+        That is how far those are apart, at least, that are kept from now on.
+        """
+        tables = self._tables.items()
+        return {name: t.least * t.stretch for name, t in tables if t.stretch > 1}
+
+    def record(
+        self, samples: Mapping[Labels, float], now: float, names: Container[str]
+    ) -> None:
+        """Remember what a check has found of these metrics, and forget what is too old.
+
+        For each of them it is called once a check.
+        """
+        tables = [table for name, table in self._tables.items() if name in names]
+        for table in tables:
+            table.begin_check(samples, now)
+        found = 0
         for labels, value in samples.items():
-            self._remember(labels, value, now)
-
-    def forget(self, now: float) -> None:
-        """Forget what no range reaches any more."""
-        for name, series in self._series.items():
-            start = now - self._windows.get(name, 0.0)
-            for labels, points in list(series.items()):
-                if points.times[-1] > start:
-                    series[labels] = points.after(start)
-                elif points.times[-1] < now:
-                    del series[labels]
+            series = self._known.get(labels) or self._new_series(labels)
+            if series:
+                series.add(value)
+                found += 1
+        if found < sum(len(table.series) for table in tables):
+            for table in tables:
+                self._forget_series(table, samples, now)
+        for table in tables:
+            old = table.outdated(now)
+            if old > SPARE + len(table.checks) // SPARE:
+                self._keep(table, old)
+        self._keep_to_limit()
 
     def evaluation(self, now: float, wall: float) -> Evaluation:
         """Return what expressions are evaluated against, as of the latest record."""
-        return Evaluation(now, wall, self._series, {}, {})
+        series = {name: table.series for name, table in self._tables.items()}
+        return Evaluation(now, wall, series, {}, {})
 
-    def _remember(self, labels: Labels, value: float, now: float) -> None:
-        name = dict(labels)["__name__"]
-        window = self._windows.get(name, 0.0)
-        points = self._series.setdefault(name, {}).setdefault(labels, Points())
-        if not window and points.times:
-            points.pop()
-        elif len(points.times) > 1:
-            (one, other), (start, end) = points.values[-2:], points.times[-2:]
-            # Of a storm of checks only the newest and well spaced older ones are kept;
-            # what is no peak and no reset tells nothing that its neighbours do not.
-            between = min(one, value) <= other <= max(one, value)
-            if end - start < (self._spacing[name] if between else window / MAX_POINTS):
-                points.pop()
-        points.add(now, value)
+    def _new_series(self, labels: Labels) -> Series | None:
+        table = self._tables.get(dict(labels)["__name__"])
+        if not table:
+            return None
+        self._labels_size += _size(labels)
+        series = table.series[labels] = self._known[labels] = Series(table.checks)
+        return series
+
+    def _forget_series(
+        self, table: Table, samples: Mapping[Labels, float], now: float
+    ) -> None:
+        for labels in table.series.keys() - samples.keys():
+            if table.series[labels].time <= now - table.seconds:
+                self._drop(table, labels)
+
+    def _drop(self, table: Table, labels: Labels) -> None:
+        del table.series[labels], self._known[labels]
+        self._labels_size -= _size(labels)
+
+    def _keep(self, table: Table, start: int, step: int = 1) -> None:
+        for labels, series in list(table.series.items()):
+            if not series.keep(start, step):
+                self._drop(table, labels)
+        table.checks[:] = table.checks[start::step]
+
+    def _keep_to_limit(self) -> None:
+        tables = self._tables.values()
+        # At most, as if each check had found each series, and less than before.
+        most = sum(len(table.checks) * (8 + 12 * len(table.series)) for table in tables)
+        room = self._limit - self._labels_size
+        if most < room // 4:
+            for table in tables:
+                table.stretch = 1.0
+        while most > room:
+            largest = max(tables, key=Table.size)
+            if sum(map(Table.size, tables)) <= room:
+                break
+            largest.thin()
+            self._keep(largest, (len(largest.checks) - 1) % 2, 2)
 
 
-def _spacing(shortest: float, longest: float) -> float:
-    # A short range beside a long one of the same metric needs points of its own.
-    wanted = min(longest / POINTS_PER_RANGE, shortest / LEAST_POINTS)
-    return max(wanted, longest / MAX_POINTS)
+class Table:
+    """The series of one metric, and the times of the checks that they share.
+
+    A check is not kept if it tells nothing that its neighbours do not and these are
+    less than ``spacing`` seconds apart, or less than ``least`` whatever it tells: both
+    ``stretch`` times as much once the history had to be thinned.
+    """
+
+    def __init__(self, lookback: Lookback) -> None:
+        self.seconds = seconds = lookback.seconds
+        self.checks = array("d")
+        self.series: dict[Labels, Series] = {}
+        self.least, self.stretch = seconds / MAX_POINTS, 1.0
+        # A short range beside a long one of the same metric needs points of its own.
+        wanted = min(seconds / POINTS_PER_RANGE, lookback.shortest / LEAST_POINTS)
+        self.spacing = max(wanted, self.least)
+
+    def begin_check(self, samples: Mapping[Labels, float], now: float) -> None:
+        """Take the time of a new check, in place of the newest if that may go."""
+        if self.checks and self._tells_nothing(samples):
+            self.checks[-1] = now
+        else:
+            self.checks.append(now)
+
+    def outdated(self, now: float) -> int:
+        """Return how many checks lie before all that is looked at."""
+        return bisect_right(self.checks, now - self.seconds) if self.seconds else 0
+
+    def size(self) -> int:
+        """Return the bytes that the samples take."""
+        columns = ((s.values, s.falls, s.gaps) for s in self.series.values())
+        return 8 * len(self.checks) + sum(
+            8 * len(values) + 4 * (len(falls) + len(gaps))
+            for values, falls, gaps in columns
+        )
+
+    def thin(self) -> None:
+        """Keep checks twice as far apart from now on."""
+        apart = (self.checks[-1] - self.checks[0]) / (len(self.checks) - 1)
+        self.stretch = 2 * max(self.stretch, apart / self.least)
+
+    def _tells_nothing(self, samples: Mapping[Labels, float]) -> bool:
+        """Tell whether the newest check may be replaced by one that finds these."""
+        if not self.seconds or len(self.checks) < 2:
+            return not self.seconds
+        apart = self.checks[-1] - self.checks[-2]
+        if apart >= self.spacing * self.stretch:
+            return False
+        newest, any_goes = len(self.checks) - 1, apart < self.least * self.stretch
+        return all(
+            _is_between(series, newest - series.first, samples.get(labels), any_goes)
+            for labels, series in self.series.items()
+        )
+
+
+def _is_between(
+    series: Series, index: int, value: float | None, any_goes: bool
+) -> bool:
+    """Tell whether the newest check says no more of a series than its neighbours.
+
+    A peak or a fall does, as falls are the resets of counters, and so does that a
+    series comes or goes.  The last sample of a series is kept even if ``any_goes``.
+    """
+    values, count = series.values, len(series.values)
+    if count <= index:
+        return any_goes or count < index
+    if value is None or any_goes:
+        return value is not None
+    known = index > 0 and index - 1 not in series.gaps
+    return known and values[-2] <= values[-1] <= value
+
+
+def _size(labels: Labels) -> int:
+    return SERIES_BYTES + sum(len(value) for _, value in labels)
 
 
 # --- 12. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
@@ -3594,6 +3848,10 @@ MAX_GAP = 300.0
 TREND = 120
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 MAX_LATE, PAUSE = 0.25, 1.0
+NO_ROOM = (
+    "too many series: label values may change with each scrape; all there is room for"
+    " is HISTORY_LIMIT"
+)
 
 
 class Monitor:
@@ -3619,9 +3877,9 @@ class Monitor:
         self._asked, self._stopped = -1, False
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         rules = (*config.rules, *config.canary_when)
-        wanted = [s for rule in rules for s in find_selectors(rule.expr)]
-        self.scraper = Scraper(config, (selector.name for selector in wanted))
-        self.history = History(wanted, len(config.metrics_endpoint))
+        wanted = lookbacks(rule.expr for rule in rules)
+        self.scraper = Scraper(config, wanted)
+        self.history = History(wanted, config.history_limit)
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._when = tuple(RuleStatus(rule) for rule in config.canary_when)
         url = config.canary_url
@@ -3629,6 +3887,7 @@ class Monitor:
         self._scraped = False
         self._unseen = selectors_to_find(config.rules)
         self._reserved: set[str] = set()
+        self._thinned: dict[str, float] = {}
         self.scrapes: Counter[tuple[str, str]] = collections.Counter()
         self.durations, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
         self.trends: dict[str, collections.deque[float]] = {
@@ -3709,7 +3968,8 @@ class Monitor:
         if now - self.verdict.time > MAX_GAP:
             self._statuses = tuple(map(restart_clocks, self._statuses))
             self._when = tuple(map(restart_clocks, self._when))
-        targets = record(scrapes, self.history, now, self.verdict.targets)
+        before = self.verdict.targets
+        targets = record(scrapes, self.history, now, self.config, before)
         if self.canary and latest:
             probes += (self._consider(self.canary, latest, now, wall),)
         record_probes(probes, self.history, now, self.config)
@@ -3752,6 +4012,10 @@ class Monitor:
             self._reserved.add(name)
             text = f"the target serves {name}, which is set here: dropped"
             log(logging.WARNING, text, metric=name)
+        before, self._thinned = self._thinned, self.history.thinned()
+        thinned = dict(self._thinned.items() - before.items())
+        for level, text, fields in thinned_ranges(self.config.rules, thinned):
+            log(level, text, **fields)
         if self._unseen and log_missing(self._unseen, scrapes, evaluation):
             self._unseen = []
 
@@ -3767,7 +4031,7 @@ class Monitor:
 
 
 def record(
-    scrapes: Iterable[Scrape], history: History, now: float,
+    scrapes: Iterable[Scrape], history: History, now: float, config: Config,
     before: Iterable[TargetStatus] = (),
 ) -> tuple[TargetStatus, ...]:
     """Remember what scrapes found, and what they add; return how each one went.
@@ -3776,12 +4040,19 @@ def record(
     the check before went, for the time since when that has been so.
     """
     known, statuses = {target.instance: target for target in before}, []
+    samples: dict[Labels, float] = {}
+    room = history.room()
     for scrape in scrapes:
-        status = _record(scrape, history, now)
-        old = known.get(status.instance)
+        cost = history.cost(scrape.samples)
+        taken = scrape if cost <= room else scrape.failed("too_large", NO_ROOM)
+        room -= cost if taken is scrape else 0
+        samples.update(taken.synthetic())
+        samples.update(taken.samples)
+        old, status = known.get(taken.status.instance), taken.status
         same = old and bool(old.reason) == bool(status.reason)
         statuses.append(status._replace(since=old.since if old and same else now))
-    history.forget(now)
+    of_probes = frozenset(PROBED).intersection(reserved_names(config))
+    history.record(samples, now, history.names - of_probes)
     return tuple(statuses)
 
 
@@ -3789,16 +4060,9 @@ def record_probes(
     probes: Iterable[ProbeStatus], history: History, now: float, config: Config
 ) -> None:
     """Remember what probes found, as scrapes are remembered."""
-    for probe in probes:
-        history.record(probe.samples(config.target_labels), now)
-
-
-def _record(scrape: Scrape, history: History, now: float) -> TargetStatus:
-    if not history.has_room(scrape.samples):
-        message = "label values change with each scrape: too many series"
-        scrape = scrape.failed("too_large", message)
-    history.record({**scrape.synthetic(), **scrape.samples}, now)
-    return scrape.status
+    found = [probe.samples(config.target_labels) for probe in probes]
+    if found:
+        history.record(dict(collections.ChainMap(*found)), now, PROBED)
 
 
 def log_missing(
@@ -4131,7 +4395,7 @@ UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~,")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-Series = Iterable[Tuple[Mapping[str, str], float]]
+Labelled = Iterable[Tuple[Mapping[str, str], float]]
 
 
 class Answer(NamedTuple):
@@ -4423,7 +4687,7 @@ def service_families(
 def process_families() -> Iterator[Family]:
     """Yield what Prometheus' client libraries tell of a process."""
     versions = {"version": __version__, "python": sys.version.split()[0]}
-    resident: Series = ()
+    resident: Labelled = ()
     with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         resident = [({}, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))]
     return _families(
@@ -4434,10 +4698,10 @@ def process_families() -> Iterator[Family]:
     )
 
 
-def _families(*families: tuple[str, str, Series]) -> Iterator[Family]:
-    for name, text, series in families:
+def _families(*families: tuple[str, str, Labelled]) -> Iterator[Family]:
+    for name, text, values in families:
         kind = "counter" if name.endswith("_total") else "gauge"
-        yield Family(name, kind, text, [("", labels, v) for labels, v in series])
+        yield Family(name, kind, text, [("", labels, v) for labels, v in values])
 
 
 def answer_page(
@@ -5342,15 +5606,14 @@ def _scrape_for(
     rules: Sequence[Rule], config: Config, *, again: bool = False
 ) -> tuple[tuple[TargetStatus, ...], Evaluation]:
     """Scrape what rules read, twice if ``again``; return how that went too."""
-    wanted = [selector for rule in rules for selector in find_selectors(rule.expr)]
-    scraper = Scraper(config, (selector.name for selector in wanted))
-    history = History(wanted, len(config.metrics_endpoint))
+    wanted = lookbacks(rule.expr for rule in rules)
+    scraper, history = Scraper(config, wanted), History(wanted, config.history_limit)
     scraper.start()
     for pause in (0.0, QUERY_PAUSE) if again else (0.0,):
         time.sleep(pause)
         now, wall = time.monotonic(), time.time()
         scrapes, probes = scraper.scrape(list_names=True)
-        targets = record(scrapes, history, now)
+        targets = record(scrapes, history, now, config)
         record_probes(probes, history, now, config)
     scraper.stop()
     evaluation = history.evaluation(now, wall)
@@ -5363,7 +5626,7 @@ def _results(expr: Expr, instant: Evaluation) -> Iterator[str]:
     if type_of(expr) == SCALAR:
         yield f"scalar: {format_float(cast(float, evaluate(expr, instant)))} {now}"
     elif isinstance(expr, Selector) and expr.window:
-        for labels, points in select_range(expr, instant).items():
+        for labels, points in select_range(expr, instant):
             yield f"{format_series(labels)} =>"
             for at, value in zip(points.times, points.values):
                 unix = at - instant.now + instant.wall

@@ -15,7 +15,9 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
+import random
 import re
 import resource
 import select
@@ -33,6 +35,7 @@ import threading
 import time
 import tracemalloc
 import unittest
+from array import array
 from pathlib import Path
 from unittest import mock
 
@@ -48,13 +51,15 @@ from health_check import (
     Evaluation,
     EvaluationError,
     ExitPolicy,
+    History,
+    Lookback,
     Monitor,
     Notifier,
-    Points,
     ProbeStatus,
     PromQLError,
     RuleStatus,
     ScrapeError,
+    Series,
     Server,
     Stream,
     TargetStatus,
@@ -128,11 +133,22 @@ def history(text, step=1.0, now=NOW):
     for line in filter(None, re.split(r"\s*;\s*", text.strip())):
         series, *column = line.split()
         labels = tuple(sorted(parse_series(series.encode()).items()))
-        ages = range(len(column) - 1, -1, -1)
-        known = [(a, parse_float(v)) for a, v in zip(ages, column) if v != "_"]
-        points = Points((now - age * step, value) for age, value in known)
-        remembered.setdefault(dict(labels)["__name__"], {})[labels] = points
+        times = [now - age * step for age in range(len(column) - 1, -1, -1)]
+        values = [None if value == "_" else parse_float(value) for value in column]
+        found = series_of(times, values)
+        remembered.setdefault(dict(labels)["__name__"], {})[labels] = found
     return Evaluation(now, WALL, remembered, {}, {})
+
+
+def series_of(times, values):
+    """Return a series that checks at these times have found, where it is not None."""
+    checks, series = array("d"), None
+    for at, value in zip(times, values):
+        checks.append(at)
+        series = series or (None if value is None else Series(checks))
+        if value is not None:
+            series.add(value)
+    return series or Series(checks)
 
 
 def shown(value):
@@ -521,19 +537,37 @@ class Vocabulary(unittest.TestCase):
                 self.assertEqual(quote(text), f'"{escaped}"')
         self.assertEqual(escape_controls("naïve ☃"), "naïve ☃")
 
-    def test_a_fall_is_known_as_long_as_both_of_its_samples(self):
-        points = Points(enumerate((5.0, 3.0, 4.0, 1.0, 2.0)))
-        self.assertEqual([list(each) for each in points.falls], [[1, 3], [5, 4]])
-        for start, falls in (-1, [1, 3]), (0, [3]), (1.5, [3]), (2, []), (4, []):
-            later = points.after(start)
-            self.assertEqual(list(later.falls[0]), falls)
-            self.assertEqual(len(later.times), 4 - int(start))
-        points.pop()
-        self.assertEqual(list(points.falls[1]), [5, 4])
-        points.pop()
-        self.assertEqual(list(points.falls[1]), [5])
-        points.add(9, 0)
-        self.assertEqual([list(each) for each in points.falls], [[1, 9], [5, 4]])
+    def test_a_window_of_a_series_is_what_a_list_of_its_samples_gives(self):
+        for seed in range(100):
+            rng = random.Random(seed)
+            times = [float(at) for at in range(rng.randint(1, 12))]
+            values = [rng.choice((None, 1.0, 2.0, 3.0)) for _ in times]
+            series, start, step = series_of(times, values), 0, 1
+            if seed % 2 and any(values):
+                start, step = rng.randrange(len(times)), rng.choice((1, 2))
+                series.keep(start, step)
+                series.checks[:] = series.checks[start::step]
+            column = list(zip(times, values))[start::step]
+            kept = [(at, value) for at, value in column if value is not None]
+            first, last = sorted(rng.choices(range(-1, 13), k=2))
+            with self.subTest(seed, values=values, window=(first, last)):
+                points = series.window(first, last)
+                samples = list(zip(points.times, points.values))
+                self.assertEqual(samples, [x for x in kept if first < x[0] <= last])
+                pairs = zip(points.values, points.values[1:])
+                self.assertEqual(list(points.falls), [a for a, b in pairs if b < a])
+                at = first + 0.5
+                value = dict(column).get(math.floor(at)) if kept else None
+                if first <= column[-1][0] and start <= first and step == 1:
+                    self.assertEqual(series.value_at(at), value)
+                if kept:
+                    self.assertEqual((series.time, series.value), kept[-1])
+
+    def test_a_sample_counts_for_five_minutes_and_until_a_check_misses_its_series(self):
+        series = series_of([0.0, 100.0, 200.0, 600.0], [7.0, None, 8.0, None])
+        moments = {-1: None, 0: 7, 99: 7, 100: None, 200: 8, 499: 8, 500: None}
+        for moment, value in {**moments, 600: None}.items():
+            self.assertEqual(series.value_at(moment), value, moment)
 
     def test_the_state_of_a_rule_is_the_worst_of_its_series(self):
         status = RuleStatus(parse_rules("x > 0 for 2s")[0])
@@ -2473,6 +2507,108 @@ class ProbeTest(NetworkTest):
 # --- 8. Monitor ----------------------------------------------------------------------
 
 
+class HistoryTest(unittest.TestCase):
+    """What is remembered, against lists of all samples."""
+
+    def timeline(self, rng, every, count):
+        """Yield the time and the samples of checks; series rise, fall, come and go."""
+        now, values = 1000.0, dict.fromkeys("abcd", 5.0)
+        for _ in range(count):
+            now += rng.choice(every)
+            for series, value in values.items():
+                change = rng.choice((0.0, 1.0, 1.0, 2.0, -1.0, math.inf))
+                values[series] = 0.0 if change == math.inf else value + change
+            there = [name for name in values if rng.random() > 0.1]
+            yield now, {(("__name__", "x"), ("s", n)): values[n] for n in there}
+
+    def compare(self, seed, back, every, count, same):
+        """Compare windows with those of lists at each check, by what is the same."""
+        history, samples = History({"x": back, "y": Lookback()}, 1 << 24), {}
+        for now, found in self.timeline(random.Random(seed), every, count):
+            history.record({**found, (("__name__", "other"),): 1.0}, now, "xy")
+            for labels, value in found.items():
+                samples.setdefault(labels, []).append((now, value))
+            remembered = history.evaluation(now, 0.0).history["x"]
+            for labels, known in samples.items():
+                for seconds in back.seconds, back.shortest:
+                    points = [x for x in known if now - seconds < x[0] <= now]
+                    if points:
+                        window = remembered[labels].window(now - seconds, now)
+                        times, values = zip(*points)
+                        self.assertEqual(*map(same, ((times, values), window[:2])))
+                if labels in found:
+                    newest = remembered[labels]
+                    self.assertEqual((newest.time, newest.value), known[-1])
+            self.assertLessEqual(len(remembered), 4)
+        return history
+
+    def test_checks_that_are_no_storm_are_all_remembered(self):
+        for seed in range(12):
+            longest = (60.0, 300.0, 3600.0)[seed % 3]
+            every = [longest / 500, longest / 60, longest / 5][seed % 2 :]
+            back = Lookback(longest, longest / 4)
+            with self.subTest(seed):
+                self.compare(seed, back, every, 200, lambda x: list(map(list, x)))
+
+    def test_a_storm_of_checks_leaves_each_peak_and_each_reset(self):
+        def peaks_and_resets(points):
+            falls = sum(map(operator.gt, points[1], points[1][1:]))
+            return max(points[1]), falls, points[1][-1]
+
+        for seed in range(4):
+            back = Lookback(60.0, 15.0)
+            with self.subTest(seed):
+                self.compare(seed, back, [0.03, 0.05], 600, peaks_and_resets)
+
+    def test_consecutive_falls_are_resets_each(self):
+        history = History({"x": Lookback(3600.0, 3600.0)}, 1 << 24)
+        labels = (("__name__", "x"),)
+        for value in range(9, 0, -1):
+            history.record({labels: float(value)}, 1000.0 - 2 * value, "x")
+        series = history.evaluation(998.0, 0.0).history["x"][labels]
+        self.assertEqual(list(series.window(0, 998).falls), list(range(9, 1, -1)))
+
+    def test_a_storm_keeps_the_last_sample_of_a_series_that_goes(self):
+        history = History({"x": Lookback(3600.0, 3600.0)}, 1 << 24)
+        stays, goes = ((("__name__", "x"), ("s", name)) for name in "ab")
+        for count in range(100):
+            found = {stays: 1.0, goes: 2.0} if count == 50 else {stays: 1.0}
+            history.record(found, 1000.0 + count * 0.1, "x")
+        found = history.evaluation(1009.9, 0.0).history["x"]
+        self.assertEqual(list(found[goes].window(0, 2000).values), [2.0])
+        self.assertLess(len(found[stays].window(0, 2000).values), 9)
+
+    def test_what_is_remembered_keeps_to_its_limit_and_says_what_it_cost(self):
+        history = History({"x": Lookback(1e5, 1e5), "y": Lookback(50.0, 50.0)}, 1 << 20)
+        names = [(("__name__", "x"), ("s", str(number))) for number in range(500)]
+        y = (("__name__", "y"),)
+        for count in range(1000):
+            now = 1000.0 + 100 * count
+            history.record({y: 1.0, **dict.fromkeys(names, count % 7)}, now, "xy")
+            tables = history._tables.values()
+            size = sum(table.size() for table in tables) + history._labels_size
+            self.assertLessEqual(size, 1 << 20)
+        self.assertEqual(list(history.thinned()), ["x"])
+        apart = history.thinned()["x"]
+        found = history.evaluation(now, 0.0).history["x"][names[0]]
+        times = found.window(now - 1e5, now).times
+        self.assertAlmostEqual(times[-1], now)
+        self.assertTrue(1e5 / apart / 2 <= len(times) <= 2 * 1e5 / apart)
+        history.record({y: 1.0}, now + 1e6, "xy")
+        history.record({y: 1.0}, now + 1e6 + 1, "xy")
+        self.assertEqual(history.thinned(), {})
+
+    def test_a_metric_that_nothing_looks_back_at_is_its_newest_sample(self):
+        history, labels = History({"x": Lookback()}, 1 << 20), (("__name__", "x"),)
+        for now in range(3):
+            history.record({labels: now * 2.0}, now, "x")
+            series = history.evaluation(now, 0.0).history["x"][labels]
+            self.assertEqual((series.time, series.value), (now, now * 2.0))
+            self.assertEqual(len(series.values), 1)
+        history.record({}, 3, "x")
+        self.assertEqual(history.evaluation(3, 0.0).history, {"x": {}})
+
+
 class MonitorTest(NetworkTest):
     """Checks, without a server in front of them."""
 
@@ -2609,9 +2745,9 @@ class MonitorTest(NetworkTest):
             monitor.check()
         history = monitor.history.evaluation(0.0, 0.0).history
         (q,), (r,) = history["q"].values(), history["r"].values()
-        self.assertLess(len(q.times), 0.4 / (10 / 512) + 3)
-        self.assertEqual(q.times[-1], clock.now)
-        self.assertEqual(len(r.times), 1)
+        self.assertLess(len(q.values), 0.4 / (10 / 512) + 3)
+        self.assertEqual(q.time, clock.now)
+        self.assertEqual(len(r.values), 1)
         server.pieces = (page(),)
         clock.now += 11
         monitor.check()
@@ -2624,10 +2760,26 @@ class MonitorTest(NetworkTest):
             return [page("".join(f'q{{n="{next(count)}"}} 1\n' for _ in range(4000)))]
 
         server = self.metrics(answer)
-        monitor = self.monitor(server, UNHEALTHY_WHEN="Q: changes(q[1h]) > 1")
+        rules = {"UNHEALTHY_WHEN": "Q: changes(q[1h]) > 1", "HISTORY_LIMIT": "12Mi"}
+        monitor = self.monitor(server, **rules)
         reasons = [monitor.check().targets[0].reason for _ in range(3)]
         self.assertEqual(reasons, ["", "", "too_large"])
         self.assertEqual(monitor.verdict.reason, "Down")
+
+    def test_a_range_that_is_thinned_for_its_size_is_warned_of(self):
+        lines = "".join(f'q{{n="{number}"}} 1\n' for number in range(500))
+        server, clock = self.metrics(page(lines)), Clock()
+        rules = "Q: changes(q[6h]) > 1; R: q > 1"
+        monitor = self.monitor(
+            server, clock=clock, UNHEALTHY_WHEN=rules, HISTORY_LIMIT="1Mi"
+        )
+        with mock.patch.object(health_check, "SERIES_BYTES", 1500):
+            for _ in range(170):
+                clock.now += 100
+                monitor.check()
+        (warning,) = self.log
+        kept = "only samples that are 3m20s apart are kept"
+        self.assertEqual(warning, f"Q: {kept} of q[6h]: HISTORY_LIMIT is too small")
 
     def test_series_that_stay_are_no_reason_to_fail(self):
         many = "".join(f'q{{n="{number}"}} 1\n' for number in range(5000))
@@ -2642,8 +2794,8 @@ class MonitorTest(NetworkTest):
             labels = (f'q{{n="{next(count)}{letters}"}} 1\n' for _ in range(60))
             return [page("".join(labels))]
 
-        rules = "changes(q[1h]) > 1"
-        monitor = self.monitor(self.metrics(answer), UNHEALTHY_WHEN=rules)
+        rules = {"UNHEALTHY_WHEN": "changes(q[1h]) > 1", "HISTORY_LIMIT": "6Mi"}
+        monitor = self.monitor(self.metrics(answer), **rules)
         reasons = [monitor.check().targets[0].reason for _ in range(4)]
         self.assertEqual(reasons, ["", "", "too_large", "too_large"])
 
@@ -2762,10 +2914,9 @@ class MonitorTest(NetworkTest):
                 self.assert_any("this is a bug", self.log)
         monitor = self.monitor(server)
         self.assertTrue(monitor.check().healthy)
-        remembered = monitor.history.evaluation(0.0, 0.0).history
-        remembered["up"] = None
+        history, monitor.history = monitor.history, None
         self.assertRegex(monitor.check().reason, "^bug: [A-Z]")
-        remembered.clear()
+        monitor.history = history
         self.assertTrue(monitor.check().healthy)
         self.log.clear()
 
@@ -2838,7 +2989,7 @@ class MonitorTest(NetworkTest):
         expected = [["pending", "inactive", "inactive"]] * 3
         self.assertEqual(states, [*expected, ["firing", "inactive", "firing"]])
         (q,) = monitor.history.evaluation(0.0, 0.0).history["q"].values()
-        self.assertEqual(len(q.times), 3)
+        self.assertEqual(len(q.window(clock.now - 10, clock.now).times), 3)
 
     def test_the_log_has_the_changes_and_only_those(self):
         server = self.metrics(page("q 11\n"))

@@ -21,6 +21,7 @@ import tempfile
 import time
 import unittest
 import urllib.parse
+from array import array
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Tuple, Union
@@ -40,7 +41,7 @@ REGEXES = 500
 
 Labels = Tuple[Tuple[str, str], ...]
 Series = Dict[Labels, Dict[int, float]]
-History = Dict[str, Dict[Labels, hc.Points]]
+History = Dict[str, Dict[Labels, hc.Series]]
 HISTORIES: dict[tuple[int, int], History] = {}
 Answer = Union[str, float, Dict[Labels, float]]
 SERVER: Prometheus
@@ -263,16 +264,26 @@ def remember(series: Series, now: int) -> History:
     for labels, points in series.items():
         seen = {at: value for at, value in points.items() if at <= now}
         if seen:
-            history.setdefault(labels[0][1], {})[labels] = hc.Points(
-                (at / 1000, value) for at, value in seen.items()
+            history.setdefault(labels[0][1], {})[labels] = stored(
+                [at / 1000 for at in seen], seen.values()
             )
     return history
 
 
-def blur(points: hc.Points, noise: random.Random) -> hc.Points:
+def stored(times: Iterable[float], values: Iterable[float]) -> hc.Series:
+    """Return samples as the program remembers them."""
+    series = hc.Series(array("d"))
+    series.first = 0
+    for at, value in zip(times, values):
+        series.checks.append(at)
+        series.add(value)
+    return series
+
+
+def blur(series: hc.Series, noise: random.Random) -> hc.Series:
     """Return samples whose last digits are others."""
-    values = (v * noise.uniform(1 - 1e-13, 1 + 1e-13) for v in points.values)
-    return hc.Points(zip(points.times, values))
+    values = (v * noise.uniform(1 - 1e-13, 1 + 1e-13) for v in series.values)
+    return stored(series.checks, values)
 
 
 def record(seed: int, start: int) -> Recording:

@@ -1018,7 +1018,7 @@ def storm() -> dict[str, int]:
                 history = monitor.history.evaluation(0.0, 0.0).history
                 points = [p for s in history.values() for p in s.values()]
                 most_series = max(most_series, len(points))
-                most_points = max(most_points, *(len(p.times) for p in points))
+                most_points = max(most_points, *(len(p.values) for p in points))
         monitor.stop()
     return {
         "checks": count + 1,
