@@ -3228,6 +3228,21 @@ def describe(status: RuleStatus, now: float) -> str:
     return f"{status.state} for {format_duration(int(now - first.began))}: {series}"
 
 
+def remaining(
+    expr: Expr, targets: Iterable[TargetStatus], evaluation: Evaluation
+) -> str:
+    """Return what an expression still gives, or why that is not known; else nothing."""
+    for target in targets:
+        if target.reason:
+            return f"scrape of {target.instance}: {target.reason}: {target.message}"
+    try:
+        found = evaluate_vector(expr, evaluation)
+    except EvaluationError as error:
+        return str(error)
+    shown = (f"{format_series(k)} {format_float(v)}" for k, v in found.items())
+    return shorten(", ".join(itertools.islice(shown, 10)))
+
+
 def selectors_to_find(rules: Iterable[Rule]) -> list[tuple[str, Selector]]:
     """Return the selectors of users' rules that should find series, with their rules.
 
@@ -5347,7 +5362,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 # --- 16. Main: wiring and signals ----------------------------------------------------
 
-QUERY_PAUSE = 1.0
+# A preStop hook has 30 s with the default grace, and SIGTERM comes after it.
+QUERY_PAUSE, WAIT_TOLD_EACH, WAIT_TIMEOUT = 1.0, 10.0, 25.0
 EXIT_STATUS, TERMINATION_LOG, MAX_FILE = 88, "/dev/termination-log", 4096
 MAX_BACKLOG, FLUSH_TIME = 256 * 1024, 0.2
 # What the first line of the log has in a form of its own.
@@ -5424,12 +5440,13 @@ def _unread(stream: Any) -> Iterator[None]:
 
 def _run(arguments: Sequence[str]) -> int:
     options = _parse_arguments(arguments) if arguments else {}
-    path, text = options.get("probe"), options.get("query")
+    path, text, awaited = map(options.get, ("probe", "query", "wait"))
     if path is not None:
         return probe(os.environ, path)
     try:
         config = load_config(os.environ)
         expr = None if text is None else _parse_query(text, config)
+        over = None if awaited is None else _parse_query(awaited, config, VECTOR)
     except (ConfigError, PromQLError) as error:
         say(f"health_check.py: {error}", error=True)
         return 2
@@ -5441,6 +5458,9 @@ def _run(arguments: Sequence[str]) -> int:
             else "\n".join(map(describe_rule, config.rules))
         )  # fmt: skip
         return 0
+    if over is not None:
+        timeout = options["timeout"]
+        return wait(config, over, WAIT_TIMEOUT if timeout is None else timeout)
     if expr is not None:
         return query(config, expr)
     if options.get("demo"):
@@ -5448,8 +5468,10 @@ def _run(arguments: Sequence[str]) -> int:
     return check_once(config) if options.get("once") else serve(config)
 
 
-def _parse_query(text: str, config: Config) -> Expr:
+def _parse_query(text: str, config: Config, kind: str = "") -> Expr:
     expr = parse_expression(text)
+    if type_of(expr) != (kind or type_of(expr)):
+        raise ConfigError(f"expected an {kind}, this is a {type_of(expr)}")
     targets, own = config.metrics_endpoint, config.target_labels
     problems = list(hopeless_selectors(expr, targets, own))
     if problems:
@@ -5602,23 +5624,53 @@ def query(config: Config, expr: Expr) -> int:
     return 1 if failed else 0
 
 
+def wait(config: Config, expr: Expr, timeout: float) -> int:
+    """Return 0 when an expression gives nothing in two checks in a row, 1 if too late.
+
+    Prints each ten seconds what it waits for.
+    """
+    quiet, told, end = 0, -math.inf, time.monotonic() + timeout
+    for _, targets, evaluation in _checks([Rule("Wait", expr)], config):
+        left = remaining(expr, targets, evaluation)
+        quiet = 0 if left else quiet + 1
+        if quiet == 2:
+            return 0
+        if left and evaluation.now >= told + WAIT_TOLD_EACH:
+            told = evaluation.now
+            say(f"waiting for {escape_controls(left)}")
+        if time.monotonic() + QUERY_PAUSE > end:
+            break
+    say(f"not over within {format_duration(timeout)}", error=True)
+    return 1
+
+
 def _scrape_for(
     rules: Sequence[Rule], config: Config, *, again: bool = False
 ) -> tuple[tuple[TargetStatus, ...], Evaluation]:
     """Scrape what rules read, twice if ``again``; return how that went too."""
+    checks = itertools.islice(_checks(rules, config), 1 + again)
+    *_, (scrapes, targets, evaluation) = checks
+    log_missing(selectors_to_find(rules), scrapes, evaluation)
+    return targets, evaluation
+
+
+def _checks(
+    rules: Sequence[Rule], config: Config
+) -> Generator[tuple[list[Scrape], tuple[TargetStatus, ...], Evaluation], None, None]:
+    """Scrape what rules read, again and again, with a pause."""
     wanted = lookbacks(rule.expr for rule in rules)
     scraper, history = Scraper(config, wanted), History(wanted, config.history_limit)
     scraper.start()
-    for pause in (0.0, QUERY_PAUSE) if again else (0.0,):
-        time.sleep(pause)
-        now, wall = time.monotonic(), time.time()
-        scrapes, probes = scraper.scrape(list_names=True)
-        targets = record(scrapes, history, now, config)
-        record_probes(probes, history, now, config)
-    scraper.stop()
-    evaluation = history.evaluation(now, wall)
-    log_missing(selectors_to_find(rules), scrapes, evaluation)
-    return targets, evaluation
+    try:
+        while True:
+            now, wall = time.monotonic(), time.time()
+            scrapes, probes = scraper.scrape(list_names=True)
+            targets = record(scrapes, history, now, config)
+            record_probes(probes, history, now, config)
+            yield scrapes, targets, history.evaluation(now, wall)
+            time.sleep(QUERY_PAUSE)
+    finally:
+        scraper.stop()
 
 
 def _results(expr: Expr, instant: Evaluation) -> Iterator[str]:
@@ -5899,12 +5951,24 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         " /health/NAME exit 1 only if 503",
     )  # fmt: skip
     parser.add_argument(
-        "--format", choices=("text", "prometheus"), default="text",
+        "--format", choices=("text", "prometheus"),
         help="how --check-config prints rules: prometheus is a rule group in YAML",
     )  # fmt: skip
     modes.add_argument("--query", metavar="EXPR", help="print what EXPR gives now")
+    modes.add_argument(
+        "--wait", metavar="EXPR",
+        help="wait until EXPR gives nothing in two checks in a row; exit 1 if too long",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=parse_duration, metavar="DURATION",
+        help=f"how long --wait waits (default {format_duration(WAIT_TIMEOUT)})",
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    return vars(parser.parse_args(arguments))
+    options = vars(parser.parse_args(arguments))
+    for name, mode in ("timeout", "wait"), ("format", "check_config"):
+        if options[name] and not options[mode]:
+            parser.error(f"--{name} needs --{mode.replace('_', '-')}")
+    return options
 
 
 SIMULATED = """\

@@ -4622,6 +4622,33 @@ class MainTest(NetworkTest):
         self.assertIn("        keep_firing_for: 1m\n", alerts[0])
         self.assertIn("        for: 1m30s\n", alerts[5])
 
+    def test_wait_returns_when_nothing_matches_in_two_checks_in_a_row(self):
+        bad = page(status="500 Internal Server Error")
+        pages = iter([page("x 2\n"), page("x 0\n"), bad, *[page("x 0\n")] * 2])
+        environ = {"METRICS_ENDPOINT": self.metrics(lambda _: [next(pages)]).url}
+        with mock.patch.multiple(health_check, QUERY_PAUSE=0, WAIT_TOLD_EACH=0):
+            code, out, _ = self.run_main("--wait", "x > 0", **environ)
+        lines = out.splitlines()
+        self.assertEqual((code, len(lines), next(pages, "no more")), (0, 2, "no more"))
+        self.assertRegex(lines[0], r"waiting for x\{.*\} 2")
+        self.assertRegex(lines[1], r"waiting for scrape of .*: http_status: HTTP 500")
+
+    def test_wait_ends_in_time_and_says_what_is_left(self):
+        target = self.metrics(page('x{a="1"} 1\nx{a="2"} 1\n'))
+        environ = {"METRICS_ENDPOINT": target.url}
+        for expr, left in ("x", "x{"), ("x - on () x", "many-to-many"):
+            argv = "--wait", expr, "--timeout", "10ms"
+            code, out, err = self.run_main(*argv, **environ)
+            self.assertEqual((code, out.count("waiting for")), (1, 1))
+            self.assertIn(left, out)
+            self.assertEqual(err, "not over within 10ms\n")
+        for argv in (
+            ["--wait", "x >"], ["--wait", ""], ["--wait", "1"], ["--wait", "x[1m]"],
+            ["--wait", "x", "--timeout", "soon"], ["--timeout", "1"],
+            ["--format", "prometheus"],
+        ):  # fmt: skip
+            self.assertEqual(self.run_main(*argv, **environ)[0], 2, argv)
+
     def exiting(self, path, **environ):
         """Return a policy of ten minutes, and how often it has stopped the program."""
         rules = "Stalled: x > 1\nFull: x > 2"
