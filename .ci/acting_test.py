@@ -230,8 +230,8 @@ def firing(
         tuple(sorted(hc.parse_series(name.encode()).items())): course
         for name, course in series.items()
     }
-    selectors = [s for rule in rules for s in hc.find_selectors(rule.expr)]
-    history = hc.History(selectors)
+    read, limit = hc.lookbacks(r.expr for r in rules), hc.load_config({}).history_limit
+    history = hc.History(read, limit)
     statuses = [hc.RuleStatus(rule) for rule in rules]
     found: dict[str, list[list[Labels]]] = {rule.name: [] for rule in rules}
     for step in range(STEPS):
