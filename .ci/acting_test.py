@@ -238,8 +238,7 @@ def firing(
         now = float(step * STEP)
         values = {labels: course(step) for labels, course in parsed.items()}
         there = {labels: v for labels, v in values.items() if v is not None}
-        history.record(there, now)
-        history.forget(now)
+        history.record(there, now, history.names)
         evaluation = history.evaluation(now, now)
         statuses = [hc.judge(status, evaluation) for status in statuses]
         for status in statuses:
