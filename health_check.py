@@ -3403,8 +3403,10 @@ def ask_canary(config: Config, target: Target, model: str) -> ProbeStatus:
     token_file = config.canary_bearer_token_file
     credentials = credentials_of(config)._replace(token_file=token_file)
     try:
-        model = model or _served_model(target, deadline, credentials)
-        body = config.canary_body or completion_request(target.url, model)
+        body = config.canary_body
+        if not body:
+            model = model or _served_model(target, deadline, credentials)
+            body = completion_request(target.url, model)
         with fetch(target, deadline, credentials, body) as response:
             code = response.status
             answer = _read(response, deadline)

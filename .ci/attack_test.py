@@ -790,6 +790,71 @@ class FromUpstream(AttackTest):
             self.assertGreater(fastest, 20)
 
 
+class FromACanary(AttackTest):
+    """What the canary asks is broken or hostile: no check is later for it."""
+
+    def test_no_answer_to_a_canary_delays_a_check(self) -> None:
+        html = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+        found = b'{"choices": [{"text": "a"}]}'
+        answers: dict[str, tuple[Answer, str]] = {
+            "sound": (sends(page(found)), ""),
+            "hangs": (waits(), "timeout"),
+            "hangs after the head": (waits(HEAD, b"\r\n"), "timeout"),
+            "drips": (drips(HEAD + b"\r\n", b"x"), "timeout"),
+            "500": (sends(page(b"", head=b"HTTP/1.1 500 No\r\n")), "http_status"),
+            "404": (sends(page(b"", head=b"HTTP/1.1 404 No\r\n")), "refused_request"),
+            "401": (sends(page(b"", head=b"HTTP/1.1 401 No\r\n")), "refused_request"),
+            "HTML": (sends(page(b"<html>", head=html)), "no_completion"),
+            "an error in a 200": (sends(page(b'{"error": 1}')), "no_completion"),
+            "brackets": (sends(page(b"[" * 60000)), "no_completion"),
+            "an endless stream": (pours(HEAD + b"\r\n", b"x" * 65536), "too_large"),
+            "100 MB": (pours(HEAD + b"Content-Length: 104857600\r\n\r\n",
+                             b"x" * (1 << 20), 100), "too_large"),
+            "an endless head": (pours(HEAD, b"a: b\r\n"), "too_large"),
+            "elsewhere": (redirects("http://127.0.0.1:9/", "307 No"), "redirect"),
+        }  # fmt: skip
+        with ThreadPoolExecutor(2) as pool:
+            found_out = pool.map(self.ask, answers, *zip(*answers.values()))
+            for (name, (_, reason)), (seen, row) in zip(answers.items(), found_out):
+                TABLE.append(row)
+                with self.subTest(name):
+                    self.assertEqual(seen, reason)
+                    self.assertLess(row.worst, 0.5)
+                    self.assertLess(row.after.peak - row.before.rss, 8 * MIB)
+                    self.assertEqual(row.after.threads, row.before.threads)
+                    self.assertLessEqual(row.after.fds, row.before.fds)
+
+    def ask(self, name: str, answer: Answer, reason: str) -> tuple[str, Row]:
+        """Return why the canary failed, and what checks were like meanwhile."""
+        with Upstream(sends(page(FINE))) as metrics, Upstream(answer) as engine:
+            settings = {
+                "CANARY_URL": f"http://{engine.instance}/v1/completions",
+                "CANARY_BODY": "{}", "CANARY_WHEN": "x >= 0 for 500ms",
+                "CANARY_TIMEOUT": "1", "METRICS_TIMEOUT": "5",
+            }  # fmt: skip
+            with Checker(metrics.url, **settings) as checker:
+                get(checker.port)
+                before, worst, times = checker.begin(), 0.0, 0
+                end = time.monotonic() + 5
+                while time.monotonic() < end and not self.told(checker):
+                    worst, times = max(worst, timed(checker.port)[1]), times + 1
+                    time.sleep(0.05)
+                seen, after = self.told(checker), checker.end(before)
+                self.assertEqual(engine.callers, 1)
+                self.assertNotIn("Traceback", checker.log)
+        what = f"canary: {seen or 'ok'}"
+        row = Row(f"canary: {name}", times, what, worst, before, after)
+        return seen.replace("ok", ""), row
+
+    def told(self, checker: Checker) -> str:
+        """Return the reason of the canary's failure, ok, or nothing yet."""
+        document = json.loads(get(checker.port, "/health?format=json")[1])
+        (probe,) = document["checks"]["probe:canary"]
+        if probe["status"] == "fail":
+            return str(probe["output"].partition(":")[0])
+        return "ok" if probe.get("code") else ""
+
+
 class Credentials(AttackTest):
     """What opens the metrics stays between the program and their server."""
 
