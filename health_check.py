@@ -2672,11 +2672,11 @@ def _head(lines: Iterator[bytes]) -> tuple[int, dict[str, str]]:
     status = _STATUS.fullmatch(next(lines, b""))
     if not status:
         raise http.client.BadStatusLine("not an answer of HTTP/1")
-    text = b"\n".join(itertools.takewhile(bool, lines)).decode("latin-1")
-    unfolded = _FOLD.sub(" ", text).split("\n") if text else []
-    if len(unfolded) > MAX_FIELDS:
-        raise http.client.HTTPException(f"more than {MAX_FIELDS} header fields")
-    for line in unfolded:
+    head = itertools.islice(itertools.takewhile(bool, lines), MAX_FIELDS + 1)
+    text = b"\n".join(head).decode("latin-1")
+    if text.count("\n") >= MAX_FIELDS:
+        raise http.client.HTTPException(f"more than {MAX_FIELDS} header lines")
+    for line in _FOLD.sub(" ", text).split("\n") if text else ():
         field = _FIELD.fullmatch(line)
         if not field:
             raise http.client.HTTPException(f"not a header field: {line[:40]!r}")

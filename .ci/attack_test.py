@@ -184,6 +184,8 @@ class Checker:
 
     def begin(self) -> Usage:
         """Return the usage, and let the peak begin anew."""
+        # A connection closes a moment after its caller has the answer.
+        time.sleep(0.05)
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
         return self.usage()
 
@@ -504,7 +506,7 @@ BROKEN = (
     Attack("a chunk of a size of Python's", sends(CHUNKED, b"0x13\r\n", FINE,
            b"\r\n0\r\n\r\n"), "bad_http"),
     Attack("a chunk without end", sends(CHUNKED, b"13\r\n", FINE, b"13\r\n"),
-           "truncated"),
+           "bad_http"),
     Attack("an endless chunk size", pours(CHUNKED, b"0"), "bad_http|truncated"),
     Attack("gzip unasked for", sends(page(gzip.compress(FULL),
            b"Content-Encoding: gzip\r\n")), "success"),

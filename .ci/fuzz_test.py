@@ -357,7 +357,7 @@ class Served:
         self.port = listener.getsockname()[1]
         monitor = hc.Monitor(config)
         monitor.start()
-        serve = hc.Server(listener, monitor).serve
+        serve = hc.Server(listener, monitor).run
         threading.Thread(target=serve, daemon=True).start()
         self.check(b"GET /health HTTP/1.1\r\n\r\n")
 
