@@ -73,6 +73,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache, partial, reduce
 from select import POLLOUT, poll
 from select import select as ready_of
+from types import MappingProxyType
 from typing import (
     AbstractSet,
     Any,
@@ -448,6 +449,11 @@ class Verdict(NamedTuple):
     def healthy(self) -> bool:
         """Whether ``/health`` is 200."""
         return not self.reason
+
+    def unknown(self, status: RuleStatus) -> bool:
+        """Whether a rule may be inactive only because a scrape fails."""
+        failed = any(target.reason for target in self.targets)
+        return failed and status.state == "inactive" and not status.matched
 
     def wall_of(self, moment: float) -> float:
         """Return the Unix time of a monotonic moment."""
@@ -3871,6 +3877,13 @@ NO_ROOM = (
 )
 
 
+class Trend(NamedTuple):
+    """The worst value of a rule, NaN for none, and its state, in the latest checks."""
+
+    values: collections.deque[float]
+    states: collections.deque[str]
+
+
 class Monitor:
     """Checks on demand or on a schedule, and publishes a Verdict each time.
 
@@ -3907,8 +3920,12 @@ class Monitor:
         self._thinned: dict[str, float] = {}
         self.scrapes: Counter[tuple[str, str]] = collections.Counter()
         self.durations, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
-        self.trends: dict[str, collections.deque[float]] = {
-            rule.name: collections.deque(maxlen=TREND) for rule in config.rules
+        self.moments: collections.deque[float] = collections.deque(maxlen=TREND)
+        self.trends = {
+            rule.name: Trend(
+                collections.deque(maxlen=TREND), collections.deque(maxlen=TREND)
+            )
+            for rule in config.rules
         }
 
     def start(self) -> None:
@@ -4041,10 +4058,12 @@ class Monitor:
             self.scrapes[target.instance, target.reason or "success"] += 1
             self.durations[bisect_left(BUCKETS, target.seconds)] += 1
             self.seconds += target.seconds
+        self.moments.append(verdict.time)
         for status in verdict.rules:
-            missing = float(len(status.alerts)) if status.limit is None else math.nan
-            value = missing if status.value is None else status.value
-            self.trends[status.rule.name].append(value)
+            trend = self.trends[status.rule.name]
+            trend.values.append(math.nan if status.value is None else status.value)
+            state = "unknown" if verdict.unknown(status) else status.state
+            trend.states.append(state)
 
 
 def record(
@@ -4358,58 +4377,19 @@ def _failures(targets: Iterable[TargetStatus]) -> list[str]:
     ]  # fmt: skip
 
 
-# --- 15. Serve: Verdict -> HTTP ------------------------------------------------------
+# --- 15. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
 
-MAX_CONNECTIONS = 512
-MAX_REQUEST = 16 * 1024
-MAX_LINES = 102
-MAX_UNREAD = 2 << 20
-MAX_COUNTED, MAX_UNKNOWN = 256, 16
-OLD_AGE = 60.0
-HOUR = 3600.0
-# A TLS hello and a PROXY header of version 2, which would not end like a request.
-FOREIGN = (b"\x16", b"\r\n\r\n\0\r\nQUIT\n")
-# How those begin who speak something else, and what mends that on their side.
-_TLS = (
-    "speaks TLS, and this port does not: 'scheme: HTTP' for a kubelet, no 'check-ssl' "
-    "for HAProxy, 'http://' in a URL"
-)
-_PROXY = (
-    "sends a PROXY header: no 'send-proxy' and 'check-send-proxy' for HAProxy, no "
-    "'proxy_protocol' for nginx"
-)
-_HTTP2 = (
-    "speaks HTTP/2 unasked, and this port does not: no 'proto h2' for HAProxy, no "
-    "'http2_protocol_options' for Envoy"
-)
-MISTAKES = {"\x16\x03": _TLS, "PROXY ": _PROXY, "\0": _PROXY, "PRI * HTTP/2": _HTTP2}
-WRONG_METHOD = (
-    "asks with a method that is refused: GET, 'option httpchk GET /health' for HAProxy"
-)
-ACCEPTS = 64
 # With 200 rules or 5,000 series an answer would be megabytes: it is cut, and built in
 # slices, one in each turn of the loop, so that it holds up nobody else's.
 MAX_LISTED, MAX_LISTED_TEXT, MAX_ANSWER = 20, 16 * 1024, 256 * 1024
-MAX_UNSENT = 8 * MAX_ANSWER
-SLICE = 0.005
-CALLER_TIMEOUT = 5.0
-ALLOWED = ("GET", "HEAD")
+MAX_SHOWN = 70
+OLD_AGE = 60.0
 SEVERITY = ("firing", "error", "pending", "inactive")
 HEALTH_STATUS = {
-    "firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass"
+    "firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass",
+    "unknown": "unknown",
 }  # fmt: skip
 TEXT = "text/plain; charset=utf-8"
-FIELDS = (
-    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-    ("Connection", "close"),
-)  # fmt: skip
-REFUSALS = {
-    400: "not a request of HTTP/1\n",
-    431: "the head of the request is too large\n",
-    505: "only HTTP/1\n",
-}
-UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~,")
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 Labelled = Iterable[Tuple[Mapping[str, str], float]]
@@ -4721,87 +4701,195 @@ def _families(*families: tuple[str, str, Labelled]) -> Iterator[Family]:
         yield Family(name, kind, text, [("", labels, v) for labels, v in values])
 
 
-def answer_page(
-    verdict: Verdict, trends: Mapping[str, Sequence[float]], interval: float = 0.0,
-    last_words: str = "",
-) -> Answer:
+class Site(NamedTuple):
+    """What the page shows beside a verdict: of what, and what the latest checks were.
+
+    ``urls`` has the URL of each instance, ``interval`` the seconds between two checks
+    of a schedule, ``moments`` when the checks were that the trends are of.
+    """
+
+    pod: str = ""
+    urls: Mapping[str, str] = MappingProxyType({})
+    interval: float = 0.0
+    moments: Sequence[float] = ()
+    trends: Mapping[str, Trend] = MappingProxyType({})
+    last_words: str = ""
+
+
+def answer_page(verdict: Verdict, site: Site, query: str = "") -> Answer:
     """Answer ``/``: the latest verdict for people, from memory, without a script.
 
     503 if that is Unhealthy, for those who ask for ``/`` by default, or old: older than
-    three intervals between checks and than a minute.
+    three intervals between checks and than a minute.  ``still`` is not loaded again.
     """
     seconds = max(0, int(time.monotonic() - verdict.time))
-    old = seconds > max(3 * interval, OLD_AGE)
+    old = seconds > max(3 * site.interval, OLD_AGE)
     age = format_duration(seconds)
     word = "Healthy" if verdict.healthy else "Unhealthy"
     word = f"Last verdict, {age} ago: {word}" if old else word
+    text = f"{word}: {verdict.reason}" if verdict.reason else word
     shown = f"checked {age} ago, <time>{format_time(verdict.wall)}</time>"
+    state = "pass" if verdict.healthy else "fail"
+    if not verdict.sequence:
+        word = text = "Not checked yet"
     head = PAGE_HEAD.format(
-        style=STYLE, title=word,
-        state="old" if old else "pass" if verdict.healthy else "fail",
-        verdict=_escape(f"{word}: {verdict.reason}" if verdict.reason else word),
-        shown=shown if verdict.sequence else "not checked yet",
+        style=STYLE, refresh="" if "still" in _options(query) else REFRESH,
+        title=_escape(" ".join([f"{word}:", site.pod, *site.urls])),
+        state=state if verdict.sequence and not old else "old", verdict=_escape(text),
+        where=_escape(", ".join(filter(None, [site.pod, *site.urls.values()]))),
+        shown=shown if verdict.sequence else "",
     )  # fmt: skip
-    sections = _sections(verdict, trends, last_words)
-    sections = _bounded(sections, "<p>The rest is left out.</p>")
-    body = itertools.chain([head], sections, [PAGE_END])
+    sections = _bounded(_sections(verdict, site), "<p>The rest is left out.</p>")
     status = 200 if verdict.healthy and not old else 503
+    body = itertools.chain([head], sections, [PAGE_END])
     return Answer(status, body, "text/html; charset=utf-8", (
         ("Content-Security-Policy", POLICY), ("Referrer-Policy", "no-referrer")
     ))  # fmt: skip
 
 
-def _sections(
-    verdict: Verdict, trends: Mapping[str, Sequence[float]], last_words: str
-) -> Iterator[str]:
+def _sections(verdict: Verdict, site: Site) -> Iterator[str]:
+    # What fails comes first, and why before what.
+    targets = [_target_html(target, verdict.time, site) for target in verdict.targets]
+    probes = [_probe_html(probe) for probe in verdict.probes]
+    yield from (html for failed, html in (*targets, *probes) if failed)
     for status in _worst_first(verdict.rules):
-        yield _rule_html(status, verdict.time, trends)
-    for target in verdict.targets:
-        state = "fail" if target.reason else "pass"
-        text = _target_text(target, verdict.time)
-        yield _section(state, f"scrape of {target.instance}", text)
-    for probe in verdict.probes:
-        title, _, text = describe_probe(probe).partition(": ")
-        yield _section("fail" if probe.reason else "pass", title, text)
-    if last_words:
-        yield _section("warn", "the run before ended so", last_words)
+        yield _rule_html(status, verdict, site)
+    yield from (html for failed, html in (*targets, *probes) if not failed)
+    if site.last_words:
+        yield _section("warn", "the run before ended so", site.last_words)
 
 
-def _rule_html(
-    status: RuleStatus, now: float, trends: Mapping[str, Sequence[float]]
-) -> str:
-    # The Monitor may add to a trend meanwhile.
-    graph = _graph(tuple(trends.get(status.rule.name, ())), status.limit)
-    code = f"<code>{_escape(_rule_body(status.rule))}</code>"
-    text = describe(status, now)
-    return _section(HEALTH_STATUS[status.state], status.rule.name, text, graph, code)
+def _target_html(target: TargetStatus, now: float, site: Site) -> tuple[bool, str]:
+    text = f"{target.series} series, {target.size} bytes in {_brief(target.seconds)}"
+    if target.reason:
+        what = _failure(target, site.urls.get(target.instance, target.instance))
+        text = f"{what}, for {format_duration(int(now - target.since))}"
+    state, title = "fail" if target.reason else "pass", f"scrape of {target.instance}"
+    return bool(target.reason), _section(state, title, text)
+
+
+def _failure(target: TargetStatus, url: str) -> str:
+    before, _, after = target.message.partition("no answer")
+    if target.reason == "timeout" and not before:
+        return f"no answer from {url}{after}"
+    if target.reason == "refused":
+        return f"nobody listens at {url}"
+    answers = " answers" if target.reason == "http_status" else ""
+    return f"{url}{answers}: {target.message}"
+
+
+def _probe_html(probe: ProbeStatus) -> tuple[bool, str]:
+    title, _, text = describe_probe(probe).partition(": ")
+    state = "fail" if probe.reason else "pass" if probe.success else "unknown"
+    return bool(probe.reason), _section(state, title, text)
+
+
+def _rule_html(status: RuleStatus, verdict: Verdict, site: Site) -> str:
+    state, text = _rule_words(status, verdict)
+    series = ""
+    if status.state in ("firing", "pending"):
+        alert = next(a for a in status.alerts if a.state == status.state)
+        others = status.counts[status.state] - 1
+        series = f"{shorten(format_series(alert.labels))} {format_float(alert.value)}"
+        series += f" and {others} more" if others else ""
+        series = f"<p>{_code(series)}</p>"
+    more, graph = series + _folded(_rule_body(status.rule)), _figure(status, site)
+    return _section(state, status.rule.name, text, graph, more)
+
+
+def _rule_words(status: RuleStatus, verdict: Verdict) -> tuple[str, str]:
+    """Return the state of a rule, and what it found in a person's words."""
+    value = ""
+    if status.value is not None and status.limit is not None:
+        value = f"{_rounded(status.value)}, limit {_rounded(status.limit)}"
+    if status.state == "error":
+        return "fail", f"cannot be evaluated: {status.error}"
+    if status.state == "inactive":
+        return _inactive_words(status, verdict, value)
+    first = next(a for a in status.alerts if a.state == status.state)
+    since = format_duration(int(verdict.time - first.began))
+    if status.state == "firing":
+        return "fail", f"{value or 'fires'}, for {since}"
+    hold = format_duration(status.rule.hold)
+    return "warn", f"{value or 'would fire'}, for {since}: fires after {hold}"
+
+
+def _inactive_words(
+    status: RuleStatus, verdict: Verdict, value: str
+) -> tuple[str, str]:
+    if verdict.unknown(status):
+        return "unknown", "not known while a scrape fails"
+    if _asks_for_an_answer(status.rule):
+        slowest = max((target.seconds for target in verdict.targets), default=0.0)
+        return "pass", f"answers in {_brief(slowest)}"
+    if status.matched:
+        return "pass", value or "ok"
+    return "unknown", "no series of it is there"
+
+
+def _asks_for_an_answer(rule: Rule) -> bool:
+    # That up is 1 and its limit 0 says nothing to a person.
+    return {s.name for s in find_selectors(rule.expr)} <= {"up", "scrape_error"}
+
+
+def _rounded(value: float) -> str:
+    if not math.isfinite(value):
+        return format_float(value)
+    return format_float(round(value) if abs(value) >= 1000 else float(f"{value:.4g}"))
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _section(state: str, title: str, text: str, graph: str = "", more: str = "") -> str:
-    heading = f"<h2>{_escape(title)}</h2>{graph}"
+    heading = f"{graph}<h2>{_escape(title)}</h2>"
     return f'<section class="{state}">{heading}<p>{_escape(text)}</p>{more}</section>\n'
+
+
+def _folded(rule: str) -> str:
+    # Some rules are as long as a page: the rest is shown to those who want it.
+    if len(rule) <= MAX_SHOWN:
+        return _code(rule)
+    first = rule[:MAX_SHOWN].rpartition(" ")[0] or rule[:MAX_SHOWN]
+    summary = f"<summary>{_code(f'{first} ...')}</summary>"
+    return f"<details>{summary}{_code(rule)}</details>"
+
+
+def _code(text: str) -> str:
+    return f"<code>{_escape(text)}</code>"
 
 
 def _escape(text: str) -> str:
     return html.escape(escape_controls(text))
 
 
-def _graph(values: Sequence[float], limit: float | None) -> str:
-    bound = math.nan if limit is None else limit
-    levels = [value for value in (*values, bound) if math.isfinite(value)]
-    if len(values) < 2 or not levels:
+def _figure(status: RuleStatus, site: Site) -> str:
+    trend = site.trends.get(status.rule.name)
+    # The Monitor may add to these meanwhile.
+    moments = tuple(site.moments)
+    if not trend or len(moments) < 2:
         return ""
-    low = min(0.0, *levels)
-    scale = 36 / ((max(0.0, *levels) - low) or 1.0)
-    *heights, height = (38 - (value - low) * scale for value in (*values, bound))
+    if status.limit is None or _asks_for_an_answer(status.rule):
+        graph = _strip(tuple(trend.states))
+    else:
+        graph = _graph(tuple(trend.values), status.limit)
+    span = format_duration(int(moments[-1] - moments[0]))
+    return graph and f"<figure>{graph}, last {span}</figcaption></figure>"
+
+
+def _graph(values: Sequence[float], limit: float) -> str:
+    levels = [value for value in values if math.isfinite(value)]
+    if len(levels) < 2:
+        return ""
+    highest, bounds = max(levels), [n for n in (0.0, limit) if math.isfinite(n)]
+    low = min(*levels, *bounds)
+    scale = 36 / ((max(*levels, *bounds) - low) or 1.0)
+    *heights, height = (38 - (value - low) * scale for value in (*values, limit))
     line = f'<path class="limit" d="M0 {height:.1f}h240"/>'
     line = line if math.isfinite(height) else ""
-    what = "series" if limit is None else f"values, limit {format_float(limit)}"
-    return (
-        '<svg viewBox="0 0 240 40" preserveAspectRatio="none" role="img" '
-        f'aria-label="{what}, last {len(values)} checks">{line}'
-        f'<path d="{_path(heights)}"/></svg>'
-    )
+    text = f"highest {_rounded(highest)}, limit {_rounded(limit)}"
+    return f'{SVG}>{line}<path d="{_path(heights)}"/></svg><figcaption>{text}'
 
 
 def _path(heights: Sequence[float]) -> str:
@@ -4814,33 +4902,53 @@ def _path(heights: Sequence[float]) -> str:
     return path
 
 
+def _strip(states: Sequence[str]) -> str:
+    # Each check is a piece of a band, and equal ones beside each other are one.
+    x, paths = TREND - len(states), ""
+    for state, run in itertools.groupby(states):
+        width = len(list(run))
+        kind = HEALTH_STATUS[state]
+        paths += f'<path class="{kind}" d="M{2 * x} 0h{2 * width}v40h-{2 * width}z"/>'
+        x += width
+    fired, checks = sum(HEALTH_STATUS[s] == "fail" for s in states), len(states)
+    text = f"fired in {fired} of {checks} checks" if fired else "did not fire"
+    return f'{SVG} class="strip">{paths}</svg><figcaption>{text}'
+
+
+SVG = '<svg viewBox="0 0 240 40" preserveAspectRatio="none" aria-hidden="true"'
+REFRESH = '<meta http-equiv="refresh" content="5">'
 STYLE = """
 :root { color-scheme: light dark; --pass: #1a7f37; --warn: #9a6700; --fail: #cf222e;
   --line: #d0d7de; --soft: #59636e; }
 @media (prefers-color-scheme: dark) { :root { --pass: #3fb950; --warn: #d29922;
   --fail: #f85149; --line: #3d444d; --soft: #9198a1; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto;
-  padding: 1rem; overflow-wrap: anywhere; }
+  padding: 1rem; overflow-wrap: break-word; }
 h1 { line-height: 1.25; margin: 0; }
 h2 { font-size: 1rem; margin: 0; }
-h1.pass, .pass h2 { color: var(--pass); }
-.warn h2 { color: var(--warn); }
-h1.fail, .fail h2 { color: var(--fail); }
-h1.old { color: var(--soft); }
-section { border: 1px solid var(--line); border-left: 5px solid var(--pass);
+.pass { --state: var(--pass); }
+.warn { --state: var(--warn); }
+.fail { --state: var(--fail); }
+.unknown, .old, .old ~ main * { --state: var(--soft); }
+h1, h2 { color: var(--state); }
+section { border: 1px solid var(--line); border-left: 5px solid var(--state);
   border-radius: 6px; margin: .75rem 0; padding: .6rem .9rem; overflow: hidden; }
-section.warn { border-left-color: var(--warn); }
-section.fail { border-left-color: var(--fail); }
 section p { margin: .2rem 0; }
-code { color: var(--soft); display: block; font-size: .8rem; max-height: 8em;
-  overflow-y: auto; }
-svg { float: right; width: 240px; height: 40px; margin: .3rem 0 .3rem 1rem; }
-@media (max-width: 40rem) { svg { float: none; width: 100%; margin: .3rem 0; } }
+code { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
+details[open] summary code { display: none; }
+figure { float: right; width: 260px; margin: 0 0 .3rem 1rem; }
+figcaption { color: var(--soft); font-size: .75rem; text-align: right; }
+svg { display: block; width: 100%; height: 40px; }
+.strip { height: 10px; }
+@media (max-width: 40rem) { section { display: flex; flex-direction: column; }
+  figure { order: 1; width: 100%; margin: .3rem 0 0; } }
 path { fill: none; stroke: currentColor; stroke-width: 1.5;
   vector-effect: non-scaling-stroke; }
+.strip path { fill: var(--state); stroke: none; }
 .limit { stroke: var(--fail); stroke-dasharray: 4 3; }
 time { white-space: nowrap; }
 header p, footer { color: var(--soft); margin: .2rem 0 1rem; }
+a { color: inherit; }
 """
 _STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = (
@@ -4852,20 +4960,66 @@ PAGE_HEAD = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="refresh" content="5">
+{refresh}
 <title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
-<header><h1 class="{state}">{verdict}</h1>
-<p>{shown}</p></header>
+<header class="{state}"><h1>{verdict}</h1>
+<p>{where}<br>{shown}</p></header>
 <main>
 """
 PAGE_END = f"""</main>
-<footer>health_check.py {__version__}</footer>
+<footer>health_check.py {__version__}: <a href="health?verbose">health?verbose</a>,
+<a href="metrics">metrics</a>, <a href="?still">this page, standing still</a></footer>
 </body>
 </html>
 """
+
+
+# --- 16. Serve: connections -> Answers -----------------------------------------------
+
+MAX_CONNECTIONS = 512
+MAX_REQUEST = 16 * 1024
+MAX_LINES = 102
+MAX_UNREAD = 2 << 20
+MAX_COUNTED, MAX_UNKNOWN = 256, 16
+HOUR = 3600.0
+# A TLS hello and a PROXY header of version 2, which would not end like a request.
+FOREIGN = (b"\x16", b"\r\n\r\n\0\r\nQUIT\n")
+# How those begin who speak something else, and what mends that on their side.
+_TLS = (
+    "speaks TLS, and this port does not: 'scheme: HTTP' for a kubelet, no 'check-ssl' "
+    "for HAProxy, 'http://' in a URL"
+)
+_PROXY = (
+    "sends a PROXY header: no 'send-proxy' and 'check-send-proxy' for HAProxy, no "
+    "'proxy_protocol' for nginx"
+)
+_HTTP2 = (
+    "speaks HTTP/2 unasked, and this port does not: no 'proto h2' for HAProxy, no "
+    "'http2_protocol_options' for Envoy"
+)
+MISTAKES = {"\x16\x03": _TLS, "PROXY ": _PROXY, "\0": _PROXY, "PRI * HTTP/2": _HTTP2}
+WRONG_METHOD = (
+    "asks with a method that is refused: GET, 'option httpchk GET /health' for HAProxy"
+)
+ACCEPTS = 64
+MAX_UNSENT = 8 * MAX_ANSWER
+SLICE = 0.005
+CALLER_TIMEOUT = 5.0
+ALLOWED = ("GET", "HEAD")
+FIELDS = (
+    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+    ("Connection", "close"),
+)  # fmt: skip
+REFUSALS = {
+    400: "not a request of HTTP/1\n",
+    431: "the head of the request is too large\n",
+    505: "only HTTP/1\n",
+}
+UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~,")
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _HEAD_END = re.compile(rb"\n\r?\n")
 _FIELDS = re.compile(rb"(?:%b:[^\0\r\n]*\r?\n)*\r?\n" % FIELD_NAME.encode())
 # The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
@@ -5049,9 +5203,7 @@ class Server:
     ) -> None:
         self._listener, self._monitor, self._notifiers = listener, monitor, notifiers
         self._routes: dict[str, Callable[[Verdict, str], Answer]] = {
-            "/": lambda verdict, _: answer_page(
-                verdict, monitor.trends, monitor.config.scrape_interval, last_words
-            ),
+            "/": partial(self._page, last_words),
             "/livez": lambda *_: answer_livez(monitor.alive()),
             "/metrics": lambda verdict, _: answer_metrics(self._metrics(verdict)),
             "/health": answer_health,
@@ -5292,6 +5444,15 @@ class Server:
             fault = f"bug: {report(error)}"
         return Verdict(0, fault, time.monotonic(), time.time())
 
+    def _page(self, last_words: str, verdict: Verdict, query: str) -> Answer:
+        monitor, config = self._monitor, self._monitor.config
+        urls = {target.instance: target.url for target in config.metrics_endpoint}
+        site = Site(
+            config.pod_name, urls, config.scrape_interval,
+            monitor.moments, monitor.trends, last_words,
+        )  # fmt: skip
+        return answer_page(verdict, site, query)
+
     def _metrics(self, verdict: Verdict) -> Iterator[Family]:
         yield from verdict_families(verdict)
         yield from scrape_families(self._monitor)
@@ -5362,7 +5523,7 @@ def listen(host: str, port: int) -> socket.socket:
         return create(("0.0.0.0", port))
 
 
-# --- 16. Main: wiring and signals ----------------------------------------------------
+# --- 17. Main: wiring and signals ----------------------------------------------------
 
 # A preStop hook has 30 s with the default grace, and SIGTERM comes after it.
 QUERY_PAUSE, WAIT_TOLD_EACH, WAIT_TIMEOUT = 1.0, 10.0, 25.0

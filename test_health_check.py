@@ -61,8 +61,10 @@ from health_check import (
     ScrapeError,
     Series,
     Server,
+    Site,
     Stream,
     TargetStatus,
+    Trend,
     Verdict,
     answer_health,
     answer_metrics,
@@ -2500,7 +2502,7 @@ class ProbeTest(NetworkTest):
                 self.assertEqual(probes[0]["status"], word)
         labels = f'{{probe="health", target="{route.instance}"}}'
         self.assertIn(f"probe_success{labels} 1\n", answer_verdict(verdict))
-        page_ = "".join(answer_page(verdict, {}).body)
+        page_ = "".join(answer_page(verdict, Site()).body)
         self.assertIn(f"health of {route.instance}", page_)
 
 
@@ -3554,7 +3556,7 @@ class ServeTest(NetworkTest):
         port = self.serve(self.running(self.metrics(page(many)), UNHEALTHY_WHEN=rules))
         for path in "/health?verbose", "/health?format=json", "/":
             body = get(port, path)[1]
-            self.assertIn("firing", body)
+            self.assertRegex(body, "firing|, limit 0, for 0s")
             self.assertLess(len(body), 30000)
         self.assertLess(max(map(len, self.log)), 3000)
 
@@ -3566,7 +3568,7 @@ class ServeTest(NetworkTest):
                 [status.rule.name for status in verdict.rules], verdict, "verbose"
             ),
             "json": health_check.answer_health(verdict, "format=json"),
-            "page": answer_page(verdict, {}),
+            "page": answer_page(verdict, Site()),
             "metrics": answer_metrics(verdict_families(verdict)),
         }
 
@@ -3758,7 +3760,7 @@ class ServeTest(NetworkTest):
         server = self.metrics(lambda _: [page(text % len(server.requests))])
         rules = "Q: q > 1; R: r > 0; P: r > 0 for 1h; N: r / 0 > 1"
         port = self.serve(self.running(server, UNHEALTHY_WHEN=rules))
-        self.assertIn("not checked yet", get(port, "/")[1])
+        self.assertIn('<header class="old"><h1>Not checked yet<', get(port, "/")[1])
         for _ in range(3):
             get(port)
         answer = receive(send(port, request_for("/")))
@@ -3769,18 +3771,18 @@ class ServeTest(NetworkTest):
         self.assertNotIn("<script", answer)
         self.assertEqual(answer.count("</svg>"), answer.count("<svg"))
         for part in (
-            ": Q, R, N</h1>\n<p>checked 0s ago, <time>20",
+            f": Q, R, N</h1>\n<p>{server.url}<br>checked 0s ago, <time>20",
             '<path class="limit" d="M0 26.0h240"/>',
             '<path d="M234 26.0h2L236 14.0h2L238 2.0h2"/>',
             "<code>r &gt; 0 for 1h</code>",
-            f"<h2>scrape of {server.instance}</h2><p>ok: 2 series, 53 bytes, ",
+            f"<h2>scrape of {server.instance}</h2><p>2 series, 53 bytes in ",
         ):
             self.assertIn(part, answer)
         self.assertEqual(len(server.requests), 3)
         server.close()
         get(port)
         shown = get(port, "/")[1]
-        self.assertIn("failed for 0s: refused", shown)
+        self.assertIn(f"<p>nobody listens at {server.url}, for 0s</p>", shown)
         # A check without a value is a gap, not a nought.
         self.assertIn('<path d="M232 26.0h2L234 14.0h2L236 2.0h2"/>', shown)
 
@@ -3793,27 +3795,130 @@ class ServeTest(NetworkTest):
         ):  # fmt: skip
             with self.subTest(age, interval=interval, fault=fault):
                 seen = verdict._replace(time=verdict.time - age, fault=fault)
-                answer = health_check.answer_page(seen, {}, interval)
+                answer = answer_page(seen, Site(interval=interval))
                 self.assertEqual(answer.status, status)
                 body = "".join(answer.body)
-                self.assertIn(f'<h1 class="{state}">', body)
+                self.assertIn(f'<header class="{state}"><h1>', body)
                 self.assertEqual("Last verdict, 1m" in body, state == "old")
+
+    def page_of(self, verdict, **known):
+        return "".join(answer_page(verdict, Site(**known)).body)
 
     def test_a_line_is_drawn_of_what_can_be_drawn(self):
         rule = RuleStatus(parse_rules("Q: q > 1")[0])
-        flat, top = "M236 38.0h2L238 38.0h2", "M236 38.0h2L238 2.0h2"
+        top, none = "M236 38.0h2L238 2.0h2", "<h2>Q</h2>"
         for values, limit, line in (
-            ([0, 0], None, f'"{flat}"'), ([0, 9], None, f'"{top}"'),
-            ([-9, 0], None, f'"{top}"'), ([0, 9], 4.5, "M0 20.0h240"),
-            ([math.nan] * 2, 5.0, '<path d=""/>'), ([0, 9], math.inf, f'"{top}"'),
-            ([1e308, -1e308], 1e308, '<path d="'), ([math.inf] * 2, None, "</h2><p>"),
-            ([1], 5.0, "</h2><p>"), ([], None, "</h2><p>"),
-        ):
+            ([0, 9], 4.5, "M0 20.0h240"), ([0, 9], 4.5, f'"{top}"'),
+            ([-9, 0], 0.0, f'"{top}"'), ([0, 9], math.inf, f'"{top}"'),
+            ([0, 9], math.nan, f'"{top}"'), ([0, 0], 0.0, "M236 38.0h2L238 38.0h2"),
+            ([0, math.nan, 9], 1.0, '"M234 38.0h2M238 2.0h2"'),
+            ([1e308, -1e308], 1e308, '<path d="'), ([math.nan] * 2, 5.0, none),
+            ([math.inf] * 2, 1.0, none), ([1], 5.0, none), ([], 5.0, none),
+            ([1, 12345.678], 0.5, "highest 12346, limit 0.5, last 1m30s</"),
+            ([1, 3.14159], math.inf, "highest 3.142, limit +Inf, last"),
+        ):  # fmt: skip
             with self.subTest((values, limit)):
                 verdict = Verdict(1, "", NOW, WALL, (rule._replace(limit=limit),))
-                body = "".join(health_check.answer_page(verdict, {"Q": values}).body)
+                trends = {"Q": Trend(values, ["inactive"] * len(values))}
+                moments = [NOW - 90, NOW - 30, NOW]
+                body = self.page_of(verdict, trends=trends, moments=moments)
                 self.assertIn(line, body)
+                self.assertEqual("<svg" in body, line != none)
                 self.assertNotRegex(body, r"\b(nan|inf)\b")
+
+    def test_a_rule_without_a_value_has_a_strip_of_its_states(self):
+        verdict = Verdict(1, "", NOW, WALL, (RuleStatus(parse_rules("Q: q")[0]),))
+        for states, parts in (
+            (["inactive"] * 3, ['class="pass" d="M234 0h6v', "did not fire, last 5s"]),
+            (
+                ["unknown", "pending", "firing", "error"],
+                ['"unknown" d="M232 0h2v40h-2z"', '"warn" d="M234 0h2v40h-2z"',
+                 '"fail" d="M236 0h2v', '"fail" d="M238 0h2v',
+                 "fired in 2 of 4 checks, last 5s"],
+            ),
+        ):  # fmt: skip
+            trends, moments = {"Q": Trend([], states)}, [NOW - 5, NOW]
+            body = self.page_of(verdict, trends=trends, moments=moments)
+            for part in parts:
+                self.assertIn(part, body)
+
+    def test_the_page_says_what_fails_first_and_in_words(self):
+        rules = parse_rules(
+            "Q: q > 10 for 1m; Down: scrape_error; S: s; E: e; P: p > 1 for 1m; F: f"
+        )
+        q, down, s, e, p, f = (RuleStatus(rule, matched=1) for rule in rules)
+        slow = TargetStatus("a:1", "timeout", "no answer within 800ms", since=NOW - 42)
+        good = TargetStatus("a:1", seconds=0.0042, size=7, series=2)
+        alert = Alert((("__name__", "q"),), 24.0, "firing", NOW - 50, NOW - 42)
+        pending = alert._replace(state="pending", fired=None)
+        q = q._replace(value=24.0, limit=10.0)
+        for status, target, state, words in (
+            (q._replace(alerts=(alert,)), good, "fail", "24, limit 10, for 42s"),
+            (q._replace(alerts=(alert,) * 3), good, "fail", "<code>q 24 and 2 more<"),
+            (f._replace(alerts=(alert,)), good, "fail", "fires, for 42s"),
+            (p._replace(alerts=(pending,)), good, "warn",
+             "would fire, for 50s: fires after 1m"),
+            (q, good, "pass", "24, limit 10"), (s, good, "pass", "ok"),
+            (s._replace(matched=0), good, "unknown", "no series of it is there"),
+            (s._replace(matched=0), slow, "unknown", "not known while a scrape fails"),
+            (down._replace(matched=0), good, "pass", "answers in 4.2 ms"),
+            (down._replace(value=1.0, limit=0.0), good, "pass", "answers in 4.2 ms"),
+            (e._replace(error="<many>"), good, "fail", "cannot be evaluated: &lt;many"),
+        ):  # fmt: skip
+            with self.subTest(words):
+                verdict = Verdict(1, "", NOW, WALL, (status,), (target,))
+                body = self.page_of(verdict)
+                self.assertIn(f'<section class="{state}"><h2>{status.rule.name}<', body)
+                self.assertIn(words, body)
+        urls = {"a:1": "http://a:1/metrics"}
+        for target, words in (
+            (slow, "no answer from http://a:1/metrics within 800ms, for 42s"),
+            (good, "2 series, 7 bytes in 4.2 ms"),
+            (slow._replace(reason="refused"), "nobody listens at http://a:1/metrics, "),
+            (slow._replace(reason="http_status", message="HTTP 404 Not Found"),
+             "http://a:1/metrics answers: HTTP 404 Not Found, for 42s"),
+            (slow._replace(reason="tls", message="odd"), "http://a:1/metrics: odd, f"),
+            (good._replace(seconds=1.25), "2 series, 7 bytes in 1.2 s"),
+        ):  # fmt: skip
+            with self.subTest(words):
+                firing = f._replace(alerts=(alert,))
+                verdict = Verdict(1, "", NOW, WALL, (s, q, firing), (target,))
+                body = self.page_of(verdict, urls=urls)
+                self.assertIn(f"<p>{words}", body)
+                order = re.findall("<h2>(.*?)</h2>", body)
+                scrape = ["scrape of a:1"]
+                first = scrape if target.reason else []
+                last = [] if target.reason else scrape
+                self.assertEqual(order, [*first, "F", "S", "Q", *last])
+
+    def test_the_page_names_its_pod_and_its_server_and_can_stand_still(self):
+        verdict = Verdict(1, "", time.monotonic(), WALL)
+        urls = {"a:1": "http://a:1/metrics", "b:2": "http://b:2/metrics"}
+        site = Site("<pod>", urls)
+        body = "".join(answer_page(verdict, site).body)
+        for part in (
+            "<title>Healthy: &lt;pod&gt; a:1 b:2</title>",
+            "<p>&lt;pod&gt;, http://a:1/metrics, http://b:2/metrics<br>checked ",
+            'href="health?verbose"', 'href="metrics"', 'http-equiv="refresh"',
+        ):  # fmt: skip
+            self.assertIn(part, body)
+        still = "".join(answer_page(verdict, site, "still").body)
+        self.assertNotIn('http-equiv="refresh"', still)
+
+    def test_a_long_rule_is_folded_between_its_words(self):
+        for text, folded in (
+            ("q > 1", False), (" + ".join(["queue_of_requests"] * 5) + " > 1", True),
+            ("q" * 200 + " > 1", True),
+        ):  # fmt: skip
+            with self.subTest(text):
+                (rule,) = parse_rules(f"Q: {text}")
+                body = self.page_of(Verdict(1, "", NOW, WALL, (RuleStatus(rule),)))
+                self.assertIn(f"<code>{text.replace('>', '&gt;')}</code>", body)
+                first = re.search("<details><summary><code>(.*) \\.\\.\\.<", body)
+                self.assertEqual(bool(first), folded)
+                if first:
+                    self.assertLess(len(first[1]), 71)
+                    self.assertTrue(text.startswith(first[1]))
 
     def test_a_rule_of_its_own_fails_open(self):
         server = self.metrics(page("q 11\nr 1\n"))
@@ -4684,7 +4789,7 @@ class MainTest(NetworkTest):
                 self.assertEqual(health_check.read_last_words(path), told)
                 self.assertEqual(words in self.log, bool(status))
                 self.log.clear()
-        shown = answer_page(Verdict(1, "", NOW, WALL), {}, 0.0, "<x 2 for 5m>")
+        shown = answer_page(Verdict(1, "", NOW, WALL), Site(last_words="<x 2 for 5m>"))
         page_ = "".join(shown.body)
         self.assertIn("the run before ended so", page_)
         self.assertIn("&lt;x 2 for 5m&gt;", page_)
