@@ -43,6 +43,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(_EXIT))
 
 import base64
+import calendar
 import collections
 import difflib
 import errno
@@ -87,7 +88,6 @@ from typing import (
     Mapping,
     Match,
     NamedTuple,
-    Optional,
     Sequence,
     Tuple,
     TypeVar,
@@ -174,8 +174,8 @@ class Series:
         before = [self.values[fall - 1] for fall in self.falls[slice(*falls)]]
         return Points(times, values, before)
 
-    def value_at(self, moment: float) -> float | None:
-        """Return the value that an instant selector finds at a moment, None if none.
+    def sample_at(self, moment: float) -> tuple[float, float] | None:
+        """Return the time and the value that an instant selector sees at a moment.
 
         A check that did not find the series ends it, as Prometheus' stale marker does.
         """
@@ -183,7 +183,8 @@ class Series:
         index = check - self.first
         if not 0 <= index < len(self.values) or index in self.gaps:
             return None
-        return self.values[index] if self.checks[check] > moment - LOOKBACK else None
+        time = self.checks[check]
+        return (time, self.values[index]) if time > moment - LOOKBACK else None
 
     def add(self, value: float) -> None:
         """Remember the value that the newest check has found, in place of any other."""
@@ -235,16 +236,26 @@ Vector = Dict[Labels, float]
 
 
 class Lookback(NamedTuple):
-    """How far back a metric is looked at: by its longest and its shortest range."""
+    """How far back a metric is looked at, and by its shortest range.
+
+    At each multiple of ``step`` since 1970, if there is one, it is looked at alone.
+    """
 
     seconds: float = 0.0
     shortest: float = 0.0
+    step: float = 0.0
 
 
 class Number(NamedTuple):
     """A scalar literal."""
 
     value: float
+
+
+class Text(NamedTuple):
+    """A string literal: the name of a label, or what becomes of it."""
+
+    value: str
 
 
 class Matcher(NamedTuple):
@@ -256,17 +267,40 @@ class Matcher(NamedTuple):
 
 
 class Selector(NamedTuple):
-    """The series of one metric; over the last ``window`` seconds if that is not 0."""
+    """The series of one metric; over the last ``window`` seconds if that is not 0.
+
+    It looks at a moment ``offset`` seconds ago, or before the Unix time ``at``.
+    """
 
     name: str
     matchers: tuple[Matcher, ...] = ()
     window: float = 0.0
+    offset: float = 0.0
+    at: float | None = None
+
+
+class Subquery(NamedTuple):
+    """What an expression gave at each multiple of ``step`` in a range."""
+
+    expr: Expr
+    window: float
+    step: float
+    offset: float = 0.0
+    at: float | None = None
 
 
 class Grouping(NamedTuple):
     """``by`` or ``on`` these labels, or ``without`` or ``ignoring`` them."""
 
     keep: bool
+    labels: tuple[str, ...]
+
+
+class Group(NamedTuple):
+    """``group_left`` or ``group_right``: the side that may have many series for one of
+    the other side, from which their results get these labels."""
+
+    side: str
     labels: tuple[str, ...]
 
 
@@ -277,9 +311,10 @@ class Operation(NamedTuple):
     operands: tuple[Expr, ...]
     grouping: Grouping | None = None
     returns_bool: bool = False
+    group: Group | None = None
 
 
-Expr = Union[Number, Selector, Operation]
+Expr = Union[Number, Text, Selector, Subquery, Operation]
 
 
 class Rule(NamedTuple):
@@ -618,16 +653,33 @@ def format_name(name: str, colon: str = "") -> str:
 # Python's re can take time exponential in the length of a label value, which comes from
 # outside.  Here a pattern becomes instructions that all states walk at once (Thompson's
 # construction), so a match takes at most the two lengths multiplied.  An instruction
-# tests a character, or is an anchor, or jumps.
+# tests a character, or is an anchor, or marks a group, or jumps.
 
-Instruction = Tuple[Optional[Callable[[str], object]], str, Tuple[int, ...]]
+
+class Instruction(NamedTuple):
+    """A step of a program: goes on behind a character, or jumps, the likeliest first.
+
+    ``mark`` is where a group begins in the pattern, doubled, and 1 more at its end.
+    """
+
+    test: Callable[[str], object] | None = None
+    anchor: str = ""
+    jumps: tuple[int, ...] = ()
+    mark: int = 0
+
+
 Program = Sequence[Instruction]
 
-END: Instruction = (None, "end", ())
+END = Instruction(anchor="end")
 MAX_PATTERN = 4000
 MAX_INSTRUCTIONS = 1000
 MAX_REPEAT = 1000
 MAX_DEPTH = 50
+_FLAGS = {"i": re.IGNORECASE, "s": re.DOTALL}
+_GROUP = re.compile(
+    r"\((?:\?(?:P?<([A-Za-z_]\w*)>|([A-Za-z]*)(?:-([A-Za-z]+))?([:)]))|(?!\?))"
+)
+_REFERENCE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})", re.ASCII)
 _ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
 _INTEGER = r"(0|[1-9][0-9]*)"
 _REPEAT = re.compile(rf"(?:([*+?])|\{{{_INTEGER}(?:(,){_INTEGER}?)?\}})\??")
@@ -643,14 +695,69 @@ _UNCOMMON = re.compile(
 def compile_regex(pattern: str) -> Program:
     r"""Return the program of an RE2 pattern; ValueError says what it may not contain.
 
-    Left out are flags, named groups, ``\b``, ``\p`` and POSIX classes.
+    Left out are the flags ``m`` and ``U``, ``\b``, ``\p`` and POSIX classes.
     """
     if len(pattern) > MAX_PATTERN:
         raise ValueError("this regular expression is too large")
-    at, program = _alternatives(pattern, 0, 0)
+    at, program = _alternatives(pattern, 0, 0, re.DOTALL)
     if at < len(pattern):
         raise ValueError("unexpected ) in this regular expression")
     return (*program, END)
+
+
+def regex_groups(pattern: str, text: str) -> dict[str, str] | None:
+    """Return what the groups of a pattern match by number and by name, None if not all
+    of the text matches.
+
+    >>> regex_groups("(?P<host>.*):(.*)", "a:b:80")
+    {'0': 'a:b:80', '1': 'a:b', 'host': 'a:b', '2': '80'}
+    """
+    program = compile_regex(pattern)
+    # What could match, best first: the next instruction, and where each mark was met.
+    threads: dict[int, dict[int, int]] = {}
+    _follow(program, threads, (0, {}), 0, "^" if text else "^$")
+    for place, character in enumerate(text, 1):
+        before, threads = threads, {}
+        anchors = "$" if place == len(text) else ""
+        for state, marks in before.items():
+            test = program[state].test
+            if test and test(character):
+                _follow(program, threads, (state + 1, marks), place, anchors)
+    if len(program) - 1 not in threads:
+        return None
+    marks, groups = threads[len(program) - 1], {"0": text}
+    begins = sorted({step.mark for step in program if step.mark and not step.mark % 2})
+    for number, begin in enumerate(begins, 1):
+        name = cast(re.Match[str], _GROUP.match(pattern, begin // 2 - 1))[1]
+        found = text[marks[begin] : marks[begin + 1]] if begin + 1 in marks else ""
+        groups[str(number)] = groups[name or str(number)] = found
+    return groups
+
+
+def expand_groups(template: str, groups: Mapping[str, str]) -> str:
+    """Return a text with what stands for a group replaced, as Go's Regexp.Expand does.
+
+    >>> expand_groups("$1.${2}x$$", {"1": "a", "2": "b"})
+    'a.bx$'
+    """
+    return _REFERENCE.sub(
+        lambda match: groups.get(match[1] or match[2], "") if match[0] != "$$" else "$",
+        template,
+    )
+
+
+def _follow(
+    program: Program, threads: dict[int, dict[int, int]],
+    start: tuple[int, dict[int, int]], place: int, anchors: str,
+) -> None:  # fmt: skip
+    todo = [start]
+    while todo:
+        state, marks = todo.pop()
+        if state not in threads:
+            threads[state], step = marks, program[state]
+            marks = {**marks, step.mark: place} if step.mark else marks
+            if step.anchor in anchors:
+                todo.extend((state + jump, marks) for jump in reversed(step.jumps))
 
 
 def regex_matches(pattern: str, text: str) -> bool:
@@ -671,7 +778,7 @@ def regex_matches(pattern: str, text: str) -> bool:
 @lru_cache(maxsize=1024)
 def _step(pattern: str, states: frozenset[int], character: str) -> frozenset[int]:
     program = compile_regex(pattern)
-    tests = ((state, program[state][0]) for state in states)
+    tests = ((state, program[state].test) for state in states)
     return _closure(program, [at + 1 for at, test in tests if test and test(character)])
 
 
@@ -683,24 +790,29 @@ def _closure(
         state = todo.pop()
         if state not in states:
             states.add(state)
-            _, anchor, jumps = program[state]
-            if anchor in anchors:
-                todo.extend(state + jump for jump in jumps)
+            step = program[state]
+            if step.anchor in anchors:
+                todo.extend(state + jump for jump in step.jumps)
     return frozenset(states)
 
 
 def _jump(*offsets: int) -> Instruction:
-    return None, "", offsets
+    return Instruction(jumps=offsets)
 
 
-def _alternatives(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
+def _alternatives(
+    pattern: str, at: int, depth: int, flags: int
+) -> tuple[int, list[Instruction]]:
     branches: list[list[Instruction]] = [[]]
     while pattern[at : at + 1] not in ("", ")"):
+        group = _GROUP.match(pattern, at)
         if pattern[at] == "|":
             branches.append([])
             at += 1
+        elif group and group[4] == ")":
+            at, flags = group.end(), _flags(group, flags)
         else:
-            at, piece = _repeated(pattern, at, depth)
+            at, piece = _repeated(pattern, at, depth, flags)
             branches[-1] += piece
         if sum(map(len, branches)) + len(branches) > MAX_INSTRUCTIONS:
             raise ValueError("this regular expression is too large")
@@ -711,8 +823,19 @@ def _alternatives(pattern: str, at: int, depth: int) -> tuple[int, list[Instruct
     return at, program
 
 
-def _repeated(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
-    at, atom = _atom(pattern, at, depth)
+def _flags(group: re.Match[str], flags: int) -> int:
+    given, taken = group.groups("")[1:3]
+    for flag in given + taken:
+        if flag not in _FLAGS:
+            raise ValueError(f"the flag {flag} is not supported here")
+        flags = flags | _FLAGS[flag] if flag in given else flags & ~_FLAGS[flag]
+    return flags
+
+
+def _repeated(
+    pattern: str, at: int, depth: int, flags: int
+) -> tuple[int, list[Instruction]]:
+    at, atom = _atom(pattern, at, depth, flags)
     repeat = _REPEAT.match(pattern, at)
     if not repeat:
         return at, atom
@@ -722,73 +845,899 @@ def _repeated(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]
     most = least if unlimited else int(high or low or 1)
     if most > MAX_REPEAT or most * len(atom) > MAX_INSTRUCTIONS or most < least:
         raise ValueError("bad repeat count in this regular expression")
-    star = [_jump(1, len(atom) + 2), *atom, _jump(-len(atom) - 1)] * unlimited
-    optional = [_jump(1, len(atom) + 1), *atom] * (most - least)
+    # A question mark behind it makes it prefer to leave.
+    order = -1 if repeat[0][1:].endswith("?") else 1
+    star = [_jump(*(1, len(atom) + 2)[::order]), *atom, _jump(-len(atom) - 1)]
+    optional = [_jump(*(1, len(atom) + 1)[::order]), *atom] * (most - least)
+    star *= unlimited
     return repeat.end(), atom * least + optional + star
 
 
-def _atom(pattern: str, at: int, depth: int) -> tuple[int, list[Instruction]]:
-    if pattern[at] == "(" and depth < MAX_DEPTH:
-        start = at + (3 if pattern.startswith("(?:", at) else 1)
-        at, program = _alternatives(pattern, start, depth + 1)
+def _atom(
+    pattern: str, at: int, depth: int, flags: int
+) -> tuple[int, list[Instruction]]:
+    group = _GROUP.match(pattern, at)
+    if group and depth < MAX_DEPTH:
+        mark = 0 if group[4] else 2 * at + 2
+        inner = _flags(group, flags) if group[4] else flags
+        at, program = _alternatives(pattern, group.end(), depth + 1, inner)
         if pattern[at : at + 1] != ")":
             raise ValueError("missing ) in this regular expression")
+        if mark:
+            begin, end = (Instruction(None, "", (1,), mark + i) for i in (0, 1))
+            program = [begin, *program, end]
         return at + 1, program
     match = _ATOM.match(pattern, at)
     if not match or _REPEAT.match(pattern, at) or _UNCOMMON.match(match[0]):
         raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
     if match[0] in ("^", "$"):
-        return match.end(), [(None, match[0], (1,))]
+        return match.end(), [Instruction(None, match[0], (1,))]
     # Python's blanks have a vertical tab that RE2's have not.
     blanks = r"\t\n\f\r " if match[0][0] == "[" else r"[\t\n\f\r ]"
     meanings = {r"\s": blanks, r"\S": r"[^\t\n\f\r ]"}
     text = _PAIR_ESCAPED.sub(lambda pair: meanings.get(pair[0], pair[0]), match[0])
+    # Without ASCII, which the classes need, letters of any script have two cases.
+    flags |= 0 if flags & re.IGNORECASE and "\\" not in text else re.ASCII
     try:
-        return match.end(), [(re.compile(text, re.ASCII | re.DOTALL).match, "", ())]
+        return match.end(), [Instruction(re.compile(text, flags).match)]
     except re.error as error:
         raise ValueError(f"bad {text!r} in this regular expression: {error}") from None
 
 
-# --- 3. PromQL: text -> Expr ---------------------------------------------------------
-# The language is that of Prometheus 3 (promql/parser/lex.go, generated_parser.y), less
-# what REFUSED and SIGNATURES leave out.
+# --- 3. Evaluate: Expr x History -> Vector -------------------------------------------
+# What an operator or a function gives is what engine.go, functions.go and quantile.go
+# of Prometheus 3 (promql/) give.  FUNCTIONS, at the end of the section, is the one
+# table of all functions: the parser takes the types of their operands from it.
 
 SCALAR, VECTOR, RANGE = "scalar", "instant vector", "range vector"
-_LEVELS = ("or", "and unless", "== != <= < >= >", "+ -", "* / %", "^")
+STRING = "string"
+SET_OPERATORS = ("and", "or", "unless")
+COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
+METADATA = ("__name__", "__type__", "__unit__")
+MAX_POINTS_OF_SUBQUERY = 1_000_000
+
+
+class EvaluationError(ValueError):
+    """An expression has no answer on the series that are there."""
+
+
+class Evaluation(NamedTuple):
+    """The moment an expression is about, in monotonic and in Unix seconds.
+
+    ``selected`` and ``computed`` keep what selectors and range functions gave, for all
+    rules; what is computed is of this one moment.
+    """
+
+    now: float
+    wall: float
+    history: SeriesByName
+    selected: dict[object, Any]
+    computed: dict[object, Any]
+
+
+class Range(NamedTuple):
+    """A range vector: of each series the samples after ``start``, up to ``end``."""
+
+    series: Mapping[Labels, Series]
+    start: float
+    end: float
+
+    def windows(self) -> Iterator[tuple[Labels, Points]]:
+        """Yield the series that have samples in the range, and these."""
+        for labels, series in self.series.items():
+            points = series.window(self.start, self.end)
+            if points.times:
+                yield labels, points
+
+
+Value = Union[float, str, Vector, Range]
+
+
+def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
+    """Return what an expression gives at the moment of an evaluation.
+
+    Raises EvaluationError where Prometheus does: two series with the same labels in a
+    result, several partners for one series, or a parameter that is none.
+    """
+    if isinstance(expr, (Number, Text)):
+        return expr.value
+    if isinstance(expr, Selector):
+        if expr.window:
+            end = moment_of(expr, evaluation)
+            return Range(select(expr, evaluation), end - expr.window, end)
+        return {labels: value for labels, _, value in _seen(expr, evaluation)}
+    if isinstance(expr, Subquery):
+        if expr not in evaluation.computed:
+            evaluation.computed[expr] = _subquery(expr, evaluation)
+        return cast(Range, evaluation.computed[expr])
+    values = [evaluate(operand, evaluation) for operand in expr.operands]
+    if expr.name in FUNCTIONS:
+        return FUNCTIONS[expr.name].apply(expr, evaluation, *values)
+    return operate(expr, *values)
+
+
+def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
+    """Return the series of an expression that is an instant vector."""
+    return cast(Vector, evaluate(expr, evaluation))
+
+
+def moment_of(expr: Selector | Subquery, evaluation: Evaluation) -> float:
+    """Return the monotonic moment that ``offset`` and ``@`` make a selector look at."""
+    at = evaluation.wall if expr.at is None else expr.at
+    return evaluation.now - (evaluation.wall - at) - expr.offset
+
+
+def select(selector: Selector, evaluation: Evaluation) -> Mapping[Labels, Series]:
+    """Return the remembered series, fresh or not, that a selector matches."""
+    key, known = (selector.name, selector.matchers), evaluation.selected
+    if key not in known:
+        found = evaluation.history.get(selector.name, {})
+        for place, matcher in enumerate(selector.matchers):
+            fits = _matched(selector.name, matcher, evaluation)
+            found = {k: fits[k] for k in found if k in fits} if place else fits
+        known[key] = found
+    return cast(Mapping[Labels, Series], known[key])
+
+
+def _matched(
+    name: str, matcher: Matcher, evaluation: Evaluation
+) -> dict[Labels, Series]:
+    """Return the series of a metric that one matcher lets through.
+
+    A value of a label is looked at once, however many series and selectors have it,
+    and a regular expression is not asked again about one that it has seen.
+    """
+    label, known = matcher.label, evaluation.selected
+    if (name, label) not in known:
+        values: dict[str, dict[Labels, Series]] = {}
+        for labels, series in evaluation.history.get(name, {}).items():
+            values.setdefault(dict(labels).get(label, ""), {})[labels] = series
+        known[name, label] = values
+    values, fits = known[name, label], _seen_values(name, matcher)
+    if len(fits) > 2 * len(values):
+        fits.clear()
+    matched: dict[Labels, Series] = {}
+    for value, found in values.items():
+        if value not in fits:
+            fits[value] = matches(matcher, value)
+        if fits[value]:
+            matched.update(found)
+    return matched
+
+
+@lru_cache(maxsize=256)
+def _seen_values(name: str, matcher: Matcher) -> dict[str, bool]:
+    """Return which label values a matcher of a metric has seen, and which fit."""
+    return {}
+
+
+def matches(matcher: Matcher, value: str) -> bool:
+    """Tell whether a matcher lets a value of its label through."""
+    if "~" in matcher.op:
+        fits = regex_matches(matcher.value, value)
+    else:
+        # Rules that are older than Prometheus 3 have le="1" for le="1.0".
+        bound = matcher.label in ("le", "quantile")
+        numbers = bound and float_or_nan(value) == float_or_nan(matcher.value)
+        fits = numbers or value == matcher.value
+    return fits == (matcher.op[0] == "=")
+
+
+def count_matched(selector: Selector, evaluation: Evaluation) -> int:
+    """Return how many series a selector finds."""
+    if not selector.window:
+        return sum(1 for _ in _seen(selector, evaluation))
+    start = moment_of(selector, evaluation) - selector.window
+    return sum(s.time > start for s in select(selector, evaluation).values())
+
+
+def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
+    """Return each metric that expressions read, and how far back they look."""
+    found: dict[str, Lookback] = {}
+    depths = itertools.chain.from_iterable(map(_depths, expressions))
+    for selector, seconds, step in depths:
+        known, age = found.get(selector.name, Lookback()), seconds + selector.offset
+        window = selector.window or (LOOKBACK if age > 0 else 0.0)
+        shortest = min(window or known.shortest, known.shortest or window)
+        # All steps are multiples of one.
+        steps = math.gcd(round(step * 1000), round(known.step * 1000)) / 1000
+        longest = max(known.seconds, age + window)
+        found[selector.name] = Lookback(longest, shortest, steps)
+    return found
+
+
+def _depths(
+    expr: Expr, before: float = 0.0, step: float = 0.0
+) -> Iterator[tuple[Selector, float, float]]:
+    """Yield each selector, how long before now it is asked, and at which steps."""
+    if isinstance(expr, Selector):
+        yield expr, before, step
+    elif isinstance(expr, Subquery):
+        yield from _depths(expr.expr, before + expr.offset + expr.window, expr.step)
+    elif isinstance(expr, Operation):
+        for operand in expr.operands:
+            yield from _depths(operand, before, step)
+
+
+def _seen(
+    selector: Selector, evaluation: Evaluation
+) -> Iterator[tuple[Labels, float, float]]:
+    """Yield the series that an instant selector sees, with the time and the value."""
+    moment = moment_of(selector, evaluation)
+    for labels, series in select(selector, evaluation).items():
+        if series.time == moment:
+            yield labels, moment, series.value
+        else:
+            sample = series.sample_at(moment)
+            if sample:
+                yield labels, *sample
+
+
+def _subquery(expr: Subquery, evaluation: Evaluation) -> Range:
+    """Evaluate an expression at each multiple of a step, as if it were asked then."""
+    end, shift = moment_of(expr, evaluation), evaluation.wall - evaluation.now
+    # Steps are multiples since 1970, and Prometheus counts in milliseconds.
+    step, last = round(expr.step * 1000), round((end + shift) * 1000)
+    first = last - round(expr.window * 1000)
+    series: dict[Labels, Series] = {}
+    checks, count = array("d"), 0
+    for number in range(first // step + 1, last // step + 1):
+        wall = number * step / 1000
+        then = evaluation._replace(now=min(wall - shift, end), wall=wall, computed={})
+        vector = evaluate_vector(expr.expr, then)
+        checks.append(then.now)
+        count += len(vector)
+        if count > MAX_POINTS_OF_SUBQUERY:
+            most = f"more than {MAX_POINTS_OF_SUBQUERY} points"
+            raise EvaluationError(f"a subquery gives {most}: its step is too short")
+        for labels, value in vector.items():
+            if labels not in series:
+                series[labels] = Series(checks)
+            series[labels].add(value)
+    return Range(series, end - expr.window, end)
+
+
+def operate(expr: Operation, left: Value, right: Value) -> Value:
+    """Return what an operator gives; series that a comparison filters keep their name.
+
+    Raises EvaluationError.
+    """
+    if expr.name in SET_OPERATORS:
+        return _combine(expr, cast(Vector, left), cast(Vector, right))
+    apply, filters = OPERATORS[expr.name], is_filter(expr)
+    if isinstance(right, float):
+        if isinstance(left, float):
+            return float(apply(left, right))
+        vector = cast(Vector, left)
+        if filters:
+            return {k: value for k, value in vector.items() if apply(value, right)}
+        return _nameless((k, float(apply(v, right))) for k, v in vector.items())
+    other = cast(Vector, right)
+    if isinstance(left, float):
+        if filters:
+            return {k: value for k, value in other.items() if apply(left, value)}
+        return _nameless((k, float(apply(left, v))) for k, v in other.items())
+    pairs = _pairs(expr, cast(Vector, left), other)
+    if filters:
+        return {p.labels: p.left for p in pairs if apply(p.left, p.right)}
+    return _distinct((p.labels, float(apply(p.left, p.right))) for p in pairs)
+
+
+def is_filter(expr: Operation) -> bool:
+    """Tell whether an operator only keeps series or drops them."""
+    return expr.name in COMPARISONS and not expr.returns_bool
+
+
+class Pair(NamedTuple):
+    """Two operands that belong together, and the labels that their result gets."""
+
+    labels: Labels
+    left: float
+    right: float
+
+
+def _pairs(expr: Operation, left: Vector, right: Vector) -> Iterator[Pair]:
+    """Yield what belongs together of two vectors.
+
+    One side has one series at most for each set of matched labels, and so has the
+    other, unless ``group_left`` or ``group_right`` says that it may have many.  Whether
+    it has is an error before any filter drops one, since Prometheus 3.9.
+    """
+    swapped = bool(expr.group and expr.group.side == "right")
+    many, one = (right, left) if swapped else (left, right)
+    partners: dict[Labels, tuple[Labels, float]] = {}
+    for labels, value in one.items() if many else ():
+        key = _signature(labels, expr.grouping)
+        if key in partners:
+            raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
+        partners[key] = labels, value
+    keys, dropped = set(), () if is_filter(expr) else METADATA
+    for labels, value in many.items():
+        key, result = _signature(labels, expr.grouping), labels
+        if key not in partners:
+            continue
+        partner, other = partners[key]
+        if dropped:
+            result = _filtered(labels, False, dropped)
+        if expr.group:
+            result = key = _included(result, partner, expr.group.labels)
+        elif expr.grouping:
+            result = _filtered(result, *expr.grouping)
+        if key in keys:
+            kind = "many-to-many" if expr.group else "many-to-one"
+            raise EvaluationError(f"{kind} matching, on {format_series(key)}")
+        keys.add(key)
+        yield Pair(result, *((other, value) if swapped else (value, other)))
+
+
+def _included(labels: Labels, partner: Labels, names: Sequence[str]) -> Labels:
+    """Return labels with those of a partner that ``group_left`` names."""
+    others = dict(partner)
+    wanted = [(name, others[name]) for name in names if name in others]
+    return tuple(sorted({*_filtered(labels, False, names), *wanted}))
+
+
+def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
+    """Return what ``and``, ``or`` or ``unless`` keeps of two vectors."""
+    wanted, other = (right, left) if expr.name == "or" else (left, right)
+    there = {_signature(labels, expr.grouping) for labels in other}
+    kept = {
+        labels: value
+        for labels, value in wanted.items()
+        if (_signature(labels, expr.grouping) in there) == (expr.name == "and")
+    }
+    return {**left, **kept} if expr.name == "or" else kept
+
+
+def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
+    # Whatever computes a value drops what says of which kind it was.
+    return _distinct((_filtered(labels, False, METADATA), v) for labels, v in items)
+
+
+def _distinct(items: Iterable[tuple[Labels, float]]) -> Vector:
+    vector: Vector = {}
+    for labels, value in items:
+        if labels in vector:
+            problem = "vector cannot contain metrics with the same labelset"
+            raise EvaluationError(f"{problem}: {format_series(labels)}")
+        vector[labels] = value
+    return vector
+
+
+def unnamed(labels: Labels) -> Labels:
+    """Return the labels of a series without its metric's name."""
+    return _filtered(labels, False, ("__name__",))
+
+
+def _grouped(vector: Vector, grouping: Grouping | None) -> dict[Labels, Vector]:
+    groups: dict[Labels, Vector] = {}
+    for labels, value in vector.items():
+        groups.setdefault(_signature(labels, grouping), {})[labels] = value
+    return groups
+
+
+def _filtered(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
+    return tuple(pair for pair in labels if (pair[0] in names) == keep)
+
+
+def _signature(labels: Labels, grouping: Grouping | None) -> Labels:
+    """Return the labels that a series is matched or grouped by."""
+    keep, names = grouping or (False, ())
+    return _filtered(labels, keep, names if keep else (*names, "__name__"))
+
+
+# Functions of numbers.
+
+
+def _divide(left: float, right: float) -> float:
+    if right:
+        return left / right
+    if left == 0 or math.isnan(left):
+        return math.nan
+    return math.copysign(math.inf, left) * math.copysign(1.0, right)
+
+
+def _modulo(left: float, right: float) -> float:
+    return math.nan if math.isinf(left) or right == 0 else math.fmod(left, right)
+
+
+def _power(left: float, right: float) -> float:
+    odd = math.isfinite(right) and abs(math.fmod(right, 2)) == 1
+    try:
+        return math.pow(left, right)
+    except OverflowError:
+        return -math.inf if left < 0 and odd else math.inf
+    except ValueError:
+        # Python refuses what C and Go answer: 0 ^ -1 and (-8) ^ 0.5.
+        return math.copysign(math.inf, left if odd else 1) if left == 0 else math.nan
+
+
+def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
+    # What rounds to 0 keeps its sign.
+    return lambda value: (
+        math.copysign(function(value), value) if math.isfinite(value) else value
+    )
+
+
+def _total(
+    function: Callable[[float], float], at_zero: float = math.nan
+) -> Callable[[float], float]:
+    """Return a function of ``math`` that answers as in C and Go where Python raises:
+    an infinity for what is too large, and NaN for what there is not."""
+
+    def total(value: float) -> float:
+        try:
+            return function(value)
+        except OverflowError:
+            return math.copysign(math.inf, value)
+        except ValueError:
+            return math.nan if value else at_zero
+
+    return total
+
+
+def _inverse_tanh(value: float) -> float:
+    pole = math.copysign(math.inf, value)
+    return pole if abs(value) == 1 else _total(math.atanh)(value)
+
+
+def _round(value: float, nearest: float = 1.0) -> float:
+    inverse = _divide(1.0, nearest)
+    return _divide(_whole(math.floor)(value * inverse + 0.5), inverse)
+
+
+def _greater(left: float, right: float) -> float:
+    # Go's math.Max: an infinity goes before NaN, and NaN before a number.
+    if math.inf in (left, right):
+        return math.inf
+    return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
+
+
+def _less(left: float, right: float) -> float:
+    return -_greater(-left, -right)
+
+
+# Reducers: numbers to one.
+
+
+def _sum(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        # It overflows on the way, or there are infinities of both signs.
+        return float(sum(values))
+
+
+def _average(values: Sequence[float]) -> float:
+    # Where the sum overflows, the mean need not.
+    mean = _sum(values) / len(values)
+    return _sum([v / len(values) for v in values]) if math.isinf(mean) else mean
+
+
+def _extreme(choose: Callable[..., float], values: Sequence[float]) -> float:
+    return choose((v for v in values if not math.isnan(v)), default=math.nan)
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = _average(values)
+    return _average([(value - mean) * (value - mean) for value in values])
+
+
+def _quantile(values: Sequence[float], quantile: float) -> float:
+    if not 0 <= quantile <= 1:
+        return math.inf * quantile
+    # NaN is less than any number.
+    ordered = sorted(values, key=lambda value: (not math.isnan(value), value))
+    rank = quantile * (len(ordered) - 1)
+    low, weight = int(rank), math.fmod(rank, 1)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] * (1 - weight) + ordered[high] * weight
+
+
+def _changes(values: Sequence[float]) -> float:
+    # NaN differs from itself, but two of them in a row are no change.
+    nans = list(map(math.isnan, values))
+    alike = sum(map(operator.and_, nans, nans[1:]))
+    return float(sum(map(operator.ne, values, values[1:])) - alike)
+
+
+# Functions of the samples in a range.
+
+
+def _increase(
+    points: Points, start: float, end: float, *, counter: bool = True
+) -> float:
+    times, values = points.times, points.values
+    result = values[-1] - values[0]
+    if counter:
+        # One by one, as Prometheus rounds; sum() would not since Python 3.12.
+        result = reduce(operator.add, points.falls, result)
+    covered = times[-1] - times[0]
+    interval = covered / (len(times) - 1)
+    # A series that begins or ends inside the window is extended by half an interval.
+    lead, tail = (
+        gap if gap < interval * 1.1 else interval / 2
+        for gap in (times[0] - start, end - times[-1])
+    )
+    if counter and result > 0 and values[0] >= 0:
+        lead = min(lead, covered * (values[0] / result))
+    return result * ((covered + lead + tail) / covered)
+
+
+def _irate(points: Points, *_: float) -> float:
+    times, values = points.times, points.values
+    before = 0.0 if values[-1] < values[-2] else values[-2]
+    return (values[-1] - before) / (times[-1] - times[-2])
+
+
+def _regression(points: Points, origin: float) -> tuple[float, float]:
+    """Return the slope of the line of least squares, and its value at a moment."""
+    values, ages = points.values, [at - origin for at in points.times]
+    if all(value == values[0] for value in values):
+        return (math.nan, math.nan) if math.isinf(values[0]) else (0.0, values[0])
+    age, value = _average(ages), _average(values)
+    ages = [one - age for one in ages]
+    slope = _sum([a * (v - value) for a, v in zip(ages, values)])
+    slope /= _sum([a * a for a in ages])
+    return slope, value - slope * age
+
+
+# How a function is applied.
+
+
+def _each(function: Callable[..., float]) -> Callable[..., Vector]:
+    """Apply to the value of each series."""
+    return lambda expr, evaluation, vector, *others: _nameless(
+        (labels, function(value, *others)) for labels, value in vector.items()
+    )
+
+
+def _of_time(part: Callable[[time.struct_time], float]) -> Callable[..., Vector]:
+    """Apply to the date of each value as a Unix time, or to that of now."""
+
+    def of_date(value: float) -> float:
+        try:
+            return float(part(time.gmtime(int(value))))
+        except (OverflowError, ValueError, OSError):
+            return math.nan
+
+    return lambda expr, evaluation, vector=None: _each(of_date)(
+        expr, evaluation, {(): evaluation.wall} if vector is None else vector
+    )
+
+
+def _over_range(
+    function: Callable[..., float], least: int = 1, named: bool = False
+) -> Callable[..., Vector]:
+    """Apply to the samples of each series that has enough of them in the range.
+
+    What a series gave is remembered: rules that differ in their matchers share it.
+    """
+
+    dropped = () if named else METADATA
+
+    def apply(expr: Operation, evaluation: Evaluation, *values: Any) -> Vector:
+        (ranged,) = (value for value in values if isinstance(value, Range))
+        others = [value for value in values if value is not ranged]
+        bounds = ranged.start, ranged.end
+        known = evaluation.computed.setdefault((expr.name, *bounds, *others), {})
+        for labels, series in ranged.series.items():
+            if series not in known:
+                points = series.window(*bounds)
+                known[series] = len(points.times) >= least and (
+                    _filtered(labels, False, dropped),
+                    function(points, *bounds, *others),
+                )
+        return _distinct(filter(None, map(known.get, ranged.series.values())))
+
+    return apply
+
+
+def _of_values(function: Callable[..., float]) -> Callable[..., float]:
+    return lambda points, start, end, *others: function(points.values, *others)
+
+
+def _aggregate(function: Callable[..., float]) -> Callable[..., Vector]:
+    """Apply to the values of each group, and to the parameter if there is one."""
+    return lambda expr, evaluation, *values: {
+        key: function(list(group.values()), *values[:-1])
+        for key, group in _grouped(values[-1], expr.grouping).items()
+    }
+
+
+def _predict_linear(
+    expr: Operation, evaluation: Evaluation, ranged: Range, seconds: float
+) -> Vector:
+    # Seconds count from now, also where the range ends before.
+    ahead = seconds + evaluation.now - ranged.end
+    return _over_range(_predict, least=2)(expr, evaluation, ranged, ahead)
+
+
+def _predict(points: Points, _: float, end: float, ahead: float) -> float:
+    slope, value = _regression(points, end)
+    return slope * ahead + value
+
+
+def _top(sign: float) -> Callable[..., Vector]:
+    """Keep the series of each group whose value times ``sign`` is greatest."""
+
+    def order(item: tuple[Labels, float]) -> tuple[bool, float]:
+        return math.isnan(item[1]), -sign * item[1]
+
+    def apply(expr: Operation, _: Evaluation, most: float, vector: Vector) -> Vector:
+        if not abs(most) < 2**63:
+            raise EvaluationError(f"{expr.name} of {format_float(most)} series")
+        kept: Vector = {}
+        for group in _grouped(vector, expr.grouping).values():
+            kept.update(sorted(group.items(), key=order)[: max(0, int(most))])
+        return kept
+
+    return apply
+
+
+def _count_values(
+    expr: Operation, _: Evaluation, label: str, vector: Vector
+) -> Vector:
+    keep, names = cast(Grouping, expr.grouping)
+    grouping = Grouping(keep, (*names, label) if keep else names)
+    counts: Vector = {}
+    for labels, value in vector.items():
+        key = _signature(_relabeled(labels, label, format_float(value)), grouping)
+        counts[key] = counts.get(key, 0.0) + 1
+    return counts
+
+
+def _relabeled(labels: Labels, label: str, value: str) -> Labels:
+    if not label:
+        raise EvaluationError("a label needs a name")
+    pairs = {**dict(labels), label: value}.items()
+    return tuple(sorted(pair for pair in pairs if pair[1]))
+
+
+def _label_replace(
+    _: Operation, __: Evaluation, vector: Vector, label: str, *texts: str
+) -> Vector:
+    replacement, source, pattern = texts
+
+    def replaced(labels: Labels) -> Labels:
+        groups = regex_groups(pattern, dict(labels).get(source, ""))
+        if groups is None:
+            return labels
+        return _relabeled(labels, label, expand_groups(replacement, groups))
+
+    return _distinct((replaced(labels), value) for labels, value in vector.items())
+
+
+def _label_join(
+    _: Operation, __: Evaluation, vector: Vector, label: str, joint: str, *names: str
+) -> Vector:
+    texts = {k: joint.join(dict(k).get(name, "") for name in names) for k in vector}
+    return _distinct((_relabeled(k, label, texts[k]), vector[k]) for k in vector)
+
+
+def _clamp(
+    expr: Operation, evaluation: Evaluation, vector: Vector, low: float, high: float
+) -> Vector:
+    bounded = _each(lambda value: _greater(low, _less(high, value)))
+    return {} if low > high else bounded(expr, evaluation, vector)
+
+
+def _timestamp(expr: Operation, evaluation: Evaluation, vector: Vector) -> Vector:
+    operand, now, wall = expr.operands[0], evaluation.now, evaluation.wall
+    if isinstance(operand, Selector):
+        seen = _seen(operand, evaluation)
+        return _nameless((labels, at - now + wall) for labels, at, _ in seen)
+    return _nameless((labels, wall) for labels in vector)
+
+
+def _absent(expr: Operation, _: Evaluation, found: Vector | Range) -> Vector:
+    if any(found.windows()) if isinstance(found, Range) else found:
+        return {}
+    selector, labels = expr.operands[0], {}
+    matchers = selector.matchers if isinstance(selector, Selector) else ()
+    for label, op, value in matchers:
+        # What is said of a label after its first "=" takes that back for good.
+        if op == "=" or label in labels:
+            labels[label] = "" if label in labels else value
+    return {tuple(sorted(pair for pair in labels.items() if pair[1])): 1.0}
+
+
+def _of_buckets(function: Callable[..., float]) -> Callable[..., Vector]:
+    """Apply to the bounds and cumulative counts of each classic histogram."""
+
+    def apply(_: Operation, __: Evaluation, *values: Any) -> Vector:
+        results: Vector = {}
+        for key, group in _grouped(values[-1], Grouping(False, ("le",))).items():
+            buckets: dict[float, float] = {}
+            for labels, count in group.items():
+                bound = float_or_nan(dict(labels).get("le", ""))
+                buckets[bound] = buckets.get(bound, 0.0) + count
+            bounds = sorted(bound for bound in buckets if not math.isnan(bound))
+            if bounds:
+                counts = [buckets[bound] for bound in bounds]
+                results[key] = function(bounds, counts, *values[:-1])
+        return results
+
+    return apply
+
+
+def _bucket_quantile(
+    bounds: Sequence[float], counts: Sequence[float], quantile: float
+) -> float:
+    if not 0 <= quantile <= 1:
+        return math.inf * quantile
+    last = len(bounds) - 1
+    counts = list(itertools.accumulate(counts, _rising))
+    if last < 1 or bounds[last] != math.inf or counts[last] == 0:
+        return math.nan
+    rank = quantile * counts[last]
+    # Go's binary search, which says where a rank falls when a count is NaN.
+    low = bisect_left([count >= rank for count in counts], True, 0, last)
+    if low == last or (low == 0 and bounds[0] <= 0):
+        return bounds[max(low - 1, 0)]
+    start, before = (bounds[low - 1], counts[low - 1]) if low else (0.0, 0.0)
+    return start + (bounds[low] - start) * _divide(rank - before, counts[low] - before)
+
+
+def _rising(before: float, count: float) -> float:
+    # A count may not fall, and what differs by rounding alone does not differ.
+    near = abs(count - before) < 1e-12 * (abs(count) + abs(before))
+    return before if near or count < before else count
+
+
+def _bucket_fraction(
+    bounds: Sequence[float], counts: Sequence[float], lower: float, upper: float
+) -> float:
+    total = counts[-1]
+    if bounds[-1] != math.inf or not total or math.isnan(lower) or math.isnan(upper):
+        return math.nan
+
+    def below(value: float) -> float:
+        # Within a bucket observations lie on a line; the first begins at 0 if it can.
+        place = bisect_left(bounds, value)
+        start = bounds[place - 1] if place else 0.0 if bounds[0] > 0 else -math.inf
+        before, count = counts[place - 1] if place else 0.0, counts[place]
+        if value <= start:
+            return min(before, total)
+        if value == bounds[place] or start == -math.inf:
+            return min(count, total)
+        share = (value - start) / (bounds[place] - start)
+        return min(before + (count - before) * share, total)
+
+    return 0.0 if lower >= upper else (below(upper) - below(lower)) / total
+
+
+OPERATORS: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul,
+    "/": _divide, "%": _modulo, "^": _power, "atan2": math.atan2,
+    "==": operator.eq, "<": operator.lt, "<=": operator.le,
+    "!=": operator.ne, ">": operator.gt, ">=": operator.ge,
+}
+REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
+    "avg": _average,
+    "count": lambda values: float(len(values)),
+    "max": partial(_extreme, max),
+    "min": partial(_extreme, min),
+    "stddev": lambda values: math.sqrt(_variance(values)),
+    "stdvar": _variance,
+    "sum": _sum,
+}
+
+
+class Function(NamedTuple):
+    """A function: the types of its operands, what it does, the type of its result.
+
+    Of the operands the last ``optional`` ones may be left out; if that is negative, the
+    last one may come any number of times.
+    """
+
+    operands: tuple[str, ...]
+    apply: Callable[..., Value]
+    returns: str = VECTOR
+    optional: int = 0
+    aggregates: bool = False
+
+
+def _rows(
+    operands: tuple[str, ...], wrap: Callable[..., Callable[..., Value]],
+    functions: Mapping[str, Callable[..., float]], **fields: Any,
+) -> dict[str, Function]:  # fmt: skip
+    return {
+        name: Function(operands, wrap(function), **fields)
+        for name, function in functions.items()
+    }
+
+
+FUNCTIONS: dict[str, Function] = {
+    **_rows((VECTOR,), _each, {
+        "abs": abs, "ceil": _whole(math.ceil), "floor": _whole(math.floor),
+        "sgn": lambda value: float((value > 0) - (value < 0)) or value,
+        "sqrt": _total(math.sqrt), "exp": _total(math.exp),
+        "ln": _total(math.log, -math.inf), "log2": _total(math.log2, -math.inf),
+        "log10": _total(math.log10, -math.inf),
+        "deg": math.degrees, "rad": math.radians,
+        "sin": _total(math.sin), "cos": _total(math.cos), "tan": _total(math.tan),
+        "asin": _total(math.asin), "acos": _total(math.acos), "atan": math.atan,
+        "sinh": _total(math.sinh), "cosh": lambda value: _total(math.cosh)(abs(value)),
+        "tanh": math.tanh, "asinh": math.asinh, "acosh": _total(math.acosh),
+        "atanh": _inverse_tanh,
+    }),
+    **_rows((VECTOR, SCALAR), _each, {"round": _round}, optional=1),
+    **_rows((VECTOR, SCALAR), _each, {"clamp_min": _greater, "clamp_max": _less}),
+    **_rows((VECTOR,), _of_time, {
+        "minute": lambda date: date.tm_min, "hour": lambda date: date.tm_hour,
+        "day_of_month": lambda date: date.tm_mday, "month": lambda date: date.tm_mon,
+        "day_of_week": lambda date: (date.tm_wday + 1) % 7,
+        "day_of_year": lambda date: date.tm_yday, "year": lambda date: date.tm_year,
+        "days_in_month": lambda date: calendar.monthrange(*date[:2])[1],
+    }, optional=1),
+    **_rows((RANGE,), _over_range, {
+        "changes": _of_values(_changes), "present_over_time": lambda *_: 1.0,
+        "resets": lambda points, *_: float(len(points.falls)),
+        **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
+    }),
+    **_rows((SCALAR, RANGE), _over_range, {
+        "quantile_over_time": _of_values(_quantile),
+    }),
+    **_rows((RANGE,), partial(_over_range, named=True), {
+        "first_over_time": _of_values(operator.itemgetter(0)),
+        "last_over_time": _of_values(operator.itemgetter(-1)),
+    }),
+    **_rows((RANGE,), partial(_over_range, least=2), {
+        "increase": _increase, "delta": partial(_increase, counter=False),
+        "rate": lambda points, a, b: _increase(points, a, b) / (b - a),
+        "irate": _irate, "idelta": _of_values(lambda values: values[-1] - values[-2]),
+        "deriv": lambda points, start, end: _regression(points, end)[0],
+    }),
+    **_rows((VECTOR,), _aggregate, {
+        "group": lambda values: 1.0, **REDUCERS,
+    }, aggregates=True),
+    **_rows((SCALAR, VECTOR), _aggregate, {"quantile": _quantile}, aggregates=True),
+    "topk": Function((SCALAR, VECTOR), _top(1.0), aggregates=True),
+    "bottomk": Function((SCALAR, VECTOR), _top(-1.0), aggregates=True),
+    "count_values": Function((STRING, VECTOR), _count_values, aggregates=True),
+    **_rows((SCALAR, VECTOR), _of_buckets, {"histogram_quantile": _bucket_quantile}),
+    **_rows((SCALAR, SCALAR, VECTOR), _of_buckets, {
+        "histogram_fraction": _bucket_fraction,
+    }),
+    "predict_linear": Function((RANGE, SCALAR), _predict_linear),
+    "absent": Function((VECTOR,), _absent),
+    "absent_over_time": Function((RANGE,), _absent),
+    "clamp": Function((VECTOR, SCALAR, SCALAR), _clamp),
+    "label_join": Function((VECTOR, STRING, STRING, STRING), _label_join, optional=-1),
+    "label_replace": Function((VECTOR, STRING, STRING, STRING, STRING), _label_replace),
+    # A rule has no order.
+    "sort": Function((VECTOR,), lambda expr, evaluation, vector: vector),
+    "sort_desc": Function((VECTOR,), lambda expr, evaluation, vector: vector),
+    "pi": Function((), lambda expr, evaluation: math.pi, SCALAR),
+    "time": Function((), lambda expr, evaluation: evaluation.wall, SCALAR),
+    "scalar": Function((VECTOR,), lambda expr, evaluation, vector: (
+        next(iter(vector.values())) if len(vector) == 1 else math.nan
+    ), SCALAR),
+    "timestamp": Function((VECTOR,), _timestamp),
+    "vector": Function((SCALAR,), lambda expr, evaluation, number: {(): number}),
+}
+
+
+# --- 4. PromQL: text -> Expr ---------------------------------------------------------
+# The language is that of Prometheus 3.14 (promql/parser/lex.go, generated_parser.y) as
+# it comes, without experimental features, less what REFUSED has.
+
+_LEVELS = ("or", "and unless", "== != <= < >= >", "+ -", "* / % atan2", "^")
 PRECEDENCE = {op: level for level, ops in enumerate(_LEVELS) for op in ops.split()}
 POWER = PRECEDENCE["^"]
 SIGN = POWER - 0.5  # less than a power, more than a product
-SET_OPERATORS = ("and", "or", "unless")
-COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
-AGGREGATORS = ("sum", "min", "max", "avg", "count", "group")
-SIGNATURES: dict[str, tuple[str, ...]] = {
-    name: operands
-    for operands, names in (
-        ((RANGE,), "rate increase irate delta idelta changes resets absent_over_time"),
-        ((RANGE,), "avg_over_time min_over_time max_over_time sum_over_time"),
-        ((RANGE,), "count_over_time last_over_time present_over_time"),
-        ((VECTOR,), "abs absent ceil floor timestamp scalar"),
-        ((VECTOR,), " ".join(AGGREGATORS)),
-        ((VECTOR, SCALAR), "clamp_min clamp_max round"),
-        ((SCALAR, VECTOR), "histogram_quantile"),
-        ((SCALAR,), "vector"),
-        ((), "time"),
-    )
-    for name in names.split()
-}
+AGGREGATORS = {name for name, function in FUNCTIONS.items() if function.aggregates}
+_FLAG = "Prometheus has it behind a flag"
+_NATIVE = "native histograms are not read, classic ones with buckets are"
 REFUSED = {
-    **dict.fromkeys(("@", "offset"), "every expression is about now"),
-    **dict.fromkeys(("group_left", "group_right"), "aggregate one side to match 1:1"),
-    **dict.fromkeys(("topk", "bottomk", "count_values"), "compare with a number"),
-    **dict.fromkeys(("label_join", "label_replace"), "match with on or ignoring"),
-    **dict.fromkeys(("stddev", "stdvar", "quantile"), "compare max with avg"),
-    "atan2": "no rule of health needs it",
-    "clamp": "write clamp_max(clamp_min(v, low), high)",
-    "deriv": "write delta(v[5m]) / 300",
-    "predict_linear": "write v + delta(v[5m]) / 300 * seconds",
-    "quantile_over_time": "use max_over_time or avg_over_time",
-    "[": "only a selector can have a range",
-    ":": "give the inner expression a rule of its own, instead of a subquery",
+    **dict.fromkeys("""anchored double_exponential_smoothing fill fill_left fill_right
+        histogram_quantiles info limit_ratio limitk mad_over_time max_of min_of range
+        smoothed sort_by_label sort_by_label_desc start end step ts_of_first_over_time
+        ts_of_last_over_time ts_of_max_over_time ts_of_min_over_time""".split(), _FLAG),
+    **dict.fromkeys("""histogram_avg histogram_count histogram_stddev histogram_stdvar
+        histogram_sum </ >/""".split(), _NATIVE),
+    "holt_winters": "Prometheus 3 has it no more; see deriv and predict_linear",
 }
 # What other languages write, and PromQL otherwise.
 HINTS = {
@@ -796,23 +1745,27 @@ HINTS = {
     "=": "'==' compares", ":": "a rule's name stands right before its colon",
 }
 RULE_WORDS = ("for", "keep_firing_for")
-MODIFIERS = ("bool", "on", "ignoring", "group_left", "group_right", "atan2", "offset")
+MODIFIERS = ("bool", "on", "ignoring", "group_left", "group_right", "atan2")
 NO_NAMES = (*MODIFIERS, "inf", "nan")
-JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS, "@", "["}
+JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS, "offset", "@", "["}
 MAX_OPERATORS = 150
+MAX_STEPS = 11000
 MIN_RANGE = 0.001
+SUBQUERY_STEP = 60.0
 
-_TOKEN = re.compile(
+_TOKENS = (
     r"""(?P<blank>(?:[ \t\r]|\#[^\n]*)+)
     |(?P<newline>\n(?:[ \t\r\n]|\#[^\n]*)*)
     |(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`[^`]*`)
     |(?P<number>(?:0x[0-9a-f]+|(?:\d+(?-i:ms|[smhdwy]))+
         |(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)(?![\w.]))
     |(?P<word>[a-z_:][\w:]*)
-    |(?P<op>=~|!~|==|!=|<=|>=|[-+*/%^<>=(){}\[\],;@:])
-    |(?P<wrong>.)""",
-    re.VERBOSE | re.ASCII | re.IGNORECASE,
+    |(?P<op>=~|!~|==|!=|<=|>=|</|>/|[-+*/%^<>=(){}\[\],;@:])
+    |(?P<wrong>.)"""
 )
+_TOKEN = re.compile(_TOKENS, re.VERBOSE | re.ASCII | re.IGNORECASE)
+# A colon in square brackets begins no name.
+_TOKEN_IN_BRACKETS = re.compile(_TOKENS.replace("[a-z_:]", "[a-z_]"), _TOKEN.flags)
 _BRACKET = re.compile(r"\s*\(")
 _ESCAPES = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\"))
 _ESCAPE = re.compile(
@@ -846,8 +1799,7 @@ class Token(NamedTuple):
 
     def unexpected(self, expected: str) -> PromQLError:
         """Return the error for this token in the place of ``expected``."""
-        # A word may begin with a colon, and then it is mostly a subquery.
-        key = ":" if self.text.startswith(":") else self.key
+        key = self.key
         if key in REFUSED:
             return self.error(f"{key!r} is not supported: {REFUSED[key]}")
         shown = {"end": "the end", "newline": "the end of the line"}.get(self.kind)
@@ -870,10 +1822,10 @@ class Token(NamedTuple):
 def parse_expression(text: str) -> Expr:
     """Return the syntax tree of one PromQL expression.
 
-    Raises PromQLError for what PromQL refuses and for what the subset leaves out.
+    Raises PromQLError for what PromQL refuses and for what REFUSED has.
 
-    >>> parse_expression("up == 0").operands
-    (Selector(name='up', matchers=(), window=0.0), Number(value=0.0))
+    >>> parse_expression("up == 0").name
+    '=='
     """
     parser = Parser(t for t in tokenize(text) if t.kind != "newline")
     expr = parser.expression()
@@ -889,19 +1841,22 @@ def tokenize(text: str) -> Iterator[Token]:
     JOINERS only continues a rule and is left out; where an expression cannot end yet,
     the parser skips it.  Raises PromQLError.
     """
-    depth, newline, last = 0, None, ""
-    for match in _TOKEN.finditer(text):
+    depth, newline, last, at, tokens = 0, None, "", 0, _TOKEN
+    while at < len(text):
+        match = cast(re.Match[str], tokens.match(text, at))
+        at = match.end()
         kind, found = str(match.lastgroup), match[0]
         key = found.lower() if kind in ("word", "op") else ""
         token = Token(kind, found, key, match.start(), text)
         if kind == "wrong":
             raise token.wrong()
         depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
+        tokens = {"[": _TOKEN_IN_BRACKETS, "]": _TOKEN}.get(found, tokens)
         if kind == "newline" and depth <= 0:
             newline = token._replace(key="\n")
         elif kind not in ("newline", "blank"):
-            joins = key in JOINERS or (key == "(" and last in SIGNATURES)
-            groups = key in ("by", "without") and _BRACKET.match(text, match.end())
+            joins = key in JOINERS or (key == "(" and last in FUNCTIONS)
+            groups = key in ("by", "without") and _BRACKET.match(text, at)
             if newline and not joins and not groups:
                 yield newline
             newline, last = None, key
@@ -954,20 +1909,85 @@ class Parser:
             token = self.take()
             returns_bool = self.accept("bool")
             grouping = self._grouping("on", "ignoring")
+            group = self._group() if grouping else None
             # Only the power is right-associative.
             right = self._binary(PRECEDENCE[token.key] + (token.key != "^"))
-            left = Operation(token.key, (left, right), grouping, returns_bool)
+            left = Operation(token.key, (left, right), grouping, returns_bool, group)
             _check(left, token)
         return left
 
     def _unary(self) -> Expr:
         self.accept("\n")
         if self.token.key not in ("+", "-"):
-            return self._operand()
+            start = self.token
+            return self._looking_back(start, self._operand())
         sign, operand = self.take(), self._binary(POWER)
-        if type_of(operand) == RANGE:
-            raise sign.error(f"{sign.key!r} takes no range vector")
+        if type_of(operand) in (RANGE, STRING):
+            raise sign.error(f"{sign.key!r} takes no {type_of(operand)}")
         return operand if sign.key == "+" else _negative(operand)
+
+    def _looking_back(self, start: Token, expr: Expr) -> Expr:
+        """Return an operand with what stands behind it: a range, ``offset``, ``@``."""
+        plain, given = start.key != "(", ""
+        while self.token.key in ("[", "offset", "@"):
+            word = self.take()
+            if word.key == "[":
+                expr = self._range(expr, word, plain and not given)
+                plain, given = True, ""
+                continue
+            if not plain or not isinstance(expr, (Selector, Subquery)):
+                raise word.error(f"{word.key!r} stands behind a selector or a subquery")
+            if word.key in given:
+                raise word.error(f"{word.key!r} is given twice")
+            given += word.key
+            if word.key == "offset":
+                expr = expr._replace(offset=self._signed("a duration"))
+            else:
+                expr = expr._replace(at=self._signed("a Unix time"))
+        return expr
+
+    def _range(self, expr: Expr, bracket: Token, plain: bool) -> Expr:
+        window = self._duration()
+        if not self.accept(":"):
+            self.expect("]")
+            if not plain or not isinstance(expr, Selector) or expr.window:
+                raise bracket.error("only a selector has a range, a subquery is [5m:]")
+            return expr._replace(window=window)
+        step = SUBQUERY_STEP if self.token.key == "]" else self._duration()
+        self.expect("]")
+        if type_of(expr) != VECTOR:
+            problem = f"a subquery is of an {VECTOR}, not of a {type_of(expr)}"
+            raise bracket.error(problem)
+        subquery = Subquery(expr, window, step)
+        if count_steps(subquery) > MAX_STEPS:
+            problem = f"a subquery of more than {MAX_STEPS} points"
+            raise bracket.error(f"{problem}: make its step longer")
+        return subquery
+
+    def _duration(self) -> float:
+        """Return the seconds of a length of time, which may be computed."""
+        start = self.token
+        if start.kind == "op" and start.key not in ("(", "-", "+"):
+            raise start.unexpected("a duration")
+        seconds = _constant(self._binary(PRECEDENCE["+"]), start)
+        if not MIN_RANGE <= seconds < MAX_DURATION:
+            raise start.error("a range must be longer than 0, and shorter than 292y")
+        return seconds
+
+    def _signed(self, expected: str) -> float:
+        """Return a number or a duration, which in brackets may be computed."""
+        start, sign = self.token, -1.0 if self.token.key == "-" else 1.0
+        if self.token.key in ("-", "+"):
+            self.take()
+        if self.token.key == "(":
+            value = _constant(self._operand(), start)
+        elif self.token.kind == "number":
+            value = _number(self.take())
+        else:
+            raise self.token.unexpected(expected)
+        if not abs(value) < MAX_DURATION:
+            raise start.error(f"expected {expected} of less than 292 years")
+        return sign * value
 
     def _operand(self) -> Expr:
         token, following = self.token, self.following.key
@@ -975,6 +1995,8 @@ class Parser:
             expr = self._binary()
             self.expect(")")
             return expr
+        if token.kind == "string":
+            return Text(_unquote(self.take()))
         if token.kind == "number" or token.key in ("inf", "nan"):
             return Number(_number(self.take()))
         if token.key in AGGREGATORS and following in ("(", "by", "without"):
@@ -1002,6 +2024,14 @@ class Parser:
         label = partial(self._label, besides=("inf", "nan", "without"))
         return Grouping(word in ("by", "on"), tuple(self._list("()", label)))
 
+    def _group(self) -> Group | None:
+        if self.token.key not in ("group_left", "group_right"):
+            return None
+        side = self.take().key[len("group_") :]
+        self.accept("\n")
+        labels = self._list("()", self._label) if self.token.key == "(" else []
+        return Group(side, tuple(labels))
+
     def _label(self, besides: Sequence[str] = ()) -> str:
         token = self.token
         if token.kind == "string":
@@ -1011,16 +2041,23 @@ class Parser:
         return self.take().text
 
     def _call(self, name: str) -> Operation:
-        if name not in SIGNATURES:
-            raise self.token.unexpected(f"a function ({', '.join(SIGNATURES)})")
-        token, grouping = self.take(), self._grouping("by", "without")
+        if name not in FUNCTIONS:
+            near = difflib.get_close_matches(name.lower()[:40], FUNCTIONS, 1)
+            hint = f": is {near[0]} meant?" if near else ""
+            raise self.token.unexpected(f"a function{hint}")
+        token, function = self.take(), FUNCTIONS[name]
+        grouping = self._grouping("by", "without")
         operands = self._list("()", self._argument)
-        if name == "round" and len(operands) == 1:
-            operands.append(Number(1.0))
-        types, found = SIGNATURES[name], tuple(map(type_of, operands))
+        types, found = function.operands, tuple(map(type_of, operands))
+        if function.optional < 0:
+            types = types[:-1] + types[-1:] * max(0, len(found) - len(types) + 1)
+        elif len(found) < len(types):
+            types = types[: max(len(found), len(types) - function.optional)]
         if found != types:
             wanted, given = (" and ".join(t) or "nothing" for t in (types, found))
             raise token.error(f"{name} takes {wanted}, not {given}")
+        if name == "label_replace":
+            _check_regex(cast(Text, operands[4]).value, token)
         if name in AGGREGATORS and not grouping:
             grouping = self._grouping("by", "without") or Grouping(True, ())
         return Operation(name, tuple(operands), grouping)
@@ -1041,7 +2078,7 @@ class Parser:
         if [matcher.op for matcher in names] != ["="] or not names[0].value:
             raise start.error("a selector must name its metric, once and exactly")
         others = tuple(matcher for matcher in matchers if matcher.label != "__name__")
-        return Selector(names[0].value, others, self._window())
+        return Selector(names[0].value, others)
 
     def _matcher(self) -> Matcher:
         token, label, op = self.token, self._label(), self.token
@@ -1054,39 +2091,54 @@ class Parser:
         if value.kind != "string":
             raise value.unexpected("a string in quotes")
         matcher = Matcher(label, op.key, _unquote(self.take()))
-        try:
-            compile_regex(matcher.value if "~" in op.key else "")
-        except ValueError as error:
-            raise value.error(str(error)) from None
+        if "~" in op.key:
+            _check_regex(matcher.value, value)
         return matcher
-
-    def _window(self) -> float:
-        if not self.accept("["):
-            return 0.0
-        length = self.token
-        if length.kind != "number":
-            raise length.unexpected("a duration")
-        seconds = _number(self.take())
-        if not MIN_RANGE <= seconds < MAX_DURATION:
-            raise length.error("a range must be longer than 0, and shorter than 292y")
-        self.expect("]")
-        return seconds
 
 
 def _check(expr: Operation, token: Token) -> None:
     types, comparison = set(map(type_of, expr.operands)), token.key in COMPARISONS
+    matched = set(expr.grouping.labels) if expr.grouping else set()
+    twice = matched.intersection(expr.group.labels) if expr.group else set()
     for wrong, problem in (
         (RANGE in types, f"{token.key!r} takes no range vector"),
+        (STRING in types, f"{token.key!r} takes no string"),
         (SCALAR in types and token.key in SET_OPERATORS,
          f"{token.key!r} takes no scalar"),
-        (SCALAR in types and expr.grouping and expr.grouping.labels,
-         "on and ignoring stand between two instant vectors"),
+        (SCALAR in types and matched, "on and ignoring stand between two vectors"),
+        (expr.group and token.key in SET_OPERATORS, f"{token.key!r} has no group"),
+        (twice and cast(Grouping, expr.grouping).keep, "a label is in on and in group"),
         (expr.returns_bool and not comparison, "bool stands after a comparison"),
         (comparison and types == {SCALAR} and not expr.returns_bool,
          "comparisons between scalars must use bool"),
     ):
         if wrong:
             raise token.error(problem)
+
+
+def _check_regex(pattern: str, token: Token) -> None:
+    try:
+        compile_regex(pattern)
+    except ValueError as error:
+        raise token.error(str(error)) from None
+
+
+def _constant(expr: Expr, token: Token) -> float:
+    """Return the value of an expression of numbers alone."""
+    if isinstance(expr, Operation) and expr.name in OPERATORS:
+        left, right = (_constant(operand, token) for operand in expr.operands)
+        return float(OPERATORS[expr.name](left, right))
+    if not isinstance(expr, Number):
+        raise token.unexpected("a duration")
+    return expr.value
+
+
+def count_steps(expr: Expr) -> int:
+    """Return how many moments the subqueries in an expression look at."""
+    if isinstance(expr, Subquery):
+        return int(expr.window / expr.step + 1) * max(1, count_steps(expr.expr))
+    operands = expr.operands if isinstance(expr, Operation) else ()
+    return sum(map(count_steps, operands))
 
 
 def _negative(operand: Expr) -> Expr:
@@ -1134,12 +2186,12 @@ def type_of(expr: Expr) -> str:
     >>> type_of(parse_expression("rate(x[5m])"))
     'instant vector'
     """
-    if isinstance(expr, Number):
-        return SCALAR
-    if isinstance(expr, Selector):
+    if isinstance(expr, (Number, Text)):
+        return SCALAR if isinstance(expr, Number) else STRING
+    if isinstance(expr, (Selector, Subquery)):
         return RANGE if expr.window else VECTOR
-    if expr.name in SIGNATURES:
-        return SCALAR if expr.name in ("scalar", "time") else VECTOR
+    if expr.name in FUNCTIONS:
+        return FUNCTIONS[expr.name].returns
     return VECTOR if VECTOR in map(type_of, expr.operands) else SCALAR
 
 
@@ -1150,6 +2202,8 @@ def find_selectors(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Select
     elif isinstance(expr, Operation) and expr.name not in besides:
         for operand in expr.operands:
             yield from find_selectors(operand, besides)
+    elif isinstance(expr, Subquery):
+        yield from find_selectors(expr.expr, besides)
 
 
 def format_expression(expr: Expr, floor: float = 0) -> str:
@@ -1159,15 +2213,20 @@ def format_expression(expr: Expr, floor: float = 0) -> str:
     'a > 1 or b'
     """
     if isinstance(expr, Selector):
-        name, matchers, window = expr
+        name, matchers, window = expr[:3]
         if name.lower() in NO_NAMES:
             name, matchers = "", (Matcher("__name__", "=", name), *matchers)
         length = f"[{format_duration(window)}]" if window else ""
-        return format_selector(name, matchers) + length
+        return format_selector(name, matchers) + length + _format_moment(expr)
+    if isinstance(expr, Subquery):
+        length = f"[{format_duration(expr.window)}:{format_duration(expr.step)}]"
+        return format_expression(expr.expr, POWER + 1) + length + _format_moment(expr)
+    if isinstance(expr, Text):
+        return quote(expr.value)
     if isinstance(expr, Number):
         text = format_float(expr.value)
         level = SIGN if text.startswith("-") else POWER + 1
-    elif expr.name in SIGNATURES:
+    elif expr.name in FUNCTIONS:
         operands = ", ".join(map(format_expression, expr.operands))
         grouping = _format_grouping(expr.grouping, "by", "without")
         return f"{expr.name}{grouping and grouping + ' '}({operands})"
@@ -1179,8 +2238,17 @@ def format_expression(expr: Expr, floor: float = 0) -> str:
         right = format_expression(expr.operands[1], level + (not power))
         modifiers = " bool" * expr.returns_bool
         modifiers += _format_grouping(expr.grouping, "on", "ignoring")
+        if expr.group:
+            labels = ", ".join(map(format_name, expr.group.labels))
+            modifiers += f" group_{expr.group.side} ({labels})"
         text = f"{left} {expr.name}{modifiers} {right}"
     return f"({text})" if level < floor else text
+
+
+def _format_moment(expr: Selector | Subquery) -> str:
+    text = "" if expr.at is None else f" @ {format_float(expr.at)}"
+    length = "-" * (expr.offset < 0) + format_duration(abs(expr.offset))
+    return f"{text} offset {length}" if expr.offset else text
 
 
 def _format_grouping(grouping: Grouping | None, kept: str, dropped: str) -> str:
@@ -1188,442 +2256,6 @@ def _format_grouping(grouping: Grouping | None, kept: str, dropped: str) -> str:
         return ""
     labels = ", ".join(map(format_name, grouping.labels))
     return f" {kept if grouping.keep else dropped} ({labels})"
-
-
-# --- 4. Evaluate: Expr x History -> Vector -------------------------------------------
-# What an operator or a function gives is what engine.go, functions.go and quantile.go
-# of Prometheus 3 (promql/) give.  The tables stand at the end of the section.
-
-
-class EvaluationError(ValueError):
-    """An expression has no answer on the series that are there."""
-
-
-class Evaluation(NamedTuple):
-    """The moment an expression is about, in monotonic and in Unix seconds.
-
-    ``selected`` and ``computed`` keep what selectors and range functions gave at it,
-    for all rules.
-    """
-
-    now: float
-    wall: float
-    history: SeriesByName
-    selected: dict[Selector, dict[Labels, Series]]
-    computed: dict[Operation, Vector]
-
-
-Value = Union[float, Vector]
-
-
-def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
-    """Return what an expression other than a range gives now: a number, or a vector.
-
-    Raises EvaluationError where Prometheus does: two series with the same labels in a
-    result, or several partners for one series.
-    """
-    if isinstance(expr, Number):
-        return expr.value
-    if isinstance(expr, Selector):
-        return {
-            labels: series.value
-            for labels, series in select(expr, evaluation).items()
-            if series.time == evaluation.now
-        }
-    if expr.name in RANGE_FUNCTIONS:
-        return _over_range(expr, evaluation)
-    if expr.name == "absent_over_time":
-        found = select_range(cast(Selector, expr.operands[0]), evaluation)
-        return _absent(expr, evaluation, {labels: 1.0 for labels, _ in found})
-    values = [evaluate(operand, evaluation) for operand in expr.operands]
-    if expr.name in FUNCTIONS:
-        return FUNCTIONS[expr.name](expr, evaluation, *values)
-    return operate(expr, *values)
-
-
-def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
-    """Return the series of an expression that is an instant vector."""
-    return cast(Vector, evaluate(expr, evaluation))
-
-
-def select(selector: Selector, evaluation: Evaluation) -> dict[Labels, Series]:
-    """Return the remembered series, fresh or not, that a selector matches."""
-    key = selector._replace(window=0.0) if selector.window else selector
-    if key not in evaluation.selected:
-        evaluation.selected[key] = {
-            labels: series
-            for labels, series in evaluation.history.get(selector.name, {}).items()
-            if all(matches(matcher, dict(labels)) for matcher in selector.matchers)
-        }
-    return evaluation.selected[key]
-
-
-def select_range(
-    selector: Selector, evaluation: Evaluation
-) -> Iterator[tuple[Labels, Points]]:
-    """Yield the series of a range selector and their samples within its window.
-
-    One at a time: thousands of windows at once would take more than the history.
-    """
-    # The window is left-open since Prometheus 3.
-    start, found = evaluation.now - selector.window, select(selector, evaluation)
-    for labels, series in found.items():
-        points = series.window(start, evaluation.now)
-        if points.times:
-            yield labels, points
-
-
-def count_matched(selector: Selector, evaluation: Evaluation) -> int:
-    """Return how many series a selector finds."""
-    now, found = evaluation.now, select(selector, evaluation).values()
-    start = now - selector.window
-    return sum(series.time > start or series.time == now for series in found)
-
-
-def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
-    """Return each metric that expressions read, and how far back they look."""
-    found: dict[str, Lookback] = {}
-    for selector in itertools.chain.from_iterable(map(find_selectors, expressions)):
-        seconds, shortest = found.get(selector.name, Lookback())
-        window = selector.window
-        shortest = min(window, shortest) if window and shortest else window or shortest
-        found[selector.name] = Lookback(max(seconds, window), shortest)
-    return found
-
-
-def operate(expr: Operation, left: Value, right: Value) -> Value:
-    """Return what an operator gives; series that a comparison filters keep their name.
-
-    Raises EvaluationError.
-    """
-    if expr.name in SET_OPERATORS:
-        return _combine(expr, cast(Vector, left), cast(Vector, right))
-    apply, filters = OPERATORS[expr.name], is_filter(expr)
-    if isinstance(left, float) and isinstance(right, float):
-        return float(apply(left, right))
-    results, keys = [], set()
-    for pair in _pairs(expr, left, right):
-        # Whether or not the filter drops one of them, since Prometheus 3.9.
-        if pair.key in keys:
-            raise EvaluationError(f"many-to-one matching, on {format_series(pair.key)}")
-        keys.add(pair.key)
-        result = apply(pair.left, pair.right)
-        if result or not filters:
-            results.append((pair.labels, pair.kept if filters else float(result)))
-    return dict(results) if filters else _nameless(results)
-
-
-def is_filter(expr: Operation) -> bool:
-    """Tell whether an operator only keeps series or drops them."""
-    return expr.name in COMPARISONS and not expr.returns_bool
-
-
-class Pair(NamedTuple):
-    """Two operands that belong together, and the labels that their result gets.
-
-    ``key`` may come once only; ``kept`` is the value that a filter keeps.
-    """
-
-    key: Labels
-    labels: Labels
-    kept: float
-    left: float
-    right: float
-
-
-def _pairs(expr: Operation, left: Value, right: Value) -> Iterator[Pair]:
-    if isinstance(right, float):
-        for labels, value in cast(Vector, left).items():
-            yield Pair(labels, labels, value, value, right)
-        return
-    if isinstance(left, float):
-        for labels, value in right.items():
-            yield Pair(labels, labels, value, left, value)
-        return
-    partners: Vector = {}
-    for labels, value in right.items() if left else ():
-        key = _signature(labels, expr.grouping)
-        if key in partners:
-            raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
-        partners[key] = value
-    for labels, value in left.items():
-        key = _signature(labels, expr.grouping)
-        if key in partners:
-            kept = _filtered(labels, *(expr.grouping or (False, ())))
-            yield Pair(key, kept, value, value, partners[key])
-
-
-def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
-    """Return what ``and``, ``or`` or ``unless`` keeps of two vectors."""
-    wanted, other = (right, left) if expr.name == "or" else (left, right)
-    there = {_signature(labels, expr.grouping) for labels in other}
-    kept = {
-        labels: value
-        for labels, value in wanted.items()
-        if (_signature(labels, expr.grouping) in there) == (expr.name == "and")
-    }
-    return {**left, **kept} if expr.name == "or" else kept
-
-
-def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
-    vector: Vector = {}
-    for labels, value in items:
-        # Whatever computes a value drops what says of which kind it was.
-        key = _filtered(labels, False, METADATA)
-        if key in vector:
-            problem = "vector cannot contain metrics with the same labelset"
-            raise EvaluationError(f"{problem}: {format_series(key)}")
-        vector[key] = value
-    return vector
-
-
-def unnamed(labels: Labels) -> Labels:
-    """Return the labels of a series without its metric's name."""
-    return _filtered(labels, False, ("__name__",))
-
-
-def _filtered(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
-    return tuple(pair for pair in labels if (pair[0] in names) == keep)
-
-
-def _signature(labels: Labels, grouping: Grouping | None) -> Labels:
-    """Return the labels that a series is matched or grouped by."""
-    keep, names = grouping or (False, ())
-    return _filtered(labels, keep, names if keep else (*names, "__name__"))
-
-
-def matches(matcher: Matcher, labels: Mapping[str, str]) -> bool:
-    """Tell whether the labels of a series meet a condition of a selector."""
-    value, wanted = labels.get(matcher.label, ""), matcher.value
-    if "~" in matcher.op:
-        fits = regex_matches(wanted, value)
-    else:
-        # Rules that are older than Prometheus 3 have le="1" for le="1.0".
-        bound = matcher.label in ("le", "quantile")
-        numbers = bound and float_or_nan(value) == float_or_nan(wanted)
-        fits = numbers or value == wanted
-    return fits == (matcher.op[0] == "=")
-
-
-def _aggregate(expr: Operation, _: Evaluation, vector: Vector) -> Vector:
-    groups: dict[Labels, list[float]] = {}
-    for labels, value in vector.items():
-        groups.setdefault(_signature(labels, expr.grouping), []).append(value)
-    return {key: REDUCERS[expr.name](values) for key, values in groups.items()}
-
-
-def _sum(values: Sequence[float]) -> float:
-    try:
-        return math.fsum(values)
-    except (OverflowError, ValueError):
-        # It overflows on the way, or there are infinities of both signs.
-        return float(sum(values))
-
-
-def _average(values: Sequence[float]) -> float:
-    # Where the sum overflows, the mean need not.
-    mean = _sum(values) / len(values)
-    return _sum([v / len(values) for v in values]) if math.isinf(mean) else mean
-
-
-def _extreme(choose: Callable[..., float], values: Sequence[float]) -> float:
-    return choose((v for v in values if not math.isnan(v)), default=math.nan)
-
-
-def _divide(left: float, right: float) -> float:
-    if right:
-        return left / right
-    if left == 0 or math.isnan(left):
-        return math.nan
-    return math.copysign(math.inf, left) * math.copysign(1.0, right)
-
-
-def _modulo(left: float, right: float) -> float:
-    return math.nan if math.isinf(left) or right == 0 else math.fmod(left, right)
-
-
-def _power(left: float, right: float) -> float:
-    odd = math.isfinite(right) and abs(math.fmod(right, 2)) == 1
-    try:
-        return math.pow(left, right)
-    except OverflowError:
-        return -math.inf if left < 0 and odd else math.inf
-    except ValueError:
-        # Python refuses what C and Go answer: 0 ^ -1 and (-8) ^ 0.5.
-        return math.copysign(math.inf, left if odd else 1) if left == 0 else math.nan
-
-
-def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
-    # What rounds to 0 keeps its sign.
-    return lambda value: (
-        math.copysign(function(value), value) if math.isfinite(value) else value
-    )
-
-
-def _round(value: float, nearest: float) -> float:
-    inverse = _divide(1.0, nearest)
-    return _divide(_whole(math.floor)(value * inverse + 0.5), inverse)
-
-
-def _greater(left: float, right: float) -> float:
-    # Go's math.Max: an infinity goes before NaN, and NaN before a number.
-    if math.inf in (left, right):
-        return math.inf
-    return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
-
-
-def _each(function: Callable[..., float]) -> Callable[..., Vector]:
-    return lambda expr, evaluation, vector, *others: _nameless(
-        (labels, function(value, *others)) for labels, value in vector.items()
-    )
-
-
-def _over_range(expr: Operation, evaluation: Evaluation) -> Vector:
-    if expr not in evaluation.computed:
-        function = RANGE_FUNCTIONS[expr.name]
-        selector = cast(Selector, expr.operands[0])
-        results = {
-            labels: function(points, evaluation.now - selector.window, evaluation.now)
-            for labels, points in select_range(selector, evaluation)
-            if len(points.times) > 1 or expr.name not in DIFFERENCES
-        }
-        named = expr.name == "last_over_time"
-        evaluation.computed[expr] = results if named else _nameless(results.items())
-    return evaluation.computed[expr]
-
-
-def _increase(
-    points: Points, start: float, end: float, *, counter: bool = True
-) -> float:
-    times, values = points.times, points.values
-    result = values[-1] - values[0]
-    if counter:
-        # One by one, as Prometheus rounds; sum() would not since Python 3.12.
-        result = reduce(operator.add, points.falls, result)
-    covered = times[-1] - times[0]
-    interval = covered / (len(times) - 1)
-    # A series that begins or ends inside the window is extended by half an interval.
-    lead, tail = (
-        gap if gap < interval * 1.1 else interval / 2
-        for gap in (times[0] - start, end - times[-1])
-    )
-    if counter and result > 0 and values[0] >= 0:
-        lead = min(lead, covered * (values[0] / result))
-    return result * ((covered + lead + tail) / covered)
-
-
-def _irate(points: Points, *_: float) -> float:
-    times, values = points.times, points.values
-    before = 0.0 if values[-1] < values[-2] else values[-2]
-    return (values[-1] - before) / (times[-1] - times[-2])
-
-
-def _changes(values: Sequence[float]) -> float:
-    # NaN differs from itself, but two of them in a row are no change.
-    nans = list(map(math.isnan, values))
-    alike = sum(map(operator.and_, nans, nans[1:]))
-    return float(sum(map(operator.ne, values, values[1:])) - alike)
-
-
-def _of_values(function: Callable[[Sequence[float]], float]) -> Callable[..., float]:
-    return lambda points, start, end: function(points.values)
-
-
-def _absent(expr: Operation, _: Evaluation, vector: Vector) -> Vector:
-    if vector:
-        return {}
-    selector, labels = expr.operands[0], {}
-    matchers = selector.matchers if isinstance(selector, Selector) else ()
-    for label, op, value in matchers:
-        # What is said of a label after its first "=" takes that back for good.
-        if op == "=" or label in labels:
-            labels[label] = "" if label in labels else value
-    return {tuple(sorted(pair for pair in labels.items() if pair[1])): 1.0}
-
-
-def _histogram_quantile(
-    _: Operation, __: Evaluation, quantile: float, vector: Vector
-) -> Vector:
-    groups: dict[Labels, dict[float, float]] = {}
-    for labels, value in vector.items():
-        bound = float_or_nan(dict(labels).get("le", ""))
-        if not math.isnan(bound):
-            key = _signature(labels, Grouping(False, ("le",)))
-            buckets = groups.setdefault(key, {})
-            buckets[bound] = buckets.get(bound, 0.0) + value
-    return {key: _quantile(quantile, buckets) for key, buckets in groups.items()}
-
-
-def _quantile(quantile: float, buckets: dict[float, float]) -> float:
-    if not 0 <= quantile <= 1:
-        return math.inf * quantile
-    bounds = sorted(buckets)
-    last = len(bounds) - 1
-    counts = list(itertools.accumulate((buckets[bound] for bound in bounds), _rising))
-    if last < 1 or bounds[last] != math.inf or counts[last] == 0:
-        return math.nan
-    rank = quantile * counts[last]
-    # Go's binary search, which says where a rank falls when a count is NaN.
-    low = bisect_left([count >= rank for count in counts], True, 0, last)
-    if low == last or (low == 0 and bounds[0] <= 0):
-        return bounds[max(low - 1, 0)]
-    start, before = (bounds[low - 1], counts[low - 1]) if low else (0.0, 0.0)
-    return start + (bounds[low] - start) * _divide(rank - before, counts[low] - before)
-
-
-def _rising(before: float, count: float) -> float:
-    # A count may not fall, and what differs by rounding alone does not differ.
-    near = abs(count - before) < 1e-12 * (abs(count) + abs(before))
-    return before if near or count < before else count
-
-
-METADATA = ("__name__", "__type__", "__unit__")
-DIFFERENCES = ("rate", "increase", "irate", "delta", "idelta")
-OPERATORS: dict[str, Callable[[float, float], float]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul,
-    "/": _divide, "%": _modulo, "^": _power,
-    "==": operator.eq, "<": operator.lt, "<=": operator.le,
-    "!=": operator.ne, ">": operator.gt, ">=": operator.ge,
-}
-REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
-    "avg": _average,
-    "count": lambda values: float(len(values)),
-    "group": lambda values: 1.0,
-    "last": operator.itemgetter(-1),
-    "max": partial(_extreme, max),
-    "min": partial(_extreme, min),
-    "present": lambda values: 1.0,
-    "sum": _sum,
-}
-RANGE_FUNCTIONS: dict[str, Callable[[Points, float, float], float]] = {
-    **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
-    "changes": _of_values(_changes),
-    "resets": lambda points, start, end: float(len(points.falls)),
-    "rate": lambda points, start, end: _increase(points, start, end) / (end - start),
-    "increase": _increase,
-    "delta": partial(_increase, counter=False),
-    "irate": _irate,
-    "idelta": _of_values(lambda values: values[-1] - values[-2]),
-}
-FUNCTIONS: dict[str, Callable[..., Value]] = {
-    **dict.fromkeys(AGGREGATORS, _aggregate),
-    "absent": _absent,
-    "abs": _each(abs),
-    "ceil": _each(_whole(math.ceil)),
-    "floor": _each(_whole(math.floor)),
-    "round": _each(_round),
-    "clamp_min": _each(_greater),
-    "clamp_max": _each(lambda value, most: -_greater(-value, -most)),
-    "histogram_quantile": _histogram_quantile,
-    "scalar": lambda expr, evaluation, vector: (
-        next(iter(vector.values())) if len(vector) == 1 else math.nan
-    ),
-    "time": lambda expr, evaluation: evaluation.wall,
-    "timestamp": lambda expr, evaluation, vector: _nameless(
-        (labels, evaluation.wall) for labels in vector
-    ),
-    "vector": lambda expr, evaluation, number: {(): number},
-}
 
 
 # --- 5. Rules: text -> Rules; Vector -> inactive, pending, firing --------------------
@@ -2014,7 +2646,10 @@ def _unmet(selector: Selector, targets: Iterable[Target], own: Labels) -> str:
     extra = SYNTHETIC.get(selector.name, ())
     named = itertools.product([("instance", t.instance) for t in targets], extra)
     possible = [dict((*own, instance, *more)) for instance, more in named]
-    met = [{m for m in selector.matchers if matches(m, series)} for series in possible]
+    met = [
+        {m for m in selector.matchers if matches(m, series.get(m.label, ""))}
+        for series in possible
+    ]
     if not met or set(selector.matchers) in met:
         return ""
     wrong = set(selector.matchers).difference(*met)
@@ -5840,8 +6475,10 @@ def _results(expr: Expr, instant: Evaluation) -> Iterator[str]:
     now = f"@[{instant.wall:.3f}]"
     if type_of(expr) == SCALAR:
         yield f"scalar: {format_float(cast(float, evaluate(expr, instant)))} {now}"
-    elif isinstance(expr, Selector) and expr.window:
-        for labels, points in select_range(expr, instant):
+    elif type_of(expr) == STRING:
+        yield f"string: {quote(cast(str, evaluate(expr, instant)))} {now}"
+    elif type_of(expr) == RANGE:
+        for labels, points in cast(Range, evaluate(expr, instant)).windows():
             yield f"{format_series(labels)} =>"
             for at, value in zip(points.times, points.values):
                 unix = at - instant.now + instant.wall

@@ -561,15 +561,16 @@ class Vocabulary(unittest.TestCase):
                 at = first + 0.5
                 value = dict(column).get(math.floor(at)) if kept else None
                 if first <= column[-1][0] and start <= first and step == 1:
-                    self.assertEqual(series.value_at(at), value)
+                    self.assertEqual((series.sample_at(at) or (0, None))[1], value)
                 if kept:
                     self.assertEqual((series.time, series.value), kept[-1])
 
     def test_a_sample_counts_for_five_minutes_and_until_a_check_misses_its_series(self):
         series = series_of([0.0, 100.0, 200.0, 600.0], [7.0, None, 8.0, None])
-        moments = {-1: None, 0: 7, 99: 7, 100: None, 200: 8, 499: 8, 500: None}
-        for moment, value in {**moments, 600: None}.items():
-            self.assertEqual(series.value_at(moment), value, moment)
+        old, new = (0, 7), (200, 8)
+        moments = {-1: None, 0: old, 99: old, 100: None, 200: new, 499: new, 500: None}
+        for moment, sample in {**moments, 600: None}.items():
+            self.assertEqual(series.sample_at(moment), sample, moment)
 
     def test_the_state_of_a_rule_is_the_worst_of_its_series(self):
         status = RuleStatus(parse_rules("x > 0 for 2s")[0])
@@ -613,7 +614,7 @@ class PromQL(unittest.TestCase):
             +a => a                                    - -2 => 2
             sum(a) by (b,) => sum by (b) (a)
             SUM BY (b) (a) AND c => sum by (b) (a) and c
-            round(a) => round(a, 1)                    {"a", b="c",} => a{b="c"}
+            a ATAN2 b * c => (a atan2 b) * c           {"a", b="c",} => a{b="c"}
             {__name__="a"}[5m] => a[300]               a[1h30m] => a[90m]
         """):
             with self.subTest(text):
@@ -666,21 +667,54 @@ class PromQL(unittest.TestCase):
                 expected = parse_expression('{__name__="' + name + '"} > 1')
                 self.assertEqual(parse_expression(name + " > 1"), expected)
 
-    def test_what_the_subset_leaves_out_is_refused_with_a_way_out(self):
+    def test_what_is_left_out_is_refused_with_the_reason(self):
         self.refused(parse_expression, claims("""
-            x «offset 5m => 'offset' is not supported: every expression is about now
-            x «@ 1700000000 => '@' is not supported: every expression is about now
-            max_over_time(x[5m«:]) => subquery
-            max_over_time(x[5m«:1m]) => subquery
-            a * on (b) «group_left c => aggregate one side
-            a * on (b) «Group_Right (d) c => aggregate one side
-            a «atan2 b => 'atan2' is not supported
-            «topk(1, x) => 'topk' is not supported
-            «label_replace(x) => not supported
-            «predict_linear(x[1h], 60) => delta
-            «quantile(0.9, x) => not supported
-            «clamp(x, 0, 1) => clamp_max(clamp_min(
-            «sort(x) => histogram_quantile             «RATE(x[5m]) => rate
+            «holt_winters(x[5m], 1, 1) => deriv        «info(x) => behind a flag
+            «mad_over_time(x[5m]) => behind a flag     «limitk(1, x) => behind a flag
+            «histogram_sum(x) => native histograms     x «</ y => native histograms
+            x @ «start() => behind a flag              x[«step()] => behind a flag
+            rate(x[5m] «anchored) => behind a flag     x + «fill(0) y => behind a flag
+            «RATE(x[5m]) => is rate meant              «nothing_like_it(x) => a function
+            x{a=~«"(?m)b"} => the flag m               x{a=~«"(?i-U)b"} => the flag U
+        """))
+
+    def test_what_looks_back_stands_where_Prometheus_has_it(self):
+        for text, meaning in claims("""
+            x OFFSET 5m => x offset 300                x offset - 5m => x offset -300s
+            x[5m] offset +1h => x[5m] offset 60m       x offset (1h / 2) => x offset 30m
+            x[5m + 1m] => x[6m]                        x[2 * 3m:(1m)] => x[6m:1m]
+            x[5m:] => x[5m:1m]                         x[1h:30] => x[60m:30s]
+            x @ 100 offset 5m => x offset 5m @ 100     x @ -1.5 => x @ -1.5e0
+            -x offset 5m => -(x offset 5m)
+            rate(x[5m])[1h:] => rate(x[5m])[1h:1m]
+            (x > 0)[1h:5m] offset 1d => (x > 0)[60m:300s] offset 24h
+        """):
+            with self.subTest(text):
+                self.assertEqual(parse_expression(text), parse_expression(meaning))
+        self.refused(parse_expression, claims("""
+            (x) «offset 5m => stands behind a selector    sum(x) «offset 5m => selector
+            x offset 5m«[5m] => only a selector            1 «offset 5m => selector
+            x offset 5m «offset 1m => given twice          x @ 5 «@ 6 => given twice
+            x offset «y => a duration                      x @ «y => a Unix time
+            x @ «Inf => a Unix time                        x offset «293y => duration
+            x[5m]«[5m:1m] => of an instant vector
+            1«[5m:] => of an instant vector
+            x[5m:«0s] => longer than 0                     x[«5m - 5m] => longer than 0
+            x[«y] => a duration                            x[«time()] => a duration
+            x«[5h:1s] => more than 11000 points
+            max_over_time(x[3h:1m])«[3h:1m] => more than 11000 points
+        """))
+
+    def test_one_side_of_a_match_may_have_many(self):
+        for text, meaning in claims("""
+            a * on (b) group_left c => a * on (b) GROUP_LEFT () c
+            a * on () group_left (d) c => a*on()group_left(d,)c
+        """):
+            self.assertEqual(parse_expression(text), parse_expression(meaning))
+        self.refused(parse_expression, claims("""
+            a * «group_left c => found 'group_left'
+            a «and on (b) group_left c => has no group
+            a «* on (b) group_left (b) c => in on and in group
         """))
 
     def test_what_Prometheus_refuses_is_refused(self):
@@ -730,13 +764,13 @@ class PromQL(unittest.TestCase):
 
     def test_an_error_shows_the_line_and_points_at_the_place(self):
         with self.assertRaises(PromQLError) as caught:
-            parse_rules("Down: up == 0\nFull:\tx{}  offset 5m; y")
+            parse_rules("Down: up == 0\nFull:\tx{} + limitk(1, x); y")
         self.assertEqual(
             str(caught.exception),
-            "'offset' is not supported: every expression is about now "
-            "(at line 2, column 12)\n"
-            "    Full: x{}  offset 5m; y\n"
-            "               ^",
+            "'limitk' is not supported: Prometheus has it behind a flag "
+            "(at line 2, column 13)\n"
+            "    Full: x{} + limitk(1, x); y\n"
+            "                ^",
         )
 
     def test_an_error_in_a_long_line_stays_short_and_harmless(self):
@@ -767,7 +801,14 @@ class PromQL(unittest.TestCase):
             with self.subTest(text):
                 expr = parse_expression(text)
                 self.assertEqual(parse_expression(format_expression(expr)), expr)
-        for text in "a > 1 or b", 'x{a=~"b"} / on (c) y', "a - (b - c)", "-a * 2":
+        for text in (
+            "a > 1 or b", 'x{a=~"b"} / on (c) y', "a - (b - c)", "-a * 2",
+            "a * on (b) group_left (c) d", "a + ignoring () group_right () b",
+            "(a + b)[1h:1m] offset 5m", "a[5m:1s] @ -1.5 offset -2m", "round(a)",
+            "rate(a[5m])[1h:1m]", "(-a)[1h:1m]", "(a ^ b)[1h:1m]", "a atan2 b",
+            'label_join(a, "b", "", "c\\n")', "hour()", "topk by (a) (1, b)",
+            'count_values("v", a)', "a[5m] offset 1d", "a @ 0",
+        ):
             self.assertEqual(format_expression(parse_expression(text)), text)
 
     def test_149_levels_are_enough_and_10000_are_refused(self):
@@ -846,7 +887,8 @@ class PromQL(unittest.TestCase):
     def test_a_regex_that_RE2_and_Python_read_apart_is_refused(self):
         for pattern in (
             *r"( ) a) (a [ [] [z-a] * a** a{2}{3} +a \ (?=a) (?!a) (?<=a)".split(),
-            *r"(?i)a (?P<a>b) (?#a) (a)\1 (? \b \A \z \pL \Qa\E \x41 \a \u0041".split(),
+            *"(?m)a (?U)a (?P<a!>b)".split(),
+            *r"(?#a) (a)\1 (? \b \A \z \pL \Qa\E \x41 \a \u0041".split(),
             *r"\é [[:alpha:]] [a&&b] [a||b] [a--b] [\S] a{3,2} a{1001}".split(),
             "(" * 100 + ")" * 100, "((a{99}){99}){99}", "a" * 9999, "a|" * 9999,
             r"[\s-a]", r"[\w\s-_]", r"[a\z]", "[" + r"\[" * 99999 + "]", "a{99999}",
@@ -1106,6 +1148,184 @@ class Evaluate(unittest.TestCase):
         """, 'b{a="x",le="1"} 0 5; b{a="x",le="Inf"} 0 5; b{a="y",le="1"} 7 7; '
              'b{a="y",le="Inf"} 7 7')
 
+    def test_a_group_gives_labels_of_its_one_series_to_many(self):
+        self.check("""
+            x * on (a) group_left y => {a="1",b="1"} 30; {a="1",b="2"} 60
+            x * on(a) group_left(c) y => {a="1",b="1",c="C"} 30; {a="1",b="2",c="C"} 60
+            y - on (a) group_right () x => {a="1",b="1"} 29; {a="1",b="2"} 28
+            y > on (a) group_right () x => x{a="1",b="1"} 30; x{a="1",b="2"} 30
+            x < bool on (a) group_left y => {a="1",b="1"} 1; {a="1",b="2"} 1
+            x * on (a) group_left (none, d) y => {a="1",b="1"} 30; {a="1",b="2"} 60
+            x + on (a) group_left (__name__) y => y{a="1",b="1"} 31; y{a="1",b="2"} 32
+            x * on (nope) group_left nothing =>
+        """, 'x{a="1",b="1"} 1; x{a="1",b="2"} 2; y{a="1",c="C"} 30')
+        many = 'x{a="1",b="1"} 1; x{a="1",b="2"} 2; y{a="1",b="3"} 3; y{a="1",b="4"} 3'
+        for expression in (
+            "x * on (a) group_left y", "y > on (a) group_right x",
+            "x * on () group_left (a) min without (b) (y) + on () group_left (b) x",
+            'x / on (a) group_left (b) y{b="3"}', 'x > on (a) group_left (b) y{b="3"}',
+        ):
+            with self.subTest(expression), self.assertRaises(EvaluationError):
+                answer(expression, many)
+
+    def test_an_aggregation_may_have_a_parameter(self):
+        self.check("""
+            topk(1, x) => x{a="2",b="1"} 9             bottomk(1, x) => x{a="1",b="1"} 1
+            topk by (a) (1, x) => x{a="1",b="2"} 3; x{a="2",b="1"} 9
+            topk without (b) (1.9, x) => x{a="1",b="2"} 3; x{a="2",b="1"} 9
+            topk(0, x) =>                              bottomk(-3, x) =>
+            count(topk(99, x)) => {} 3                 topk(1, nothing) =>
+            topk(1, x) <- x{a="1"} NaN; x{a="2"} -Inf => x{a="2"} -Inf
+            bottomk(1, x) <- x{a="1"} NaN; x{a="2"} Inf => x{a="2"} +Inf
+            count(topk(2, x)) <- x{a="1"} 5; x{a="2"} 5; x{a="3"} 5 => {} 2
+            quantile(0.5, x) => {} 3                   quantile(0.75, x) => {} 6
+            quantile by (a) (0, x) => {a="1"} 1; {a="2"} 9
+            quantile(2, x) => {} +Inf                  quantile(-1, x) => {} -Inf
+            quantile(NaN, x) => {} NaN
+            quantile(0, x) <- x{a="1"} NaN; x{a="2"} 1 => {} NaN
+            quantile(1, x) <- x{a="1"} NaN; x{a="2"} 1 => {} 1
+            count_values("v", x) => {v="1"} 1; {v="3"} 1; {v="9"} 1
+            count_values by (a) ("v", x > 1) => {a="1",v="3"} 1; {a="2",v="9"} 1
+            count_values without (b) ("a", x) => {a="1"} 1; {a="3"} 1; {a="9"} 1
+            count_values without (v, a, b) ("v", x) => {} 3
+            count_values("v", x) <- x{a="1"} NaN; x{a="2"} NaN => {v="NaN"} 2
+            count_values("v", x) <- x -Inf => {v="-Inf"} 1
+            count_values("v", x) <- x 1e-7 => {v="0.0000001"} 1
+            stddev(x) <- x{a="1"} 2; x{a="2"} 4 => {} 1
+            stdvar(x) <- x{a="1"} 2; x{a="2"} 6 => {} 4
+            stddev(x) <- x 7 => {} 0                   stdvar(x) <- x Inf => {} NaN
+            stddev(x) <- x{a="1"} NaN; x{a="2"} 6 => {} NaN
+        """, 'x{a="1",b="1"} 1; x{a="1",b="2"} 3; x{a="2",b="1"} 9')
+        for expression in (
+            "topk(NaN, x)", "bottomk(Inf, x)", 'count_values("", x)',
+            'label_replace(x, "", "", "", "")', 'label_join(x, "", "")',
+            'label_replace(x, "a", "", "a", ".*")',
+        ):
+            with self.subTest(expression), self.assertRaises(EvaluationError):
+                answer(expression, 'x{a="1"} 1; x{a="2"} 2')
+
+    def test_labels_are_replaced_and_joined(self):
+        self.check(r"""
+            label_replace(x, "p", "$1", "i", "(.*):(.*)") => x{i="h:80",p="h"} 1
+            label_replace(x, "p", "$2${1}x", "i", "(.*):(.*)") => x{i="h:80",p="80hx"} 1
+            label_replace(x, "p", "$1x", "i", "(.*)") => x{i="h:80"} 1
+            label_replace(x, "p", "$$1$", "i", ".*") => x{i="h:80",p="$1$"} 1
+            label_replace(x, "p", "$h", "i", "(?P<h>.).*") => x{i="h:80",p="h"} 1
+            label_replace(x, "p", "$9$nope.", "i", "(.).*") => x{i="h:80",p="."} 1
+            label_replace(x, "i", "", "i", ".*") => x 1
+            label_replace(x, "i", "new", "nope", "") => x{i="new"} 1
+            label_replace(x, "p", "new", "i", "h") => x{i="h:80"} 1
+            label_replace(x, "__name__", "y", "", "") => y{i="h:80"} 1
+            label_replace(x, "p", "$1", "i", "(?i)(H):.*") => x{i="h:80",p="h"} 1
+            label_replace(x, "p", "$1$2", "i", "(a)|(h).*|(.*)") => x{i="h:80",p="h"} 1
+            label_join(x, "p", "-", "i", "i") => x{i="h:80",p="h:80-h:80"} 1
+            label_join(x, "p", "-", "i", "nope") => x{i="h:80",p="h:80-"} 1
+            label_join(x, "i", "-") => x 1
+            label_join(x, "i", ",", "__name__") => x{i="x"} 1
+        """, 'x{i="h:80"} 1')
+        self.check("""
+            x * on (p) label_replace(y, "p", "$1", "i", "(.*):.*") => {p="h"} 6
+        """, 'x{p="h"} 2; y{i="h:1"} 3')
+
+    def test_what_looks_back_sees_what_Prometheus_would_have_seen(self):
+        self.check("""
+            x offset 1s => x 4                         x offset 3s =>
+            x offset 2s => x 3                         x offset -1s => x 5
+            x offset 4s => x 1                         x offset 5s =>
+            x @ 1699999999 => x 4                      x @ 1699999999 offset 1s => x 3
+            x @ 1700000000 offset -299s => x 5         x offset -300s =>
+            sum_over_time(x[2s] offset 1s) => {} 7     increase(x[2s] offset 3s) =>
+            timestamp(x offset 1500ms) => {} 1699999998
+            timestamp(x offset 1s + 0) => {} 1700000000
+            sum_over_time(x[5s:1s]) => {} 13           count_over_time(x[5s:1s]) => {} 4
+            sum_over_time(x[5s:2s]) => {} 9
+            max_over_time((x < 4)[9s:1s]) => {} 3
+            sum_over_time(x[3s:1s] offset 1s) => {} 7
+            last_over_time(x[9s:1s]) => x 5            first_over_time(x[9s:1s]) => x 1
+            min_over_time(sum_over_time(x[2s])[3s:1s]) => {} 3
+            max_over_time(sum_over_time(x[2s:1s])[2s:1s] @ 1699999999) => {} 7
+            count_over_time(vector(1)[1h:7m]) => {} 9
+            sum_over_time(timestamp(x)[2s:1s]) - 2 * 1.7e9 => {} -1
+            absent_over_time(x[1s:1s] offset 3s) => {} 1
+            absent_over_time(x[2s:1s]) =>
+            predict_linear(x[2500ms] offset 0s, 0) => {} 5
+            predict_linear(x[2500ms] offset 1s, 1) => {} 6
+        """, "x 1 _ 3 4 5")
+        self.check("""
+            x offset 5m =>                             x offset 299s => x 1
+            count_over_time(x[20m:1m]) => {} 5         last_over_time(x[20m:1m]) => x 1
+        """, "x 1 2", step=299.5)
+
+    def test_functions_of_ranges_are_those_of_Prometheus(self):
+        self.check("""
+            first_over_time(x[9s]) <- x 3 1 2 => x 3
+            first_over_time(x[2s]) <- x 3 1 2 => x 1
+            quantile_over_time(0.5, x[9s]) <- x 3 1 2 => {} 2
+            quantile_over_time(0.25, x[9s]) <- x 1 2 => {} 1.25
+            quantile_over_time(NaN, x[9s]) <- x 1 2 => {} NaN
+            quantile_over_time(9, x[9s]) <- x 1 => {} +Inf
+            stddev_over_time(x[9s]) <- x 1 3 => {} 1
+            stdvar_over_time(x[9s]) <- x 1 5 => {} 4
+            stddev_over_time(x[9s]) <- x 5 => {} 0
+            stdvar_over_time(x[9s]) <- x Inf 1 => {} NaN
+            deriv(x[9s]) <- x 1 3 5 => {} 2            deriv(x[9s]) <- x 1 =>
+            deriv(x[9s]) <- x 7 7 7 => {} 0
+            deriv(x[9s]) <- x Inf Inf => {} NaN
+            deriv(x[9s]) <- x 1 NaN 3 => {} NaN
+            predict_linear(x[9s], 10) <- x 1 3 5 => {} 25
+            predict_linear(x[9s], -1) <- x 1 3 5 => {} 3
+            predict_linear(x[9s], 60) <- x 7 7 => {} 7
+            predict_linear(x[9s], 60) <- x 7 =>
+        """)
+
+    def test_functions_of_numbers_and_dates_are_those_of_Go(self):
+        self.check("""
+            clamp(x, 1, 2) <- x 5 => {} 2              clamp(x, 1, 2) <- x 0 => {} 1
+            clamp(x, 2, 1) <- x 5 =>                   clamp(x, NaN, 1) <- x 5 => {} NaN
+            sgn(x) <- x -3 => {} -1                    sgn(x) <- x NaN => {} NaN
+            1 / sgn(x) <- x -0 => {} -Inf              sgn(x) <- x Inf => {} 1
+            sqrt(x) <- x 9 => {} 3                     sqrt(x) <- x -1 => {} NaN
+            exp(x) <- x 0 => {} 1                      exp(x) <- x 999 => {} +Inf
+            exp(x) <- x -Inf => {} 0                   ln(x) <- x 0 => {} -Inf
+            ln(x) <- x -1 => {} NaN                    log2(x) <- x 8 => {} 3
+            log10(x) <- x 1000 => {} 3                 ln(x) <- x Inf => {} +Inf
+            sin(x) <- x Inf => {} NaN                  cos(x) <- x 0 => {} 1
+            asin(x) <- x 2 => {} NaN                   acosh(x) <- x 0 => {} NaN
+            sinh(x) <- x -999 => {} -Inf               cosh(x) <- x -999 => {} +Inf
+            atanh(x) <- x 1 => {} +Inf                 atanh(x) <- x -1 => {} -Inf
+            atanh(x) <- x 2 => {} NaN                  tanh(x) <- x 0 => {} 0
+            deg(x) <- x 0 => {} 0                      rad(x) <- x 180 => {} 3.141592654
+            pi() => 3.141592653589793                  x atan2 1 <- x 0 => {} 0
+            deg(vector(1) atan2 -1) => {} 135          x atan2 y <- x 0; y 1 => {} 0
+            sort(x) <- x 1 => x 1                      sort_desc(x) <- x 1 => x 1
+            hour() => {} 22                            minute() => {} 13
+            month() => {} 11                           year() => {} 2023
+            day_of_week() => {} 2                      day_of_month() => {} 14
+            day_of_year() => {} 318                    days_in_month() => {} 30
+            days_in_month(x) <- x 1709164800 => {} 29
+            hour(x) <- x -1 => {} 23
+            day_of_week(x) <- x 1700352000 => {} 0     year(x) <- x NaN => {} NaN
+            hour(x) <- x 1e300 => {} NaN               month(x) <- x -0.5 => {} 1
+        """)
+
+    def test_a_fraction_of_a_histogram_is_that_between_two_bounds(self):
+        buckets = 'b{le="1"} 4; b{le="3"} 8; b{le="+Inf"} 10'
+        for bounds, fraction in claims("""
+            0, 1 => 0.4        1, 3 => 0.4        0.5, 2 => 0.4       -5, 0 => 0
+            3, +Inf => 0.2     5, 9 => 0          -Inf, +Inf => 1     2, 2 => 0
+            2, 1 => 0          NaN, 1 => NaN      0, NaN => NaN       -Inf, 1 => 0.4
+        """):
+            with self.subTest(bounds):
+                found = answer(f"histogram_fraction({bounds}, b)", buckets)
+                self.assertEqual(found, "{} " + fraction)
+        self.check("""
+            histogram_fraction(0, 1, b) <- b{le="1"} 4 => {} NaN
+            histogram_fraction(0, 1, b) <- b{le="1"} 0; b{le="+Inf"} 0 => {} NaN
+            histogram_fraction(-9, -2, b) <- b{le="-1"} 4; b{le="+Inf"} 8 => {} 0
+            histogram_fraction(-9, -1, b) <- b{le="-1"} 4; b{le="+Inf"} 8 => {} 0
+            histogram_fraction(0, 1, b) <- b 4 =>
+        """)
+
     def test_a_clamp_takes_an_infinity_before_NaN_as_Go_does(self):
         for expression, expected in (
             ("clamp_min(vector(NaN), Inf)", math.inf),
@@ -1145,6 +1365,9 @@ class Rules(unittest.TestCase):
             ("sum(a)\nby (b)\nby > 1", "Rule1: sum(a) by (b)", "Rule2: by > 1"),
             ("sum(a) > 1 or min\nwithout\n(b) (a)",
              "Rule1: sum(a) > 1 or min without (b) (a)"),
+            ("rate(a\n[5m]\noffset 1h)\nb", "Rule1: rate(a[5m] offset 1h)", "Rule2: b"),
+            ("a\n@ 5\noffset 5m\nb", "Rule1: a @ 5 offset 5m", "Rule2: b"),
+            ("a * on (b)\ngroup_left\n(c)\nd", "Rule1: a * on (b) group_left (c) d"),
             ("A:\n a", "A: a"), ("Count\n(a)\nsum by (b)\n(c)\n(d)", "count(a)",
                                 "Rule2: sum by (b) (c)", "Rule3: (d)"),
         ):
@@ -1194,6 +1417,7 @@ class Rules(unittest.TestCase):
     def test_what_was_meant_for_a_name_or_for_an_alert_file_is_told_apart(self):
         PromQL.refused(self, parse_rules, claims("""
             «High-Queue: x => a rule's name               x > 10 «&& y => write 'and'
+            Q «: x > 1 => a rule's name stands right before its colon
             x > 10 «|| y => write 'or'                    x «= 10 => '==' compares
             «alert: A => on a line here                   «expr: x > 1 => on a line here
         """))
@@ -1384,7 +1608,7 @@ class Config(unittest.TestCase):
             ("METRIC_TO_CHECK", ["x >", "x for 5m"], "(at line 1, column "),
             ("METRIC_THRESHOLD", ["ten", "inf", "nan", "1e400", "1_0"], "finite"),
             ("METRICS_THRESHOLD", ["0x10", "\u0663"], "finite"),
-            ("UNHEALTHY_WHEN", ["x offset 5m", "A: x; A: y", "1"], "(at line 1"),
+            ("UNHEALTHY_WHEN", ["info(x)", "A: x; A: y", "1"], "(at line 1"),
             ("APP_PORT", ["65536", "-1", "80a", "8081.0", "\u0663", "http"], "65535"),
             ("METRICS_TIMEOUT", ["0", "61", "1x", "-1", "nan"], "expected 10ms to 1m"),
             ("METRICS_TIMEOUT", ["0.001s", "1.5.5s", "0.8 s", "1e1s", "s"], "0.8s or"),
@@ -4662,7 +4886,9 @@ class MainTest(NetworkTest):
                 ("q[1m]", 0, re.escape(q) + " =>\n8" + stamp + "9" + stamp),
                 ("delta(q[1m]) > bool 0", 0, re.escape(labels) + " => 1" + stamp),
                 ("q +", 2, ""),
-                ("topk(1, q)", 2, ""),
+                ("topk(1, q)", 0, re.escape(q) + r" => \d+" + stamp),
+                ("vector(1)[1m:30s]", 0, "{} =>\n1" + stamp + "1" + stamp),
+                ("'q'", 0, 'string: "q"' + stamp),
                 ('q{a="', 2, ""),
                 ("{__name__=~'q|r'} + on() r", 2, ""),
                 ('up{job="vllm"}', 2, ""),

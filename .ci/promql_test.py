@@ -35,7 +35,7 @@ LOOKBACK = "5s"
 STEPS = (8, 9, 10, 11, 12)
 WINDOWS = (9, 15, 25, 47, 60, 95, 120, 300)
 EPOCH = 1_700_000_000
-EVALUATIONS = 2200
+EVALUATIONS = 4000
 MUTATIONS = 2000
 REGEXES = 500
 
@@ -54,8 +54,9 @@ UNTIL_END_OF_INPUT = '"$@" & read -r _; kill $!; wait $!'
 
 
 def setUpModule() -> None:
-    """Start the one server, with the recordings of every seed."""
+    """Start the one server, with the recordings of every seed, and its lookback."""
     global SERVER  # noqa: PLW0603 - the fixture of this module
+    hc.LOOKBACK = float(LOOKBACK.rstrip("s"))
     if INSTALLED:
         SERVER = Prometheus([line for r in RECORDINGS for line in r.openmetrics()])
 
@@ -219,9 +220,11 @@ class Recording(NamedTuple):
             for at, value in points.items():
                 yield f"{name} {value!r} {(self.start + at) / 1000:.3f}"
 
-    def instant(self, now: int, noise: random.Random | None = None) -> hc.Evaluation:
-        """Return the moment of one scrape, with all that was scraped until then."""
-        history = self.history(now)
+    def evaluation(
+        self, now: int, last: int, noise: random.Random | None = None
+    ) -> hc.Evaluation:
+        """Return the moment of one scrape, with all that was scraped until the last."""
+        history = self.history(last)
         if noise:
             history = {
                 name: {k: blur(points, noise) for k, points in series.items()}
@@ -291,7 +294,7 @@ def record(seed: int, start: int) -> Recording:
     rng = random.Random(seed)
     seconds = itertools.accumulate(rng.choice(STEPS) for _ in range(45))
     # 37 is prime to 1000: no two scrapes are a whole number of seconds apart.
-    times = [s * 1000 + 37 * i for i, s in enumerate(seconds)]
+    times = [s * 1000 + 37 * i for i, s in enumerate(seconds, 1)]
     kinds: list[tuple[str, Callable[..., list[float]], list[dict[str, str]]]] = [
         ("queue", gauge, [{"engine": e} for e in ENGINES]),
         ("running", gauge, [{"engine": e, "job": "vllm"} for e in ENGINES]),
@@ -306,6 +309,7 @@ def record(seed: int, start: int) -> Recording:
         ("errors_total", counter, [{"engine": e} for e in ENGINES]),
         ("errors_total", counter, [{"engine": "0", "code": "500"}]),
         ("plain", gauge, [{}]),
+        ("distinct", gauge, [{"engine": e, "zone": z} for e in ENGINES for z in "ab"]),
         ("plain_total", counter, [{}]),
     ]
     series: Series = {}
@@ -313,6 +317,10 @@ def record(seed: int, start: int) -> Recording:
         for labels in label_sets:
             key = tuple(sorted({"__name__": name, **labels}.items()))
             series[key] = with_gaps(rng, times, values(rng, len(times)))
+    for number, (labels, points) in enumerate(series.items()):
+        if labels[0][1] == "distinct":
+            # No two of them are ever equal.
+            series[labels] = {at: 4 * v + number / 64 for at, v in points.items()}
     for engine in ENGINES:
         series.update(histogram(rng, times, engine))
     for text in TEXTS:
@@ -396,14 +404,36 @@ COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
 ARITHMETIC = ("+", "-", "*", "/", "%", "^")
 SETS = ("and", "or", "unless")
 AGGREGATIONS = ("sum", "min", "max", "avg", "count", "group")
+WITH_PARAMETER = ("quantile", "topk", "bottomk", "count_values")
+OF_SPREAD = ("stddev", "stdvar")
 OF_RANGE = (
     *("rate", "increase", "irate", "delta", "idelta", "changes", "resets"),
     *("avg_over_time", "min_over_time", "max_over_time", "sum_over_time"),
     *("count_over_time", "last_over_time", "present_over_time", "absent_over_time"),
+    *("stddev_over_time", "stdvar_over_time", "deriv"),
+)
+OF_DATE = (
+    *("minute", "hour", "day_of_week", "day_of_month", "day_of_year", "days_in_month"),
+    *("month", "year"),
+)
+OF_NUMBER = (
+    *("sgn", "sqrt", "exp", "ln", "log2", "log10", "deg", "rad", "sin", "cos", "tan"),
+    *("asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+    *("sort", "sort_desc"),
 )
 OF_VECTOR = ("abs", "absent", "ceil", "floor", "timestamp", "round")
 OF_VECTOR_AND_SCALAR = ("clamp_min", "clamp_max", "round")
-OF_OTHERS = ("histogram_quantile", "scalar", "vector", "time")
+OF_OTHERS = (
+    *("histogram_quantile", "scalar", "vector", "time", "pi", "clamp", "label_replace"),
+    *("label_join", "predict_linear", "quantile_over_time"),
+)
+# What the first version of the language did not have.
+LATER = re.compile(
+    r"\b(?:offset|atan2|group_(?:left|right)|topk|bottomk|quantile|count_values|stddev"
+    r"|stdvar|label_\w+|clamp|predict_linear|pi|quantile_over_time|"
+    + "|".join((*OF_DATE, *OF_NUMBER, *OF_RANGE[-3:])) + r")\b|@|:\w*\]",
+    re.IGNORECASE,
+)
 METRICS = (
     *("queue", "running", "cache", "cache:max", "wild", "requests_total"),
     *("errors_total", "plain", "plain_total", "seconds_bucket", "nothing"),
@@ -431,7 +461,7 @@ class Generator:
     """Makes well-typed expressions; ``parts`` and ``counters`` tell what is in one."""
 
     def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
+        self.rng, self.start, self.nested = rng, EPOCH, 0
         self.parts: list[str] = []
         self.counters: set[tuple[str, int]] = set()
 
@@ -444,7 +474,7 @@ class Generator:
     def vector(self, depth: int) -> str:
         """Return an instant vector."""
         choices = [
-            (3, self.selector),
+            (3, lambda: self.selector() + self.look_back()),
             (3, self.of_range),
             (4 * bool(depth), lambda: self.binary(depth - 1)),
             (3 * bool(depth), lambda: self.with_number(depth - 1)),
@@ -454,6 +484,10 @@ class Generator:
             (1.5 * bool(depth), lambda: self.quantile(depth - 1)),
             (0.7, lambda: f"vector({self.scalar(depth - 1)})"),
             (0.7 * bool(depth), lambda: f"-{self.operand(depth - 1)}"),
+            (3 * bool(depth), lambda: self.of_number(depth - 1)),
+            (3 * bool(depth), lambda: self.with_parameter(depth - 1)),
+            (2.5 * bool(depth), lambda: self.joined(depth - 1)),
+            (2.5 * bool(depth), lambda: self.relabeled(depth - 1)),
         ]
         weights, makers = zip(*choices)
         text: str = self.rng.choices(makers, weights)[0]()
@@ -464,7 +498,7 @@ class Generator:
         """Return a scalar."""
         kind = self.rng.random()
         if depth <= 0 or kind < 0.5:
-            text = self.rng.choice((*NUMBERS, "time()"))
+            text = self.rng.choice((*NUMBERS, "time()", "pi()"))
         elif kind < 0.7:
             text = f"scalar({self.vector(depth - 1)})"
         elif kind < 0.8:
@@ -507,14 +541,16 @@ class Generator:
 
     def with_number(self, depth: int) -> str:
         """Return a vector and a scalar joined."""
-        op = self.rng.choice((*ARITHMETIC, *COMPARISONS, *COMPARISONS))
+        # With atan2 2.42 keeps the name (see THREE).
+        op = self.rng.choice((*ARITHMETIC, "atan2", *COMPARISONS, *COMPARISONS))
         if op in COMPARISONS and self.rng.random() < 0.3:
             op = f"{op} bool"
         pair = [self.bare(depth), f"({self.scalar(depth)})"]
         if self.rng.random() < 0.5:
             pair[1] = self.rng.choice(NUMBERS)
         self.rng.shuffle(pair)
-        return f"{pair[0]} {op} {pair[1]}"
+        text = f"{pair[0]} {op} {pair[1]}"
+        return f"deg({text})" if op == "atan2" else text
 
     def aggregation(self, depth: int) -> str:
         """Return an aggregation with its clause before, behind or left out."""
@@ -523,6 +559,98 @@ class Generator:
         body = self.operand(depth)
         forms = (f"{op} {clause} {body}", f"{op}{body} {clause}", f"{op}{body}")
         return self.rng.choice(forms)
+
+    def of_number(self, depth: int) -> str:
+        """Return a function of each value, or of each value as a date."""
+        name = self.rng.choice((*OF_NUMBER, *OF_DATE, "clamp", "clamp"))
+        if name == "clamp":
+            bounds = f"{self.scalar(depth - 1)}, {self.scalar(depth - 1)}"
+            return f"clamp({self.vector(depth)}, {bounds})"
+        if name in OF_DATE:
+            if self.rng.random() < 0.3:
+                return f"{name}()"
+            # What no date holds is another number in Go.
+            moment = self.rng.choice(("2.5", "-86400", "3e7", "1.7e9", "9e9"))
+            return f"{name}({self.rng.choice(METRICS[:4])} * 86000 + {moment})"
+        return f"{name}({self.vector(depth)})"
+
+    def with_parameter(self, depth: int) -> str:
+        """Return an aggregation that has a parameter, or measures a spread."""
+        op = self.rng.choice((*WITH_PARAMETER, *OF_SPREAD))
+        clause = f" {self.rng.choice(('by', 'without'))} ({self.names()}) "
+        clause = self.rng.choice((clause, ""))
+        if op in OF_SPREAD:
+            # 3 has no spread of one value that is no number (see THREE).
+            return f"{op}{clause}({self.selector(self.rng.choice(METRICS[:4]))})"
+        if op.endswith("k"):
+            # Which one of two equal values is left out is nobody's promise.
+            count = self.rng.choice(("1", "2", "3", "0", "-1", "100", "2.9", "NaN"))
+            return f"{op}{clause}({count}, distinct{self.braces()})"
+        if op == "count_values":
+            label = self.rng.choice(("version", "engine", "nope"))
+            return f'count_values{clause}("{label}", round({self.vector(depth)}))'
+        rank = self.rng.choice(("0", "0.5", "0.9", "1", "-1", "2", "NaN", "0.25"))
+        return f"quantile{clause}({rank}, {self.vector(depth)})"
+
+    def braces(self) -> str:
+        """Return the matchers of a selector."""
+        return "" if self.rng.random() < 0.5 else f"{{{self.matcher('distinct')}}}"
+
+    def joined(self, depth: int) -> str:
+        """Return two vectors of which one may have many series for one of the other."""
+        op = self.rng.choice((*ARITHMETIC, *COMPARISONS))
+        if op in COMPARISONS:
+            op = f"{op} bool"
+        kind, labels = self.rng.choice(("on", "ignoring")), self.names()
+        side = self.rng.choice(("group_left", "group_right"))
+        include = self.rng.choice(("", "()", "(zone)", "(job, nope,)", "(code)"))
+        if kind == "on" and any(name in labels for name in ("zone", "job", "code")):
+            include = "()"
+        one = f"sum by (engine, job) ({self.vector(depth)})"
+        pair = [self.operand(depth), self.rng.choice((one, self.operand(depth)))]
+        if side == "group_right":
+            pair.reverse()
+        left, right = pair
+        return f"{left} {op} {kind} ({labels}) {self.case(side)} {include} {right}"
+
+    def relabeled(self, depth: int) -> str:
+        """Return a vector with another label."""
+        label = self.rng.choice(("engine", "zone", "new", "code"))
+        source = self.rng.choice(("engine", "zone", "code", "nope", "text", "id"))
+        body = self.rng.choice((self.vector(depth), "word"))
+        if self.rng.random() < 0.3:
+            sources = self.rng.sample(LABEL_NAMES[:4], 2)
+            names = "".join(f', "{name}"' for name in sources)
+            return f'label_join({body}, "{label}", "{self.rng.choice("-,")}"{names})'
+        templates = "$1", "$2-$1", "${1}x", "x$$1", "", "$0", "$1x", "$"
+        template = self.rng.choice(templates)
+        pattern = self.rng.choice((
+            *("(.*)", "(.)(.*)", "(a*)(a|b)*?(.*)", "([0-9])+", "(?:a|(b))+", "", "a?"),
+            *("(.*?)(a*)", "(a|ab)(c|bcd)?", "((a)|(b))*", "(\\\\d)+|(.)", "x(.*)"),
+        ))
+        texts = "".join(f', "{t}"' for t in (label, template, source, pattern))
+        return f"label_replace({body}{texts})"
+
+    def look_back(self) -> str:
+        """Return an offset, a moment, both or none."""
+        offset = self.rng.choice(("3s", "12s", "1m", "2m7s", "-9s7ms", "-1m7ms"))
+        offset = f" {self.case('offset')} {offset}"
+        # In a subquery 2.42 moves the moment with its steps, for some functions.
+        at = f" @ {self.moment()}" if not self.nested else ""
+        return self.rng.choice(("", "", "", offset, offset, at))
+
+    def moment(self) -> str:
+        """Return a Unix time within the recordings."""
+        return f"{self.start + self.rng.randrange(500)}.{self.rng.randrange(1000):03}"
+
+    def subquery(self, depth: int, window: int) -> str:
+        """Return a subquery; no step is on its left edge, where 3 is open."""
+        short = ("1713ms", "3s") if window < 60 else ("13s", "30s")
+        step = self.rng.choice(("7s", "10s", *short))
+        self.nested += 1
+        inner = self.vector(max(0, depth - 1))
+        self.nested -= 1
+        return f"({inner})[{window}s3ms:{step}]"
 
     def names(self) -> str:
         """Return label names, sometimes with a comma too many."""
@@ -541,12 +669,23 @@ class Generator:
 
     def of_range(self) -> str:
         """Return a function of a range vector."""
-        name = self.rng.choice(OF_RANGE)
+        name = self.rng.choice((*OF_RANGE, "quantile_over_time", "predict_linear"))
         metric = self.rng.choice(METRICS)
         window = self.rng.choice(WINDOWS)
-        if name in ("rate", "increase"):
-            self.counters.add((metric, window))
-        return f"{name}({self.selector(metric)}[{self.duration(window)}])"
+        before = f"{self.rng.choice(('0.5', '0', '1', '0.9', '-1', 'NaN'))}, "
+        before *= name == "quantile_over_time"
+        behind = f", {self.rng.choice(('60', '-10', '3600', '0'))}"
+        behind *= name == "predict_linear"
+        counts = name in ("rate", "increase")
+        if self.rng.random() < 0.25 and not counts and self.nested < 2:
+            ranged = self.subquery(1, window) + self.look_back()
+        else:
+            ranged = f"{self.selector(metric)}[{self.duration(window)}]"
+            if counts:
+                self.counters.add((metric, window))
+            else:
+                ranged += self.look_back()
+        return f"{name}({before}{ranged}{behind})"
 
     def quantile(self, depth: int) -> str:
         """Return ``histogram_quantile`` of buckets, or of what holds none."""
@@ -628,7 +767,8 @@ class Generator:
 FIXED = 20_240_117
 RANDOM = random.SystemRandom().randrange(1 << 31)
 RECORDINGS = [
-    record(seed + index, EPOCH + 1000 * (3 * number + index))
+    # So far apart that no subquery sees the samples of another one.
+    record(seed + index, EPOCH + 3000 * (3 * number + index))
     for number, seed in enumerate((FIXED, RANDOM))
     for index in range(3)
 ]
@@ -637,25 +777,41 @@ RECORDINGS = [
 # -- 1. The same expression gives the same answer ------------------------------------
 
 
-def ours(text: str, instant: hc.Evaluation) -> Answer:
+# Looks at what comes after the moment of the question.
+LATER_SAMPLES = re.compile(r"@|offset -", re.IGNORECASE)
+
+
+def ours(
+    text: str, recording: Recording, now: int, noise: random.Random | None = None
+) -> Answer:
     """Return what the program answers."""
+    last = recording.times[-1] if LATER_SAMPLES.search(text) else now
+    return answered(text, recording.evaluation(now, last, noise))
+
+
+def answered(text: str, evaluation: hc.Evaluation) -> Answer:
+    """Return an answer, or why there is none."""
     try:
-        found = hc.evaluate(hc.parse_expression(text), instant)
+        found = hc.evaluate(hc.parse_expression(text), evaluation)
     except hc.PromQLError as error:
         return f"refused: {error}"
     except hc.EvaluationError as error:
         return f"error: {error}"
-    return found if isinstance(found, float) else dict(found)
+    return dict(found) if isinstance(found, dict) else found
 
 
-def agree(one: Answer, other: Answer) -> bool:
+# What loses digits: Prometheus has whole milliseconds, and sums of squares.
+LOSES_DIGITS = re.compile("deriv|predict_linear|std|1713ms|^(?=.*delta).*:")
+
+
+def agree(one: Answer, other: Answer, digits: float = 1e-9) -> bool:
     """Tell whether two answers are the same, to the ninth digit."""
     if isinstance(one, dict) and isinstance(other, dict):
-        same = (k in other and agree(v, other[k]) for k, v in one.items())
+        same = (k in other and agree(v, other[k], digits) for k, v in one.items())
         return one.keys() == other.keys() and all(same)
     if isinstance(one, float) and isinstance(other, float):
         both_nan = math.isnan(one) and math.isnan(other)
-        return both_nan or math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
+        return both_nan or math.isclose(one, other, rel_tol=digits, abs_tol=1e-12)
     if isinstance(one, str) and isinstance(other, str):
         return one.partition(":")[0] == other.partition(":")[0]
     return False
@@ -667,9 +823,12 @@ def rounded_apart(text: str, recording: Recording, now: int, theirs: Answer) -> 
     2.42 adds up in another order than Prometheus 3, and what is exact in milliseconds
     is not in seconds; Go's power is its own; ``ceil``, ``>`` or ``%`` make much of it.
     """
-    rng, mine = random.Random(now), ours(text, recording.instant(now))
-    noisy = [ours(text, recording.instant(now, rng)) for _ in range(20)]
-    inexact = re.search(r"avg|rate|increase|delta|quantile|\^", text.lower())
+    rng, mine = random.Random(now), ours(text, recording, now)
+    noisy = [ours(text, recording, now, rng) for _ in range(20)]
+    inexact = re.search(
+        r"avg|rate|increase|delta|quantile|\^|std|deriv|predict|exp|l[no]|sin|cos|tan",
+        text.lower(),
+    )
     unstable = not all(agree(answer, mine) for answer in noisy)
     return bool(inexact and unstable) or any(agree(n, theirs) for n in noisy)
 
@@ -677,7 +836,7 @@ def rounded_apart(text: str, recording: Recording, now: int, theirs: Answer) -> 
 def reproduction(recording: Recording, now: int, parts: Iterable[str]) -> str:
     """Return the shortest part that the two disagree about, both answers, samples."""
     for text in sorted(set(parts), key=len):
-        mine = ours(text, recording.instant(now))
+        mine = ours(text, recording, now)
         theirs = SERVER.answer(text, recording.start + now)
         if not agree(mine, theirs):
             break
@@ -727,6 +886,7 @@ class TheSameExpressionGivesTheSameAnswer(unittest.TestCase):
         counts: collections.Counter[str] = collections.Counter()
         while counts["evaluations"] < EVALUATIONS:
             recording = made.rng.choice(recordings)
+            made.start = recording.start // 1000
             now, text = made.rng.choice(recording.times), made.expression()
             if any(recording.meets_clamp(m, w, now) for m, w in made.counters):
                 continue
@@ -735,7 +895,10 @@ class TheSameExpressionGivesTheSameAnswer(unittest.TestCase):
                 self.fail(reproduction(recording, now, [*made.parts, *wrong]))
             counts[kind] += 1
             counts["evaluations"] += kind != "refused"
-        self.assertLess(counts["rounded"], EVALUATIONS / 200, f"seed {seed}: {counts}")
+            counts["later"] += bool(LATER.search(text)) and kind != "refused"
+        for kind in ("rounded", "filtered"):
+            self.assertLess(counts[kind], EVALUATIONS / 200, f"seed {seed}: {counts}")
+        self.assertGreater(counts["later"], 1600, f"seed {seed}: {counts}")
         for kind, least in (("series", 0.3), ("scalar", 0.03), ("error", 0.01)):
             self.assertGreater(
                 counts[kind], EVALUATIONS * least, f"seed {seed}: {counts}"
@@ -745,11 +908,14 @@ class TheSameExpressionGivesTheSameAnswer(unittest.TestCase):
         self, text: str, recording: Recording, now: int
     ) -> tuple[str, list[str]]:
         """Return of what kind the answers are, and the texts they disagree about."""
-        mine, texts = ours(text, recording.instant(now)), [text]
+        mine, texts = ours(text, recording, now), [text]
         if not (isinstance(mine, str) and mine.startswith("refused")):
             texts.append(hc.format_expression(hc.parse_expression(text)))
         answers = {t: SERVER.answer(t, recording.start + now) for t in texts}
-        wrong = [t for t, theirs in answers.items() if not agree(mine, theirs)]
+        digits = 1e-5 if LOSES_DIGITS.search(text) else 1e-9
+        wrong = [t for t, theirs in answers.items() if not agree(mine, theirs, digits)]
+        if wrong and "many-to-" in str(mine) and re.search("[<>=]", text):
+            return "filtered", []  # 3 looks for many before it filters (see THREE).
         if wrong and all(rounded_apart(t, recording, now, answers[t]) for t in wrong):
             return "rounded", []
         if isinstance(mine, dict):
@@ -792,7 +958,7 @@ class TheSameExpressionGivesTheSameAnswer(unittest.TestCase):
             for _ in range(REGEXES):
                 pattern = made.regex()
                 text = f"word{{text=~`{pattern}`}}"
-                mine = ours(text, recording.instant(now))
+                mine = ours(text, recording, now)
                 if isinstance(mine, str) and pattern_is_outside(pattern):
                     continue
                 theirs = SERVER.answer(text, recording.start + now)
@@ -1054,6 +1220,197 @@ x{le="1"}
 x{le=~"1|\\+Inf"}
 x{a="b", a="c"}
 x{a!="b", a!="c"}
+x offset 5m
+x OFFSET -5m
+x offset 1h30m
+x{a="b"} offset 5m
+x[5m] offset 5m
+rate(x[5m] offset 1h)
+offset > 1
+offset offset 5m
+x offset 5m + y
+-x offset 5m
+x @ 100
+x @ -1.5
+x @ +1e3
+x @ 0x10
+rate(x[5m] @ 100)
+x @ 100 offset 5m
+x offset 5m @ 100
+x[5m:1m]
+x[5m:]
+x[5m :1m]
+x[5m: 1m]
+(x)[5m:1m]
+rate(x[5m])[1h:]
+rate(x[5m:1m])
+rate(x[5m:1m] offset 5m)
+sum(x)[5m:1m]
+max_over_time((x > 1)[5m:1m])
+max_over_time(max_over_time(x[5m:1m])[5m:1m])
+x[5m:1m] @ 100
+(x offset 5m)[5m:1m]
+x * on (a) group_left y
+x * on (a) group_left () y
+x * on (a) group_left (b) y
+x * on (a) group_left (b,) y
+x * ignoring (a) group_right () y
+x == on () GROUP_LEFT y
+x == bool on (a) group_left (b, c) y
+x > on (a) group_right y
+1 + on () group_left x
+x * ignoring (a) group_left (a) y
+topk(1, x)
+TOPK(1, x)
+topk by (a) (1, x)
+topk(1, x) by (a)
+topk(scalar(x), y)
+bottomk(1, x)
+quantile(0.9, x)
+count_values("v", x)
+count_values by (a) ("v", x)
+stddev(x)
+stdvar by (a) (x)
+x atan2 y
+x ATAN2 y
+1 atan2 1
+x + y atan2 z
+label_replace(x, "a", "$1", "b", "(.*)")
+label_replace(x, "a", "", "", "")
+label_join(x, "a", ",", "b")
+label_join(x, "a", ",")
+label_join(x, "a", ",", "b", "c", "d")
+sort(x)
+sort_desc(x)
+clamp(x, 1, 2)
+exp(x)
+ln(x)
+log2(x)
+log10(x)
+sqrt(x)
+sgn(x)
+sin(x)
+cosh(x)
+atanh(x)
+deg(x)
+rad(x)
+pi()
+hour()
+hour(x)
+minute()
+month()
+year()
+day_of_month()
+day_of_week(x)
+day_of_year()
+days_in_month(vector(1))
+deriv(x[5m])
+predict_linear(x[5m], 60)
+predict_linear(x[5m:1m], scalar(y))
+quantile_over_time(0.9, x[5m])
+stddev_over_time(x[5m])
+stdvar_over_time(x[5m])
+"a"
+'a'
+`a`
+("a")
+x{a=~"(?i)b"}
+x{a=~"(?s:b)|c"}
+x{a=~"(?P<n>b)"}
+x{a=~"(?i-s)b"}
+pi
+hour > 1
+stddev{a="b"}
+topk
+
+(x) offset 5m
+x offset
+x offset y
+x offset 5m offset 5m
+x offset 5m [5m]
+x offset "5m"
+x offset 5m 5m
+sum(x) offset 5m
+rate(x[5m]) offset 5m
+1 offset 5m
+x + y offset
+x @
+x @ y
+x @ "100"
+x @ 100 @ 200
+x @ Inf
+x @ nan
+(x) @ 100
+1 @ 100
+x @ 100 [5m]
+x[5m] [5m:1m]
+x[5m:1m][5m]
+x[5m:1m] + y
+x[5m:0s]
+x[0s:1m]
+x[:1m]
+x[5m:1m:1m]
+x[5m:-1m]
+x[5m:1m
+1[5m:1m]
+time()[5m:1m]
+"a"[5m:1m]
+abs(x[5m:1m])
+x group_left y
+x + group_left y
+x + group_left (a) y
+x and on (a) group_left y
+x or ignoring (a) group_right y
+x * on (a) group_left (a) y
+x * on (a) group_left b y
+x * on (a) group_left (b y
+x * on (a) group_left group_right y
+1 + on (a) group_left x
+group_left
+topk(x)
+topk(x, 1)
+topk(1)
+topk("a", x)
+topk(1, x, y)
+quantile(x)
+count_values(x)
+count_values(1, x)
+count_values(v, x)
+stddev(1)
+sum(1, x)
+x atan2
+atan2 > 1
+atan2 x
+1 atan2 bool 1
+label_replace(x)
+label_replace(x, "a", "$1", "b")
+label_replace(x, "a", "$1", "b", "(.*)", "c")
+label_replace(x, "a", "$1", "b", y)
+label_join(x)
+label_join(x, "a")
+label_join(x, "a", ",", y)
+label_join("a", x, ",")
+sort(x, y)
+clamp(x, 1)
+clamp(x, 1, 2, 3)
+clamp(1, 1, 2)
+exp(1)
+pi(1)
+pi(x)
+hour(1)
+hour(x, y)
+hour("a")
+deriv(x)
+predict_linear(x[5m])
+predict_linear(60, x[5m])
+predict_linear(x, 60)
+quantile_over_time(x[5m], 0.9)
+quantile_over_time(0.9, x)
+x + "a"
+"a" + "a"
+x{a=~"(?i"}
+x{a=~"(?z)b"}
+x{a=~"(?P<n)b"}
 
 x y
 x 1
@@ -1378,59 +1735,19 @@ LINES_OF_EITHER_KIND = (
 
 # What Prometheus has and the subset leaves out.
 LEFT_OUT = {
-    "offset": ("x offset 5m", "x OFFSET -5m", "rate(x[5m] offset 1h)", "offset > 1"),
-    "@": ("x @ 100", "x @ start()", "x @ end()", "rate(x[5m] @ 100)", "x @ -1.5"),
-    "subqueries": (
-        *("rate(x[5m:1m])", "max_over_time(x[5m:])", "x[5m:1m]", "sum(x)[5m:1m]"),
-        "max_over_time((x > 1)[5m:1m])",
-    ),
-    "group_left, group_right": (
-        *("x * on (a) group_left y", "x * on (a) group_left (b) y"),
-        *("x * ignoring (a) group_right () y", "x == on () GROUP_LEFT y"),
-    ),
-    "aggregations with a parameter": (
-        *("topk(1, x)", "bottomk(1, x)", "topk by (a) (1, x)", "quantile(0.9, x)"),
-        'count_values("v", x)',
-    ),
-    "stddev, stdvar": ("stddev(x)", "stdvar(x)", "stddev by (a) (x)"),
-    "atan2": ("x atan2 y", "1 atan2 1"),
-    "functions of labels": (
-        *('label_replace(x, "a", "$1", "b", "(.*)")', 'label_join(x, "a", ",", "b")'),
-        *("sort(x)", "sort_desc(x)"),
-    ),
-    "functions of numbers": (
-        *("clamp(x, 1, 2)", "exp(x)", "ln(x)", "log2(x)", "log10(x)", "sqrt(x)"),
-        *("sgn(x)", "sin(x)", "cos(x)", "tan(x)", "asin(x)", "acos(x)", "atan(x)"),
-        *("sinh(x)", "cosh(x)", "tanh(x)", "asinh(x)", "acosh(x)", "atanh(x)"),
-        *("deg(x)", "rad(x)", "pi()"),
-    ),
-    "functions of dates": (
-        *("hour()", "hour(x)", "minute()", "month()", "year()", "day_of_month()"),
-        *("day_of_week()", "day_of_year()", "days_in_month()"),
-    ),
-    "functions of ranges": (
-        *("deriv(x[5m])", "predict_linear(x[5m], 60)", "holt_winters(x[5m], 0.5, 0.5)"),
-        *("quantile_over_time(0.9, x[5m])", "stddev_over_time(x[5m])"),
-        "stdvar_over_time(x[5m])",
-    ),
-    "native histograms": (
-        *("histogram_count(x)", "histogram_sum(x)", "histogram_fraction(0, 1, x)"),
-    ),
+    "moments of a query": ("x @ start()", "x @ end()", "rate(x[5m] @ end())"),
+    "what Prometheus 3 has no more": ("holt_winters(x[5m], 0.5, 0.5)",),
+    "native histograms": ("histogram_count(x)", "histogram_sum(x)"),
+    "a million points": ("max_over_time(x[1000h:1s])",),
     "selectors without a name": (
         *('{a="b"}', '{a=~".+"}', '{__name__=~"x"}', '{__name__!=""}'),
         *('{__name__=~"x.*", a="b"}', '{__name__="x", __name__="x"}'),
         '{__name__="x", __name__=~"x"}',
     ),
-    "strings": ('"a"', "'a'", "`a`", '("a")'),
     "bytes that are no UTF-8": (r'x{a="\377"}', r'x{a="\xc3("}'),
     "regular expressions": (
-        *('x{a=~"(?i)b"}', r'x{a=~"\\bb"}', r'x{a=~"\\pL"}', 'x{a=~"[[:alpha:]]"}'),
-        *(
-            'x{a=~"(?P<n>b)"}',
-            r'x{a=~"\\Ab\\z"}',
-            r'x{a=~"\\Qb\\E"}',
-            'x{a=~"a|(?s:.)"}',
-        ),
+        *('x{a=~"(?m)b"}', 'x{a=~"(?U)b"}', r'x{a=~"\\bb"}', r'x{a=~"\\pL"}'),
+        *('x{a=~"[[:alpha:]]"}', r'x{a=~"\\Ab\\z"}', r'x{a=~"\\Qb\\E"}'),
         *(r'x{a=~"\\x41"}', r'x{a=~"[^\\S]"}'),
     ),
 }
@@ -1503,6 +1820,8 @@ class TheSameTextsAreExpressions(unittest.TestCase):
                 continue
             with self.subTest(text=text):
                 answer = SERVER.ask("query", query=text, time=str(EPOCH))
+                if answer["status"] == "error":  # topk of NaN series, say
+                    continue
                 kinds = {"vector": "instant vector", "matrix": "range vector"}
                 kind = answer["data"]["resultType"]
                 found = hc.type_of(hc.parse_expression(text))
@@ -1550,8 +1869,12 @@ def in_the_tables(text: str, theirs: str) -> bool:
     if theirs:
         number_for_duration = r"\[\s*(?!\w+[smhdwy]\s*\])[\w.]+\s*\]"
         duration_for_number = r"(?<![\w.\[])(\d+(ms|[smhdwy]))+(?![\w.\]])"
+        number_for_offset = r"(?i)offset\s+[-+]?[\d.]+(?![\d.]*[smhdwy])"
         quoted_name = r"""[{,(]\s*(["']).*?\1\s*([},)]|[=!][=~]?)"""
-        patterns = (number_for_duration, duration_for_number, quoted_name)
+        patterns = (
+            *(number_for_duration, duration_for_number, number_for_offset),
+            quoted_name,
+        )
         return any(re.search(pattern, text) for pattern in patterns)
     return bool(re.search(r"(?<![\w:])\s*\{|:\]|__name__|^\W*[\"']", text))
 
@@ -1845,7 +2168,7 @@ class WhatPrometheusThreeDoesDifferently(unittest.TestCase):
             labels: Labels = (("__name__", metric), *[(label, value)] * bool(pair))
             series[labels] = {int(at * 1000): float(v) for at, v in points.items()}
         instant = hc.Evaluation(30.0, 30.0, remember(series, 30_000), {}, {})
-        return ours(text, instant)
+        return answered(text, instant)
 
     def test_answers(self) -> None:
         for claim, (text, samples, expected) in THREE.items():
