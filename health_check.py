@@ -395,6 +395,8 @@ class TargetStatus(NamedTuple):
     series: int = 0
     since: float = 0.0
     samples: int = 0
+    remark: str = ""
+    watched: bool = True
 
 
 # Why a scrape can have failed, as the label reason of scrape_error has it.
@@ -2600,16 +2602,10 @@ def load_config(environ: Mapping[str, str]) -> Config:
         problems += check(given, values)
     if problems:
         raise ConfigError("\n".join(problems + warnings))
-    plain = [s.name for s in SETTINGS if not s.name.endswith(("_ENDPOINT", "_URL"))]
-    values["given"] = {name: given[name] for name in plain if name in given}
-    config = Config(**values, warnings=tuple(warnings))
-    config = config._replace(rules=_rules(config))
-    names = [rule.name for rule in config.rules]
-    unknown = [name for name in config.exit_when if name not in names]
-    if unknown:
-        there = ", ".join(names)
-        raise ConfigError(f"EXIT_WHEN: no rule {', '.join(unknown)}: there are {there}")
-    return config
+    # A URL may hold a secret.
+    plain = {s.name for s in SETTINGS if not s.name.endswith(("_ENDPOINT", "_URL"))}
+    values["given"] = {name: given[name] for name in given.keys() & plain}
+    return _with_rules(Config(**values, warnings=tuple(warnings)))
 
 
 def is_service_link(port: str) -> bool:
@@ -2622,41 +2618,65 @@ def is_service_link(port: str) -> bool:
 
 
 def hopeless_selectors(
-    expr: Expr, targets: Iterable[Target], own: Labels
+    expr: Expr, added: Mapping[str, Sequence[Mapping[str, str]]], own: Labels
 ) -> Iterator[str]:
     """Yield why a selector of an expression can never find a series.
 
-    What a scrape adds has labels that are known beforehand: ``instance``, those of
-    TARGET_LABELS (``own``) and ``reason``.
+    ``added`` has the labels that series can have which come with scrapes and probes,
+    and ``own`` the labels of TARGET_LABELS.
 
     >>> up = parse_expression('up{job="vllm"} == 0')
-    >>> print(*hopeless_selectors(up, [Target("h:80", "")], (("pod", "a"),)))
+    >>> print(*hopeless_selectors(up, {"up": [{"pod": "a"}]}, (("pod", "a"),)))
     no target can have up{job="vllm"}: set TARGET_LABELS=pod=a,job=vllm
     """
-    for selector in dict.fromkeys(find_selectors(expr)):
+    for found in dict.fromkeys(selector[:2] for selector in find_selectors(expr)):
+        selector = Selector(*found)
         text = format_expression(selector)
         if selector.name in NEVER_THERE:
             yield f"{text} is never there: {NEVER_THERE[selector.name]}"
-        why = _unmet(selector, targets, own)
+        possible = added.get(selector.name)
+        why = _unmet(selector, possible, own) if possible else ""
         if why:
             yield f"no target can have {text}: {why}"
 
 
-def _unmet(selector: Selector, targets: Iterable[Target], own: Labels) -> str:
-    extra = SYNTHETIC.get(selector.name, ())
-    named = itertools.product([("instance", t.instance) for t in targets], extra)
-    possible = [dict((*own, instance, *more)) for instance, more in named]
+def added_series(values: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """Return which labels a series can have that a scrape or a probe adds, by name.
+
+    ``values`` are those of the settings by their names in lower case.
+    """
+    own, canary = values.get("target_labels", ()), values.get("canary_url")
+    asked = [("health", target) for target in values.get("health_endpoint", ())]
+    asked += [("canary", canary)] if canary else []
+    labels = [
+        dict((*own, ("instance", target.instance), ("probe", kind)))
+        for kind, target in asked
+    ]
+    # The reasons of probe_error are the server's too.
+    found = {name: labels for name in PROBED if labels and name != "probe_error"}
+    for name, more in SYNTHETIC.items():
+        each = itertools.product(values.get("metrics_endpoint", ()), more)
+        found[name] = [
+            dict((*own, ("instance", target.instance), *pairs))
+            for target, pairs in each
+        ]  # fmt: skip
+    return found
+
+
+def _unmet(
+    selector: Selector, possible: Sequence[Mapping[str, str]], own: Labels
+) -> str:
     met = [
         {m for m in selector.matchers if matches(m, series.get(m.label, ""))}
         for series in possible
     ]
-    if not met or set(selector.matchers) in met:
+    if set(selector.matchers) in met:
         return ""
     wrong = set(selector.matchers).difference(*met)
     fixed = [_fixed_label(matcher.label, possible) for matcher in sorted(wrong)]
     if any(fixed) or not wrong:
-        return next(filter(None, fixed), "no target has all of these labels")
-    return _labels_to_set(sorted(wrong), own)
+        return next(filter(None, fixed), "none has all of these labels")
+    return f"set {labels_to_set(sorted(wrong), own)}"
 
 
 def _fixed_label(label: str, possible: Iterable[Mapping[str, str]]) -> str:
@@ -2668,13 +2688,14 @@ def _fixed_label(label: str, possible: Iterable[Mapping[str, str]]) -> str:
     return f"{label} is {' or '.join(there)}, by {setting}" if there else ""
 
 
-def _labels_to_set(wrong: Iterable[Matcher], own: Labels) -> str:
+def labels_to_set(wrong: Iterable[Matcher], own: Labels) -> str:
+    """Return TARGET_LABELS such that matchers whose labels nobody has are met."""
     wanted = dict(own)
     for label, op, value in wrong:
         plain = op in ("=", "=~") and re.match(r"[\w.:/-]+\Z", value, re.ASCII)
         wanted[label] = value if plain else "..."
     pairs = ",".join(f"{label}={value}" for label, value in wanted.items())
-    return f"set TARGET_LABELS={pairs}"
+    return f"TARGET_LABELS={pairs}"
 
 
 def missing_files(config: Config) -> Iterator[str]:
@@ -2721,15 +2742,15 @@ def _rule_problems(
         yield "UNHEALTHY_WHEN: AboveThreshold is the name of METRIC_TO_CHECK's rule"
 
 
-def _hopeless(given: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
-    targets, own = values.get("metrics_endpoint"), values.get("target_labels")
-    if targets is None or own is None:
+def _hopeless(_: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
+    if not {"target_labels", "metrics_endpoint"} <= values.keys():
         return
-    rules = values.get("unhealthy_when", ())
-    expressions = [(f"UNHEALTHY_WHEN: {rule.name}", rule.expr) for rule in rules]
+    added, own = added_series(values), values["target_labels"]
+    rules = (*values.get("unhealthy_when", ()), *values.get("canary_when", ()))
+    expressions = [(f"the rule {rule.name}", rule.expr) for rule in rules]
     expressions.append(("METRIC_TO_CHECK", values.get("metric_to_check")))
     for name, expr in expressions:
-        for problem in hopeless_selectors(expr, targets, own) if expr else ():
+        for problem in hopeless_selectors(expr, added, own) if expr else ():
             yield f"{name}: {problem}"
 
 
@@ -2756,6 +2777,15 @@ def _canary_problems(
             yield f"{name} needs CANARY_URL, where to send it"
     if "CANARY_BEARER_TOKEN_FILE" in given and url and url.authorization:
         yield "CANARY_BEARER_TOKEN_FILE excludes user:password in CANARY_URL"
+
+
+def _with_rules(config: Config) -> Config:
+    config = config._replace(rules=_rules(config))
+    names = [rule.name for rule in config.rules]
+    unknown = ", ".join(name for name in config.exit_when if name not in names)
+    if unknown:
+        raise ConfigError(f"EXIT_WHEN: no rule {unknown}: there are {', '.join(names)}")
+    return config
 
 
 def _rules(config: Config) -> tuple[Rule, ...]:
@@ -3547,6 +3577,7 @@ class Reading:
 
     ``names`` are all there are, ``reserved`` those it may not have; ``size`` is bytes,
     ``lines`` the samples, wanted or not, if the format asks for their number.
+    ``names`` are empty unless it ``lists_names``.
     """
 
     def __init__(
@@ -3559,7 +3590,7 @@ class Reading:
         self.reserved: set[str] = set()
         self.size = self.lines = self._text = 0
         self._format, self._known = format, known
-        self._openmetrics, self._list_names = openmetrics, list_names
+        self._openmetrics, self.lists_names = openmetrics, list_names
         self._value = _VALUE_OPENMETRICS if openmetrics else _VALUE
         self._started = self._ended = False
 
@@ -3580,7 +3611,7 @@ class Reading:
 
     def _survey(self, buffer: bytearray, end: int, kept: int) -> None:
         room = MAX_NAMES - len(self.names)
-        if self._list_names and room:
+        if self.lists_names and room:
             self.names.update(_LISTED_NAME.findall(buffer, 0, end)[:room])
         if self._format.counts:
             self.lines += len(_SAMPLE.findall(buffer, 0, kept))
@@ -3884,33 +3915,236 @@ def remaining(
     return shorten(", ".join(itertools.islice(shown, 10)))
 
 
-def selectors_to_find(rules: Iterable[Rule]) -> list[tuple[str, Selector]]:
-    """Return the selectors of users' rules that should find series, with their rules.
+# --- 10. Absence: rules x what scrapes show -> warnings ------------------------------
+# What finds nothing never fires: a typo, a rename, a label, another server may be why.
 
-    That nothing is there is what ``absent`` asks for.
+REMIND, REMIND_OF_TARGET = 300.0, 3600.0
+SHOWN_VALUES = 3
+# Parts of a name that differ between metrics of one thing, and one that was renamed.
+SUFFIXES = frozenset("total count sum bucket created seconds bytes info".split())
+RENAMED = ({"gpu", "kv"},)
+# Many programs call theirs so: it says nothing of which server that is.
+COMMON_NAMES = ("http_requests_total",)
+
+
+class Page(NamedTuple):
+    """What the good scrape of a target has shown; no ``names`` if not asked for."""
+
+    instance: str
+    samples: Iterable[Labels]
+    names: frozenset[str] | None = None
+
+
+class Search(NamedTuple):
+    """How far the search for the series of a selector has come.
+
+    ``homes`` are the targets that have had some; ``told`` counts the warnings since.
     """
-    return [
-        (rule.name, selector)
-        for rule in rules if not rule.builtin
-        for selector in find_selectors(rule.expr, ("absent", "absent_over_time"))
-        if selector.name not in (*SYNTHETIC, *PROBED)
+
+    homes: frozenset[str] = frozenset()
+    told: int = 0
+    told_at: float = -math.inf
+
+    @property
+    def found(self) -> bool:
+        """Whether nothing is amiss."""
+        return bool(self.homes) and not self.told
+
+    def advance(
+        self, homes: frozenset[str], scraped: AbstractSet[str], now: float
+    ) -> tuple[Search, str]:
+        """Return the next state, and what is to be told: a word, mostly none.
+
+        ``missing`` and ``gone`` are told once more after five minutes.
+
+        >>> Search().advance(frozenset(), {"h:1"}, 0.0)[1]
+        'missing'
+        """
+        known = self.homes | homes
+        if not homes and known and not known & scraped:
+            return self, ""
+        if homes and not known & scraped - homes:
+            return Search(known, 0, self.told_at), "found" if self.told else ""
+        if self.told > 1 or now - self.told_at < REMIND:
+            return self._replace(homes=known), ""
+        return Search(known, self.told + 1, now), "gone" if known else "missing"
+
+
+class Unwatched(NamedTuple):
+    """Since when a target has shown nothing that a rule knows, and what that is."""
+
+    since: float = math.inf
+    told_at: float = -math.inf
+    empty: bool = True
+    remark: str = ""
+
+    def advance(self, page: Page, now: float) -> tuple[Unwatched, bool]:
+        """Return the next state, and whether its remark is to be told.
+
+        At once and each hour; an empty page, where nothing may have happened yet, is
+        told of after five minutes.
+        """
+        if page.names is None:
+            return self, False
+        since, empty = min(self.since, now), not page.names
+        same = empty == self.empty
+        due = now - self.told_at >= (REMIND_OF_TARGET if same else REMIND)
+        due = due and now - since >= (REMIND if empty else 0.0)
+        told_at = now if due else self.told_at
+        return Unwatched(since, told_at, empty, describe_page(page.names)), due
+
+
+class Lookout:
+    """Warns while the selectors of users' rules, or all rules, find nothing.
+
+    One thread at a time may use it.  Times are monotonic.
+    """
+
+    def __init__(self, rules: Sequence[Rule], config: Config) -> None:
+        added, self._own = reserved_names(config), config.target_labels
+        found = [(rule, s) for rule in rules for s in find_selectors(rule.expr)]
+        wanted = [
+            (rule, Selector(*selector[:2])) for rule, selector in found
+            if selector.name not in added
+        ]  # fmt: skip
+        self._searches = {
+            (rule.name, selector): Search() for rule, selector in wanted
+            if not rule.builtin
+        }  # fmt: skip
+        self._names = frozenset(s.name for _, s in wanted).difference(COMMON_NAMES)
+        self._builtin = any(rule.builtin for rule, _ in wanted)
+        self._unwatched: dict[str, Unwatched] = {}
+        self._watched: set[str] = set()
+
+    def wants_names(self, now: float) -> bool:
+        """Tell whether the next scrapes should list the names of all metrics."""
+        if any(
+            not search.found and search.told < 2 and now - search.told_at >= REMIND
+            for search in self._searches.values()
+        ):
+            return True
+        unwatched = self._unwatched.values()
+        first = self._builtin and not unwatched and not self._watched
+        # An empty page costs nothing to list.
+        return first or any(
+            state.empty or now - state.told_at >= REMIND_OF_TARGET
+            for state in unwatched
+        )
+
+    def look(self, pages: Sequence[Page], evaluation: Evaluation) -> Iterator[Message]:
+        """Yield what is to be said of what the good scrapes of a check have shown."""
+        for page in pages:
+            if self._builtin:
+                yield from self._look_at(page, evaluation.now)
+        names = {name for page in pages for name in page.names or ()}
+        for (rule, selector), word in self._search(pages, evaluation):
+            text = describe_search(word, selector, names, evaluation, self._own)
+            level = logging.INFO if word == "found" else logging.WARNING
+            fields = {"rule": rule, "selector": format_expression(selector)}
+            yield level, f"{rule}: {text}", fields
+
+    def remark(self, target: TargetStatus) -> TargetStatus:
+        """Return how a scrape went with what is to be said of its page."""
+        state = self._unwatched.get(target.instance)
+        remark = state.remark if state and not target.reason else ""
+        return target._replace(remark=remark, watched=not remark)
+
+    def _search(
+        self, pages: Sequence[Page], evaluation: Evaluation
+    ) -> Iterator[tuple[tuple[str, Selector], str]]:
+        scraped = frozenset(page.instance for page in pages)
+        for key, search in self._searches.items() if scraped else ():
+            homes = homes_of(key[1], scraped, evaluation)
+            advanced, word = search.advance(homes, scraped, evaluation.now)
+            self._searches[key] = advanced
+            if word:
+                yield key, word
+
+    def _look_at(self, page: Page, now: float) -> Iterator[Message]:
+        name, fields = page.instance, {"target": page.instance}
+        if any(dict(labels)["__name__"] in self._names for labels in page.samples):
+            self._watched.add(name)
+            state = self._unwatched.pop(name, Unwatched())
+            if state.told_at > -math.inf:
+                yield logging.INFO, f"{name}: watched now", fields
+            return
+        state = self._unwatched.get(name, Unwatched())
+        self._unwatched[name], due = state.advance(page, now)
+        if due:
+            yield logging.WARNING, f"{name}: {self._unwatched[name].remark}", fields
+
+
+def describe_page(names: AbstractSet[str]) -> str:
+    """Return what is wrong with a page of which no rule knows a metric.
+
+    >>> describe_page(set())
+    'nothing is watched: its page is empty, maybe until the first request'
+    """
+    if not names:
+        return "nothing is watched: its page is empty, maybe until the first request"
+    count = f"{len(names)} or more" if len(names) >= MAX_NAMES else str(len(names))
+    set_it = "set UNHEALTHY_WHEN, or METRIC_TO_CHECK and METRIC_THRESHOLD"
+    return f"nothing is watched: no rule knows any of its {count} metrics: {set_it}"
+
+
+def describe_search(
+    word: str, selector: Selector, names: Iterable[str], evaluation: Evaluation,
+    own: Labels = (),
+) -> str:  # fmt: skip
+    """Return what to say of a selector that finds nothing, and what may be why.
+
+    ``names`` are the metrics that are there, and ``own`` the labels of targets.
+    """
+    text = format_expression(selector)
+    if word == "found":
+        return f"series of {text} are there now"
+    message = f"no series of {text} is there{' any more' if word == 'gone' else ''}"
+    there = evaluate_vector(Selector(selector.name), evaluation)
+    if there:
+        return f"{message}: {blame_label(selector, list(map(dict, there)), own)}"
+    near = nearest_name(selector.name, names)
+    if near:
+        return f"{message}; {near} is"
+    return message if word == "gone" else f"{message} yet"
+
+
+def blame_label(
+    selector: Selector, series: Sequence[Mapping[str, str]], own: Labels = ()
+) -> str:
+    """Return which label keeps a selector from the series of its metric.
+
+    >>> selector = parse_expression('x{namespace="a"}')
+    >>> blame_label(selector, [{"__name__": "x", "job": "b"}], (("job", "b"),))
+    'x has no label namespace: TARGET_LABELS=job=b,namespace=a sets one'
+    """
+    wrong = [
+        matcher for matcher in selector.matchers
+        if not any(matches(matcher, one.get(matcher.label, "")) for one in series)
     ]  # fmt: skip
+    if not wrong:
+        return f"no {selector.name} has all of these labels"
+    label = wrong[0].label
+    values = sorted({labels.get(label, "") for labels in series} - {""})
+    if not values:
+        setting = labels_to_set(wrong[:1], own)
+        return f"{selector.name} has no label {label}: {setting} sets one"
+    shown = [f"{label}={quote(shorten(value))}" for value in values[:SHOWN_VALUES]]
+    more = ["..."] if len(values) > SHOWN_VALUES else []
+    return f"{selector.name} has {', '.join(shown + more)}"
 
 
-def missing(
-    wanted: Iterable[tuple[str, Selector]], names: Iterable[str], evaluation: Evaluation
-) -> Iterator[Message]:
-    """Yield a warning for each selector of a rule that no series matches.
-
-    ``names`` are the metrics that are there: the nearest is a hint.
-    """
-    for rule_name, selector in wanted:
-        if not select(selector, evaluation):
-            near = nearest_name(selector.name, names)
-            hint = f"; {near} is" if near else ""
-            text = format_expression(selector)
-            message = f"{rule_name}: no series of {text} is there{hint}"
-            yield logging.WARNING, message, {"rule": rule_name, "selector": text}
+def homes_of(
+    selector: Selector, instances: Iterable[str], evaluation: Evaluation
+) -> frozenset[str]:
+    """Return which of these targets have a series of a selector now."""
+    found = select(selector, evaluation).items()
+    return frozenset(
+        instance for instance in instances
+        if any(
+            points.time == evaluation.now and ("instance", instance) in labels
+            for labels, points in found
+        )
+    )  # fmt: skip
 
 
 def thinned_ranges(
@@ -3930,10 +4164,12 @@ def thinned_ranges(
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
-    """Return the name that is most like another, empty if none is.
+    """Return the name that may be meant by another, empty if none may.
 
     >>> nearest_name("vllm:num_request_waiting", ["up", "vllm:num_requests_waiting"])
     'vllm:num_requests_waiting'
+    >>> nearest_name("vllm:num_requests_waiting", ["vllm:num_requests_running"])
+    ''
     """
 
     def common(other: str) -> int:
@@ -3941,10 +4177,39 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
     # With thousands of names made to be alike, difflib would take seconds.
     likely = sorted(names, key=common, reverse=True)[:50]
-    return next(iter(difflib.get_close_matches(name, likely, 1)), "")
+    near = difflib.get_close_matches(name, likely, 10, 0.5)
+    return next((other for other in near if _may_mean(name, other)), "")
 
 
-# --- 10. Probe: URL -> whether a server answers as it should -------------------------
+def _may_mean(name: str, other: str) -> bool:
+    one, two = (re.split(r"[:._]+", text.lower()) for text in (name, other))
+    alike, different = 0, 0
+    matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)
+    for word, start, end, first, last in matcher.get_opcodes():
+        parts, others = one[start:end], two[first:last]
+        if word == "equal":
+            alike += len(parts)
+        elif word == "replace" and len(parts) == len(others):
+            if not all(map(_may_be_typo, parts, others)):
+                return False
+            alike += len(parts)
+        else:
+            different += len([p for p in (*parts, *others) if p not in SUFFIXES])
+    return different < 2 and different < alike
+
+
+def _may_be_typo(part: str, other: str) -> bool:
+    if {part, other} in RENAMED:
+        return True
+    if re.sub(r"\D", "", part) != re.sub(r"\D", "", other) or part[:1] != other[:1]:
+        return False
+    short, long = sorted((part, other), key=len)
+    rest = iter(long)
+    abbreviated = len(short) > 2 and all(letter in rest for letter in short)
+    return abbreviated or difflib.SequenceMatcher(None, part, other).ratio() >= 0.75
+
+
+# --- 11. Probe: URL -> whether a server answers as it should -------------------------
 # An engine that hangs while it is idle says 0 run, 0 wait for ever, and gauges that
 # stand still look the same whether it hangs or its clients left.  Only a request tells;
 # the metrics say when it is needed, so that it is almost never sent.
@@ -4148,7 +4413,7 @@ def _read(response: Response, deadline: float) -> bytes:
     raise ScrapeError("too_large", f"an answer of {MAX_ANSWER} bytes or more")
 
 
-# --- 11. History: samples of each check -> what expressions are evaluated against ----
+# --- 12. History: samples of each check -> what expressions are evaluated against ----
 
 POINTS_PER_RANGE, LEAST_POINTS, MAX_POINTS = 512, 32, 2048
 # What a series takes besides its samples and the text of its labels, measured.
@@ -4335,7 +4600,7 @@ def _size(labels: Labels) -> int:
     return SERIES_BYTES + sum(len(value) for _, value in labels)
 
 
-# --- 12. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
+# --- 13. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
 
 GRACE = 0.05
 
@@ -4351,6 +4616,14 @@ class Scrape(NamedTuple):
     def samples(self) -> dict[Labels, float]:
         """The wanted samples of the target."""
         return self.reading.samples if self.reading else {}
+
+    @property
+    def page(self) -> Page:
+        """What the target has shown."""
+        reading = self.reading
+        names = reading.names if reading and reading.lists_names else None
+        decoded = None if names is None else frozenset(map(bytes.decode, names))
+        return Page(self.status.instance, self.samples, decoded)
 
     def failed(self, reason: str, message: str) -> Scrape:
         """Return the same scrape as one that has failed."""
@@ -4500,7 +4773,7 @@ class Scraper:
             return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 
 
-# --- 13. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
+# --- 14. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
 
 MAX_GAP = 300.0
 TREND = 120
@@ -4550,7 +4823,7 @@ class Monitor:
         url = config.canary_url
         self.canary = Canary(config, url) if url else None
         self._scraped = False
-        self._unseen = selectors_to_find(config.rules)
+        self._lookout = Lookout(config.rules, config)
         self._reserved: set[str] = set()
         self._thinned: dict[str, float] = {}
         self.scrapes: Counter[tuple[str, str]] = collections.Counter()
@@ -4646,6 +4919,7 @@ class Monitor:
         evaluation = self.history.evaluation(now, wall)
         self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
         self._warn(scrapes, evaluation)
+        targets = tuple(map(self._lookout.remark, targets))
         fault = "" if self._scraped else "never scraped"
         sequence = self.verdict.sequence + 1
         verdict = Verdict(sequence, fault, now, wall, self._statuses, targets, probes)
@@ -4668,11 +4942,12 @@ class Monitor:
         self
     ) -> tuple[float, float, list[Scrape], tuple[ProbeStatus, ...]]:
         now, wall, begun = self._clock(), self._wall(), time.monotonic()
-        scrapes, probes = self.scraper.scrape(list_names=bool(self._unseen))
+        list_names = self._lookout.wants_names(now)
+        scrapes, probes = self.scraper.scrape(list_names=list_names)
         if time.monotonic() - begun > self.verdict_timeout + MAX_LATE:
             # This process was suspended meanwhile: what it has seen is old.
             now, wall = self._clock(), self._wall()
-            scrapes, probes = self.scraper.scrape(list_names=bool(self._unseen))
+            scrapes, probes = self.scraper.scrape(list_names=list_names)
         return now, wall, scrapes, probes
 
     def _warn(self, scrapes: Sequence[Scrape], evaluation: Evaluation) -> None:
@@ -4685,8 +4960,9 @@ class Monitor:
         thinned = dict(self._thinned.items() - before.items())
         for level, text, fields in thinned_ranges(self.config.rules, thinned):
             log(level, text, **fields)
-        if self._unseen and log_missing(self._unseen, scrapes, evaluation):
-            self._unseen = []
+        pages = [scrape.page for scrape in scrapes if scrape.reading]
+        for level, text, fields in self._lookout.look(pages, evaluation):
+            log(level, text, **fields)
 
     def _count(self, verdict: Verdict) -> None:
         for target in verdict.targets:
@@ -4736,24 +5012,6 @@ def record_probes(
         history.record(dict(collections.ChainMap(*found)), now, PROBED)
 
 
-def log_missing(
-    wanted: Iterable[tuple[str, Selector]], scrapes: Iterable[Scrape],
-    evaluation: Evaluation,
-) -> bool:  # fmt: skip
-    """Warn of selectors that find nothing, once each target has shown what it has.
-
-    Returns whether each has.
-    """
-    readings = [scrape.reading for scrape in scrapes]
-    names = [reading.names if reading else set() for reading in readings]
-    if not all(names):
-        return False
-    known = {name.decode() for name in set().union(*names)}
-    for level, text, fields in missing(wanted, known, evaluation):
-        log(level, text, **fields)
-    return True
-
-
 def _tell(
     listener: Callable[[Verdict, Verdict], object], before: Verdict, verdict: Verdict
 ) -> None:
@@ -4774,7 +5032,7 @@ def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         return status._replace(error=f"bug: {report(error)}")
 
 
-# --- 14. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
+# --- 15. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
@@ -5012,7 +5270,7 @@ def _failures(targets: Iterable[TargetStatus]) -> list[str]:
     ]  # fmt: skip
 
 
-# --- 15. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
+# --- 16. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
 
 # With 200 rules or 5,000 series an answer would be megabytes: it is cut, and built in
 # slices, one in each turn of the loop, so that it holds up nobody else's.
@@ -5128,6 +5386,8 @@ def _verbose_lines(
     for target in verdict.targets:
         if target.reason:
             yield f"[-]scrape of {target.instance} {_target_text(target, verdict.time)}"
+        if target.remark:
+            yield f"warn: {target.instance}: {target.remark}"
     for probe in verdict.probes:
         if probe.reason:
             yield f"[-]{describe_probe(probe)}"
@@ -5146,7 +5406,8 @@ def _target_text(target: TargetStatus, now: float) -> str:
         since = format_duration(int(now - target.since))
         return f"failed for {since}: {target.reason}: {target.message}"
     size = f"{target.series} series, {target.size} bytes"
-    return f"ok: {size}, {target.seconds:.4f} s"
+    remark = target.remark and f"; {target.remark}"
+    return f"ok: {size}, {target.seconds:.4f} s{remark}"
 
 
 def _health_json(verdict: Verdict, reason: str) -> Iterator[str]:
@@ -5189,6 +5450,7 @@ def _target_json(target: TargetStatus, verdict: Verdict) -> dict[str, Any]:
         "observedValue": round(target.seconds, 6), "observedUnit": "s",
         "series": target.series, "bytes": target.size,
         "output": target.reason and f"{target.reason}: {target.message}",
+        "remark": target.remark,
     })  # fmt: skip
 
 
@@ -5271,6 +5533,8 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
          [(rule, s.limit) for rule, s in rules if s.limit is not None]),
         ("health_check_target_up", "Whether the last scrape succeeded.",
          [({"target": t.instance}, not t.reason) for t in verdict.targets]),
+        ("health_check_target_watched", "0 if no rule knows a metric of its page.",
+         [({"target": t.instance}, t.watched) for t in verdict.targets]),
         ("probe_success", "Whether a probe succeeded.",
          [(labels, p.success) for labels, p in probes if p.success is not None]),
         ("probe_http_status_code", "Status of the answer, 0 if there was none.",
@@ -5399,8 +5663,10 @@ def _target_html(target: TargetStatus, now: float, site: Site) -> tuple[bool, st
     if target.reason:
         what = _failure(target, site.urls.get(target.instance, target.instance))
         text = f"{what}, for {format_duration(int(now - target.since))}"
-    state, title = "fail" if target.reason else "pass", f"scrape of {target.instance}"
-    return bool(target.reason), _section(state, title, text)
+    if target.remark:
+        text += f"; {target.remark}"
+    state = "fail" if target.reason else "pass" if target.watched else "warn"
+    return state != "pass", _section(state, f"scrape of {target.instance}", text)
 
 
 def _failure(target: TargetStatus, url: str) -> str:
@@ -5612,7 +5878,7 @@ PAGE_END = f"""</main>
 """
 
 
-# --- 16. Serve: connections -> Answers -----------------------------------------------
+# --- 17. Serve: connections -> Answers -----------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
@@ -6158,7 +6424,7 @@ def listen(host: str, port: int) -> socket.socket:
         return create(("0.0.0.0", port))
 
 
-# --- 17. Main: wiring and signals ----------------------------------------------------
+# --- 18. Main: wiring and signals ----------------------------------------------------
 
 # A preStop hook has 30 s with the default grace, and SIGTERM comes after it.
 QUERY_PAUSE, WAIT_TOLD_EACH, WAIT_TIMEOUT = 1.0, 10.0, 25.0
@@ -6270,8 +6536,8 @@ def _parse_query(text: str, config: Config, kind: str = "") -> Expr:
     expr = parse_expression(text)
     if type_of(expr) != (kind or type_of(expr)):
         raise ConfigError(f"expected an {kind}, this is a {type_of(expr)}")
-    targets, own = config.metrics_endpoint, config.target_labels
-    problems = list(hopeless_selectors(expr, targets, own))
+    added = added_series(config._asdict())
+    problems = list(hopeless_selectors(expr, added, config.target_labels))
     if problems:
         raise ConfigError("\n".join(problems))
     return expr
@@ -6396,7 +6662,7 @@ def check_once(config: Config) -> int:
     for rule, text in undecided.items():
         say(f"[?]{rule.name} undecided: one check has no {text}")
     decided = [r._replace(hold=0.0) for r in config.rules if r not in undecided]
-    targets, evaluation = _scrape_for(decided, config)
+    targets, evaluation = _scrape_for(config.rules, config)
     rules = tuple(judge(RuleStatus(rule), evaluation) for rule in decided)
     fault = "never scraped" if all(target.reason for target in targets) else ""
     verdict = Verdict(1, fault, evaluation.now, evaluation.wall, rules, targets)
@@ -6448,8 +6714,11 @@ def _scrape_for(
     """Scrape what rules read, twice if ``again``; return how that went too."""
     checks = itertools.islice(_checks(rules, config), 1 + again)
     *_, (scrapes, targets, evaluation) = checks
-    log_missing(selectors_to_find(rules), scrapes, evaluation)
-    return targets, evaluation
+    lookout = Lookout(rules, config)
+    pages = [scrape.page for scrape in scrapes if scrape.reading]
+    for _, text, _ in lookout.look(pages, evaluation):
+        say(f"warning: {text}", error=True)
+    return tuple(map(lookout.remark, targets)), evaluation
 
 
 def _checks(

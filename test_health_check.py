@@ -1662,7 +1662,7 @@ class Config(unittest.TestCase):
             ('scrape_body_size_bytes{pod="b"}', "pod is a, by TARGET_LABELS"),
             ('scrape_samples_scraped{job="x"}', "TARGET_LABELS=pod=a,job=x"),
             ('up{instance="vllm:8000"}', "is h:1 or i:80, by METRICS_ENDPOINT"),
-            ('up{instance="h:1", instance="i:80"}', "no target has all of"),
+            ('up{instance="h:1", instance="i:80"}', "none has all of these"),
             ('scrape_error{reason="time out"}', "reason is one of bad_http, bad_line,"),
             ('x or up{reason="timeout"} unless y', "reason is of scrape_error"),
             *((name, f"{name} is never there: ") for name in prometheus.split()),
@@ -1672,7 +1672,7 @@ class Config(unittest.TestCase):
             for given in metric, {"UNHEALTHY_WHEN": f"A: {expr} or ({expr})"}:
                 with self.subTest(expr, given=given):
                     (problem,) = self.problems(**given, **beside)
-                    self.assertRegex(problem, "METRIC_TO_CHECK: |UNHEALTHY_WHEN: A: ")
+                    self.assertRegex(problem, "METRIC_TO_CHECK: |the rule A: ")
                     self.assertIn(words, problem)
         for expr in (
             'up{job="vllm", pod=~"a|b"} == 0', 'scrape_error{reason!~"timeout|dns"}',
@@ -2733,6 +2733,94 @@ class ProbeTest(NetworkTest):
 # --- 8. Monitor ----------------------------------------------------------------------
 
 
+class Absence(unittest.TestCase):
+    def test_what_is_missing_is_told_at_once_and_once_more_after_five_minutes(self):
+        a, b, both = frozenset("a"), frozenset("b"), frozenset("ab")
+        for name, *checks in (
+            ("never there", (0, "", a, "missing"), (10, "", a, ""),
+             (300, "", a, "missing"), (900, "", a, ""), (9000, "", a, "")),
+            ("there from the start", (0, a, a, ""), (10, a, a, "")),
+            ("there later", (0, "", a, "missing"), (10, a, a, "found"), (20, a, a, "")),
+            ("gone", (0, a, a, ""), (10, "", a, "gone"), (20, "", a, ""),
+             (310, "", a, "gone"), (900, "", a, ""), (910, a, a, "found")),
+            ("coming and going", (0, a, a, ""), (10, "", a, "gone"),
+             (20, a, a, "found"), (30, "", a, ""), (40, a, a, ""),
+             (310, "", a, "gone")),
+            ("where it was cannot be scraped", (0, a, both, ""), (10, "", b, ""),
+             (20, "", both, "gone")),
+            ("gone from one of two", (0, both, both, ""), (10, a, a, ""),
+             (20, a, both, "gone"), (30, both, both, "found")),
+        ):  # fmt: skip
+            search = health_check.Search()
+            for now, homes, scraped, word in checks:
+                with self.subTest(name, now=now):
+                    found = search.advance(frozenset(homes), scraped, float(now))
+                    search = found[0]
+                    self.assertEqual(found[1], word)
+
+    def test_the_label_at_fault_is_named_and_the_setting_that_sets_it(self):
+        own = (("instance", "h:1"), ("job", "llm"))
+        there = ';'.join(
+            f'vllm:waiting{{instance="h:1",job="llm",engine="{n}"}} 1' for n in range(5)
+        )
+        for selector, words in (
+            ('{namespace="a"}', "has no label namespace: TARGET_LABELS=job=llm,name"),
+            ('{job="vllm"}', 'vllm:waiting has job="llm"'),
+            ('{engine="9"}', 'engine="0", engine="1", engine="2", ...'),
+            ('{engine!~".*"}', 'engine="0", engine="1"'),
+            ('{engine="1",engine!="1"}', "no vllm:waiting has all of these labels"),
+            ('{pod!=""}', "has no label pod: TARGET_LABELS=job=llm,pod=... sets one"),
+        ):
+            with self.subTest(selector):
+                wanted = parse_expression("vllm:waiting" + selector)
+                told = health_check.describe_search(
+                    "missing", wanted, ["vllm:waiting"], history(there), own[1:]
+                )
+                self.assertIn(f"no series of {format_expression(wanted)} is", told)
+                self.assertIn(words, told)
+
+    def test_a_hint_names_what_may_be_meant_and_nothing_else(self):
+        waiting = "vllm:num_requests_waiting"
+        for name, near in (
+            ("vllm:num_request_waiting", waiting), ("num_requests_waiting", waiting),
+            ("vllm_num_requests_waiting", waiting), ("vllm:num_reqs_waiting", waiting),
+            ("vllm:requests_waiting", waiting), ("Vllm:Num_Requests_Waitng", waiting),
+            ("vllm:gpu_cache_usage_perc", "vllm:kv_cache_usage_perc"),
+            ("ttft_seconds", "ttft_seconds_bucket"), ("ttft_secs", "ttft_seconds"),
+            ("http_requests", "http_requests_total"), ("q_p50", "q_p50_seconds"),
+            (waiting, "ray_vllm:num_requests_waiting"),
+        ):
+            others = ["up_total", "python_info", "process_cpu_seconds_total"]
+            self.assertEqual(nearest_name(name, [*others, near]), near)
+        for name, other in (
+            (waiting, "vllm:num_requests_running"), ("q_p50", "q_p99"),
+            ("vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
+            ("vllm:request_success_total", "vllm:request_failure_total"),
+            ("tgi_queue_size", "tgi_batch_current_size"), ("tx_bytes", "rx_bytes"),
+            ("sglang:num_queue_reqs", waiting), ("queue", "queue_time_seconds_wait"),
+            ("http_requests_total", "process_open_fds"), ("x", "xs"),
+            ("vllm:cache_usage", "vllm:cache_config_info"),
+        ):
+            self.assertEqual(nearest_name(name, [other]), "", name)
+
+    def test_names_made_to_be_alike_are_compared_with_in_time(self):
+        names = [f"{'abcdefgh' * 9}{number:05}"[::-1] for number in range(2000)]
+        with mock.patch.object(difflib, "get_close_matches", return_value=[]) as asked:
+            self.assertEqual(nearest_name("hgfedcba" * 9, names), "")
+        self.assertEqual(len(asked.call_args[0][1]), 50)
+
+    def test_a_name_with_underscores_for_what_they_stand_for_is_near(self):
+        # As Prometheus 2 stored what prometheus_client had escaped for it.
+        names = "sglang:num_queue_reqs", "sglang:num_running_reqs", "sglang:num_used"
+        for name in (*names, "http.server.duration", "http.server.duration.sum"):
+            others = [*names, "http.server.duration", "http.server.duration.sum"]
+            old = re.sub("[:.]", "_", name)
+            self.assertEqual(nearest_name(old, others), name)
+
+    def test_of_a_page_the_number_of_its_metrics_is_told(self):
+        many = frozenset(map(str, range(health_check.MAX_NAMES)))
+        told = health_check.describe_page(many)
+        self.assertIn(f"any of its {health_check.MAX_NAMES} or more metrics", told)
 class HistoryTest(unittest.TestCase):
     """What is remembered, against lists of all samples."""
 
@@ -3080,34 +3168,66 @@ class MonitorTest(NetworkTest):
             found = self.firing(format_rule(rule), texts, 10, "Stalled")
             self.assertEqual(found.index(True), 15 + 29)
 
-    def test_names_made_to_be_alike_are_compared_with_in_time(self):
-        names = [f"{'abcdefgh' * 9}{number:05}"[::-1] for number in range(2000)]
-        with mock.patch.object(difflib, "get_close_matches", return_value=[]) as asked:
-            self.assertEqual(nearest_name("hgfedcba" * 9, names), "")
-        self.assertEqual(len(asked.call_args[0][1]), 50)
-
-    def test_a_name_with_underscores_for_what_they_stand_for_is_near(self):
-        # As Prometheus 2 stored what prometheus_client had escaped for it.
-        names = "sglang:num_queue_reqs", "sglang:num_running_reqs", "sglang:num_used"
-        for name in (*names, "http.server.duration", "http.server.duration.sum"):
-            others = [*names, "http.server.duration", "http.server.duration.sum"]
-            old = re.sub("[:.]", "_", name)
-            self.assertEqual(nearest_name(old, others), name)
-
-    def test_a_name_that_is_not_there_is_warned_of_once_with_the_nearest(self):
-        server = self.metrics(page("# nothing yet\n"))
-        rules = "Q: vllm:num_request_waiting > 1; A: absent(nothing_at_all) and up > 1"
-        monitor = self.monitor(server, UNHEALTHY_WHEN=rules)
-        monitor.check()
-        self.assertEqual(self.log, [])
-        server.pieces = (page('vllm:num_requests_waiting{a="b"} 1\nother 2\n'),)
-        for _ in range(3):
-            monitor.check()
-        (warning,) = self.log
-        self.assertIn("Q: no series of vllm:num_request_waiting", warning)
-        self.assertIn("vllm:num_requests_waiting is", warning)
+    def test_a_selector_that_finds_nothing_is_told_of_though_a_target_is_down(self):
+        server, gone = self.metrics(page()), f"http://127.0.0.1:{free_port()}/"
+        rules = "Q: vllm:num_request_waiting > 1; A: absent(x{job='a'}) and up > 1"
+        clock = Clock()
+        monitor = self.monitor(server, gone, UNHEALTHY_WHEN=rules, clock=clock)
+        told = "Q: no series of vllm:num_request_waiting is there"
+        for seconds, text, lines in (
+            (0, "# nothing yet\n", [told + " yet", 'A: no series of x{job="a"} is']),
+            (10, "vllm:num_requests_waiting 1\n", []),
+            (
+                300, "vllm:num_requests_waiting 1\nx 1\n",
+                [told + "; vllm:num_requests_waiting is", ": x has no label job"],
+            ),
+            (900, "x 1\n", []),
+            (10, 'vllm:num_request_waiting 1\nx{job="a"} 2\n', ["series of "] * 2),
+            (3600, 'vllm:num_request_waiting 1\nx{job="b"} 2\n', ['x has job="b"']),
+            (10, "x 1\n", [told + " any more"]),
+            (10, None, []),
+        ):  # fmt: skip
+            with self.subTest(seconds=seconds, text=text):
+                clock.now += seconds
+                server.pieces = (page(text) if text else page(status="500 No"),)
+                self.log.clear()
+                monitor.check()
+                self.assertEqual(len(self.log), len(lines), self.log)
+                for line, words in zip(self.log, lines):
+                    self.assertIn(words, line)
         text = health_check.describe(monitor.verdict.rules[0], monitor.verdict.time)
         self.assertEqual(text, "ok (no series)")
+
+    def test_a_page_of_which_no_rule_knows_a_metric_is_told_of_everywhere(self):
+        server, clock = self.metrics(page()), Clock()
+        monitor = self.monitor(server, clock=clock)
+        first = f"{server.instance}: nothing is watched: "
+        for seconds, text, line, watched in (
+            (0, "", "", False), (299, "# x\n", "", False),
+            (1, "", first + "its page is empty", False), (1800, "", "", False),
+            (10, "a 1\nb 2\n", first + "no rule knows any of its 2 metrics", False),
+            (3599, "a 1\nb 2\n", "", False), (1, "a 1\nb 2\n", first, False),
+            (10, "vllm:num_requests_waiting 1\n", "watched now", True),
+            (10, "vllm:num_requests_waiting 2\n", "", True),
+            (10, "c 1\n", "", True), (0, "c 1\n", first, False),
+            (3600, 'http_requests_total{status="2xx"} 1\n', "of its 1 metrics", False),
+        ):  # fmt: skip
+            with self.subTest(seconds=seconds, text=text):
+                clock.now += seconds
+                server.pieces = (page(text),)
+                self.log.clear()
+                verdict = monitor.check()
+                self.assertTrue(verdict.healthy)
+                (target,) = verdict.targets
+                self.assertEqual(target.watched, watched)
+                self.assertEqual(len(self.log), bool(line), self.log)
+                self.assertIn(line, "".join(self.log))
+                told = "".join(answer_health(verdict, "verbose").body)
+                self.assertEqual(f"warn: {first}" in told, not watched)
+        families = [f for f in verdict_families(verdict) if f.name.endswith("_watched")]
+        self.assertEqual([family.samples[0][2] for family in families], [0])
+        told = "".join(answer_page(verdict, Site()).body)
+        self.assertIn("nothing is watched: no rule", told)
 
     def test_a_rule_that_has_no_answer_is_unhealthy_with_its_reason(self):
         server = self.metrics(page('q{a="1"} 1\nq{a="2"} 2\n'))
@@ -3234,7 +3354,11 @@ class MonitorTest(NetworkTest):
             (page(status="500 No"), []),
             (
                 page(),
-                [f"{server.instance}: scraped again", "Down: ok: 1 (limit 0)", "Heal"],
+                [
+                    "Q: no series of q is there any more",
+                    f"{server.instance}: scraped again", "Down: ok: 1 (limit 0)",
+                    "Healthy",
+                ],
             ),
         ):
             with self.subTest(answer):
@@ -4751,7 +4875,9 @@ class MainTest(NetworkTest):
         self.assertEqual(start["ALERT_LABELS"], "severity=critical")
         self.assertEqual(start["alertmanager"], f"http://{gone}/api/v2/alerts")
         self.assertEqual(get(int(start["port"]))[0], 503)
-        lines = [json.loads(process.stderr.readline()) for _ in range(4)]
+        lines = [json.loads(process.stderr.readline()) for _ in range(5)]
+        missing = lines.pop(0)
+        self.assertEqual((missing["rule"], missing["selector"]), ("N", "none"))
         alert = next(line for line in lines if "alertmanager" in line)
         self.assertEqual(alert["level"], "warning")
         self.assertEqual(alert["alertmanager"], f"http://{gone}/api/v2/alerts")
@@ -4795,6 +4921,17 @@ class MainTest(NetworkTest):
                     code, out, err = self.run_main(**environ)
                     self.assertEqual((code, out, err.count("\n")), (1, "", 1))
                     self.assertRegex(err, f"cannot listen on .*{environ['APP_PORT']}")
+
+    def test_once_tells_what_finds_nothing(self):
+        environ = {"METRICS_ENDPOINT": self.metrics(page("other 1\n")).url}
+        for more, words in (
+            ({}, "nothing is watched: no rule knows any of its 1 metrics"),
+            ({"UNHEALTHY_WHEN": "C: changes(nope[2m]) > 0"}, "no series of nope is th"),
+        ):
+            code, out, err = self.run_main("--once", **environ, **more)
+            self.assertEqual((code, err.count("\n")), (0, 1))
+            self.assertIn(words, err)
+            self.assertEqual("warn: " in out, not more)
 
     def test_once_checks_once_and_names_what_it_cannot_decide(self):
         server = self.metrics(page("q 11\nc 3\n"))
