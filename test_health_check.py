@@ -2697,6 +2697,25 @@ class ProbeTest(NetworkTest):
         told = "".join(answer_health(verdict, "verbose").body)
         self.assertIn("mend CANARY_URL or CANARY_BODY: HTTP 404: no such model", told)
 
+    def test_a_bug_in_a_probe_is_told_and_decides_nothing(self):
+        def broken(*_):
+            raise KeyError("a bug")
+
+        names = {"ask_canary": broken, "ask_health": broken}
+        with mock.patch.multiple(health_check, **names):
+            monitor, _ = self.watched(
+                Clock(), lambda: [page(ANSWER)], CANARY_WHEN="x == 0",
+                HEALTH_ENDPOINT="http://localhost/health",
+            )  # fmt: skip
+            monitor.check()
+            self.assertTrue(wait_until(monitor.canary.answered))
+            verdict = monitor.check()
+        found = [(probe.success, probe.reason) for probe in verdict.probes]
+        self.assertEqual(found, [(None, "bug"), (None, "bug")])
+        self.assertTrue(verdict.healthy)
+        self.assertIn("this is a bug", self.log[0])
+        self.log.clear()
+
     def test_the_servers_own_health_route_is_asked_beside_each_scrape(self):
         clock, pieces = Clock(), [page()]
         route = self.metrics(lambda _: pieces)
@@ -5156,6 +5175,26 @@ class MainTest(NetworkTest):
         page_ = "".join(shown.body)
         self.assertIn("the run before ended so", page_)
         self.assertIn("&lt;x 2 for 5m&gt;", page_)
+
+    def test_a_program_that_ends_with_88_tells_why_when_it_starts_again(self):
+        values = iter([1])
+        target = self.metrics(lambda _: [page(f"x {next(values, 2)}\n")])
+        with tempfile.TemporaryDirectory() as directory:
+            environ = {
+                "METRICS_ENDPOINT": target.url, "SCRAPE_INTERVAL": "0.5",
+                "METRICS_TIMEOUT": "0.5", "UNHEALTHY_WHEN": "Stalled: x > 1",
+                "EXIT_WHEN": "Stalled", "EXIT_AFTER": "0s",
+                "CANARY_URL": target.url, "CANARY_WHEN": "x > 5",
+                "LAST_WORDS": f"{directory}/last",
+            }  # fmt: skip
+            first = self.launch(**environ)
+            log, code = first.stderr.read(), first.wait(10)
+            self.assertEqual(code, 88, log)
+            self.assertIn("EXIT_WHEN Stalled (for restartPolicyRules of", log)
+            again = self.launch(**environ)
+            told = next(line for line in again.stderr if "the run before" in line)
+            words = r"ended so: \d.*Z exit status 88: Stalled; x\{.*\} 2"
+            self.assertRegex(told, words)
 
     def test_a_file_of_last_words_that_cannot_be_had_stops_no_exit(self):
         rule = parse_rules("Stalled: x > 1")[0]
