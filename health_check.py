@@ -6437,9 +6437,10 @@ MODES = (
     ("--check-config", "print the rules as understood; exit 2 if one is wrong"),
     ("--demo", "serve against a simulated LLM server"),
 )
+ZERO, ONE, PROMETHEUS_STEP = Number(0), Number(1), 10.0
 # What Prometheus does not have, or only from somewhere else.
 NOT_IN_PROMETHEUS = {
-    "scrape_error": "is up == 0 there, without a reason and without a past",
+    "scrape_error": "is up == 0 there, which has no reason",
     "scrape_body_size_bytes": "needs --enable-feature=extra-scrape-metrics",
     **dict.fromkeys(PROBED, "comes from /metrics of this program"),
 }
@@ -6818,7 +6819,7 @@ def prometheus_rules(rules: Iterable[Rule]) -> str:
     groups:
       - name: health_check
         rules:
-          # scrape_error is up == 0 there, without a reason and without a past
+          # scrape_error is up == 0 there, which has no reason
           - alert: Down
             expr: |-
               up == 0
@@ -6840,15 +6841,20 @@ def prometheus_rules(rules: Iterable[Rule]) -> str:
 
 def _as_in_prometheus(expr: Expr, *, counts: bool = False) -> Expr:
     """Return an expression without ``scrape_error``, whose value 1 may count."""
+    if isinstance(expr, Subquery):
+        return expr._replace(expr=_as_in_prometheus(expr.expr, counts=True))
     if isinstance(expr, Operation):
         counts = counts or expr.name not in ("and", "or", "unless")
         parts = (_as_in_prometheus(operand, counts=counts) for operand in expr.operands)
         return expr._replace(operands=tuple(parts))
-    if not isinstance(expr, Selector) or expr.name != "scrape_error" or expr.window:
+    if not isinstance(expr, Selector) or expr.name != "scrape_error":
         return expr
     kept = tuple(matcher for matcher in expr.matchers if matcher.label != "reason")
-    down = Operation("==", (Selector("up", kept), Number(0)))
-    return Operation("+", (down, Number(1))) if counts else down
+    if expr.window:
+        ones = Operation("+", (Operation("==", (Selector("up", kept), ZERO)), ONE))
+        return Subquery(ones, expr.window, PROMETHEUS_STEP, expr.offset, expr.at)
+    down = Operation("==", (expr._replace(name="up", matchers=kept), ZERO))
+    return Operation("+", (down, ONE)) if counts else down
 
 
 def _range_text(expr: Expr) -> str:

@@ -5093,7 +5093,10 @@ class MainTest(NetworkTest):
                 "x > 1 unless on (instance) up == 0",
             "count(scrape_error) > 1": "count((up == 0) + 1) > 1",
             "scrape_error == 1": "(up == 0) + 1 == 1",
-            "changes(scrape_error[1m]) > 0": "changes(scrape_error[1m]) > 0",
+            "changes(scrape_error[1m] offset 2m) > 0":
+                "changes(((up == 0) + 1)[1m:10s] offset 2m) > 0",
+            "max_over_time((scrape_error offset 1m)[1m:5s]) > 0":
+                "max_over_time(((up offset 1m == 0) + 1)[1m:5s]) > 0",
             r'x{a="\n# : \\"} > 1 for 90s': r'x{a="\n# : \\"} > 1',
         }
         code, out, err = self.run_main(
@@ -5107,7 +5110,7 @@ class MainTest(NetworkTest):
         for alert, expected in zip(alerts, rules.values()):
             self.assertIn(f"        expr: |-\n          {expected}\n", alert)
         self.assertIn("        keep_firing_for: 1m\n", alerts[0])
-        self.assertIn("        for: 1m30s\n", alerts[5])
+        self.assertIn("        for: 1m30s\n", alerts[6])
 
     def test_wait_returns_when_nothing_matches_in_two_checks_in_a_row(self):
         bad = page(status="500 Internal Server Error")

@@ -179,6 +179,7 @@ RULES = """
   Down: scrape_error{reason!="timeout"}
   DownLong: scrape_error for 40s
   DownAll: count(scrape_error) > 0
+  DownOften: sum_over_time(scrape_error[125s]) > 0
 """
 
 
@@ -304,7 +305,7 @@ class InPrometheus(unittest.TestCase):
             self.assertEqual(said[:3000], "")
         return "\n".join(lines).count("exp_labels")
 
-    def test_twenty_rules_of_users_fire_as_they_do_here(self) -> None:
+    def test_twenty_one_rules_of_users_fire_as_they_do_here(self) -> None:
         self.assertGreater(self.compare(user_series(), UNHEALTHY_WHEN=RULES), 500)
 
     def test_the_default_rules_fire_as_they_do_here(self) -> None:
