@@ -179,6 +179,8 @@ class Series:
 
         A check that did not find the series ends it, as Prometheus' stale marker does.
         """
+        if self.checks[self.first + len(self.values) - 1] == moment:
+            return moment, self.values[-1]
         check = bisect_right(self.checks, moment) - 1
         index = check - self.first
         if not 0 <= index < len(self.values) or index in self.gaps:
@@ -941,21 +943,26 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
     Raises EvaluationError where Prometheus does: two series with the same labels in a
     result, several partners for one series, or a parameter that is none.
     """
-    if isinstance(expr, (Number, Text)):
-        return expr.value
+    if isinstance(expr, Operation):
+        values = [evaluate(operand, evaluation) for operand in expr.operands]
+        function = FUNCTIONS.get(expr.name)
+        if function:
+            return function.apply(expr, evaluation, *values)
+        return operate(expr, *values)
     if isinstance(expr, Selector):
+        moment, found = moment_of(expr, evaluation), select(expr, evaluation)
         if expr.window:
-            end = moment_of(expr, evaluation)
-            return Range(select(expr, evaluation), end - expr.window, end)
-        return {labels: value for labels, _, value in _seen(expr, evaluation)}
-    if isinstance(expr, Subquery):
-        if expr not in evaluation.computed:
-            evaluation.computed[expr] = _subquery(expr, evaluation)
-        return cast(Range, evaluation.computed[expr])
-    values = [evaluate(operand, evaluation) for operand in expr.operands]
-    if expr.name in FUNCTIONS:
-        return FUNCTIONS[expr.name].apply(expr, evaluation, *values)
-    return operate(expr, *values)
+            return Range(found, moment - expr.window, moment)
+        return {
+            labels: sample[1]
+            for labels, series in found.items()
+            if (sample := series.sample_at(moment))
+        }
+    if not isinstance(expr, Subquery):
+        return expr.value
+    if expr not in evaluation.computed:
+        evaluation.computed[expr] = _subquery(expr, evaluation)
+    return cast(Range, evaluation.computed[expr])
 
 
 def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
@@ -965,8 +972,9 @@ def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
 
 def moment_of(expr: Selector | Subquery, evaluation: Evaluation) -> float:
     """Return the monotonic moment that ``offset`` and ``@`` make a selector look at."""
-    at = evaluation.wall if expr.at is None else expr.at
-    return evaluation.now - (evaluation.wall - at) - expr.offset
+    if expr.at is None:
+        return evaluation.now - expr.offset
+    return evaluation.now - (evaluation.wall - expr.at) - expr.offset
 
 
 def select(selector: Selector, evaluation: Evaluation) -> Mapping[Labels, Series]:
@@ -974,11 +982,12 @@ def select(selector: Selector, evaluation: Evaluation) -> Mapping[Labels, Series
     key, known = (selector.name, selector.matchers), evaluation.selected
     if key not in known:
         found = evaluation.history.get(selector.name, {})
-        for place, matcher in enumerate(selector.matchers):
+        for place, matcher in enumerate(selector.matchers if found else ()):
             fits = _matched(selector.name, matcher, evaluation)
             found = {k: fits[k] for k in found if k in fits} if place else fits
         known[key] = found
-    return cast(Mapping[Labels, Series], known[key])
+    selected: Mapping[Labels, Series] = known[key]
+    return selected
 
 
 def _matched(
@@ -1027,10 +1036,15 @@ def matches(matcher: Matcher, value: str) -> bool:
 
 def count_matched(selector: Selector, evaluation: Evaluation) -> int:
     """Return how many series a selector finds."""
+    moment, known = moment_of(selector, evaluation), evaluation.selected
+    found = select(selector, evaluation).values()
     if not selector.window:
-        return sum(1 for _ in _seen(selector, evaluation))
-    start = moment_of(selector, evaluation) - selector.window
-    return sum(s.time > start for s in select(selector, evaluation).values())
+        return sum([series.sample_at(moment) is not None for series in found])
+    if selector not in known:
+        start = moment - selector.window
+        known[selector] = sum([series.time > start for series in found])
+    count: int = known[selector]
+    return count
 
 
 def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
@@ -1059,20 +1073,6 @@ def _depths(
     elif isinstance(expr, Operation):
         for operand in expr.operands:
             yield from _depths(operand, before, step)
-
-
-def _seen(
-    selector: Selector, evaluation: Evaluation
-) -> Iterator[tuple[Labels, float, float]]:
-    """Yield the series that an instant selector sees, with the time and the value."""
-    moment = moment_of(selector, evaluation)
-    for labels, series in select(selector, evaluation).items():
-        if series.time == moment:
-            yield labels, moment, series.value
-        else:
-            sample = series.sample_at(moment)
-            if sample:
-                yield labels, *sample
 
 
 def _subquery(expr: Subquery, evaluation: Evaluation) -> Range:
@@ -1197,12 +1197,13 @@ def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
 
 
 def _distinct(items: Iterable[tuple[Labels, float]]) -> Vector:
-    vector: Vector = {}
-    for labels, value in items:
-        if labels in vector:
-            problem = "vector cannot contain metrics with the same labelset"
-            raise EvaluationError(f"{problem}: {format_series(labels)}")
-        vector[labels] = value
+    pairs = list(items)
+    vector = dict(pairs)
+    if len(vector) < len(pairs):
+        counts = collections.Counter(labels for labels, _ in pairs)
+        ((twice, _),) = counts.most_common(1)
+        problem = "vector cannot contain metrics with the same labelset"
+        raise EvaluationError(f"{problem}: {format_series(twice)}")
     return vector
 
 
@@ -1409,7 +1410,7 @@ def _of_time(part: Callable[[time.struct_time], float]) -> Callable[..., Vector]
 
 
 def _over_range(
-    function: Callable[..., float], least: int = 1, named: bool = False
+    function: Callable[..., float], least: int = 1, named: bool = False, place: int = 0
 ) -> Callable[..., Vector]:
     """Apply to the samples of each series that has enough of them in the range.
 
@@ -1419,8 +1420,9 @@ def _over_range(
     dropped = () if named else METADATA
 
     def apply(expr: Operation, evaluation: Evaluation, *values: Any) -> Vector:
-        (ranged,) = (value for value in values if isinstance(value, Range))
-        others = [value for value in values if value is not ranged]
+        if expr in evaluation.computed:
+            return cast(Vector, evaluation.computed[expr])
+        ranged, others = values[place], values[:place] + values[place + 1 :]
         bounds = ranged.start, ranged.end
         known = evaluation.computed.setdefault((expr.name, *bounds, *others), {})
         for labels, series in ranged.series.items():
@@ -1430,7 +1432,9 @@ def _over_range(
                     _filtered(labels, False, dropped),
                     function(points, *bounds, *others),
                 )
-        return _distinct(filter(None, map(known.get, ranged.series.values())))
+        vector = _distinct(filter(None, map(known.get, ranged.series.values())))
+        evaluation.computed[expr] = vector
+        return vector
 
     return apply
 
@@ -1525,11 +1529,15 @@ def _clamp(
 
 
 def _timestamp(expr: Operation, evaluation: Evaluation, vector: Vector) -> Vector:
-    operand, now, wall = expr.operands[0], evaluation.now, evaluation.wall
-    if isinstance(operand, Selector):
-        seen = _seen(operand, evaluation)
-        return _nameless((labels, at - now + wall) for labels, at, _ in seen)
-    return _nameless((labels, wall) for labels in vector)
+    operand, shift = expr.operands[0], evaluation.wall - evaluation.now
+    if not isinstance(operand, Selector):
+        return _nameless((labels, evaluation.wall) for labels in vector)
+    moment = moment_of(operand, evaluation)
+    return _nameless(
+        (labels, sample[0] + shift)
+        for labels, series in select(operand, evaluation).items()
+        if (sample := series.sample_at(moment))
+    )
 
 
 def _absent(expr: Operation, _: Evaluation, found: Vector | Range) -> Vector:
@@ -1678,7 +1686,7 @@ FUNCTIONS: dict[str, Function] = {
         "resets": lambda points, *_: float(len(points.falls)),
         **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
     }),
-    **_rows((SCALAR, RANGE), _over_range, {
+    **_rows((SCALAR, RANGE), partial(_over_range, place=1), {
         "quantile_over_time": _of_values(_quantile),
     }),
     **_rows((RANGE,), partial(_over_range, named=True), {
