@@ -4783,7 +4783,9 @@ class Scraper:
 
 # --- 14. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
 
-MAX_GAP = 300.0
+MAX_GAP, MAX_INTERVALS = 300.0, 3
+# How often its thread comes round if nobody asks, and how long that may take.
+ROUND, MAX_ROUND = 20.0, 60.0
 TREND = 120
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 MAX_LATE, PAUSE = 0.25, 1.0
@@ -4815,12 +4817,14 @@ class Monitor:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.config, self._clock, self._wall = config, clock, wall
-        self.verdict = Verdict(0, "never scraped", clock(), wall())
+        self.verdict = Verdict(0, "not checked yet", clock(), wall())
         self.listeners: list[Callable[[Verdict, Verdict], object]] = []
         # How long a request waits at most for the check that it asked for.
         self.verdict_timeout = config.metrics_timeout + 2 * GRACE
         self._news = threading.Condition()
-        self._asked, self._stopped = -1, False
+        # A first check is wanted without a request, so that nobody is told of no check.
+        self._asked, self._stopped = 0, False
+        self._came_round = clock()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         rules = (*config.rules, *config.canary_when)
         wanted = lookbacks(rule.expr for rule in rules)
@@ -4861,8 +4865,9 @@ class Monitor:
             self.canary.stop()
 
     def alive(self) -> bool:
-        """Tell whether the thread that checks is there."""
-        return self._thread.is_alive()
+        """Tell whether the thread that checks still comes round."""
+        late = self._clock() - self._came_round - self.verdict_timeout
+        return self._thread.is_alive() and late < MAX_ROUND
 
     def request(self, sequence: int) -> None:
         """Ask for a verdict after the one of that number; a running check will do."""
@@ -4880,18 +4885,19 @@ class Monitor:
         return verdict
 
     def _run(self) -> None:
-        due = self._clock() if self.config.scrape_interval else math.inf
+        due = math.inf
         while not self._stopped:
             due = self._check_when_due(due)
 
     def _check_when_due(self, due: float) -> float:
         try:
-            timeout = None if due == math.inf else due - self._clock()
+            self._came_round = now = self._clock()
             with self._news:
-                self._news.wait_for(self._wanted, timeout)
-            due = self._clock() + (self.config.scrape_interval or math.inf)
-            if not self._stopped:
-                self.check()
+                wanted = self._news.wait_for(self._wanted, min(due - now, ROUND))
+            if wanted or self._clock() >= due:
+                due = self._clock() + (self.config.scrape_interval or math.inf)
+                if not self._stopped:
+                    self.check()
         except Exception as error:
             self._publish(self._fault(error))
             time.sleep(PAUSE)
@@ -4915,7 +4921,8 @@ class Monitor:
         # Before the scrape, which so has seen what an answer has moved.
         latest = self.canary.latest() if self.canary else None
         now, wall, scrapes, probes = self._scrape()
-        if now - self.verdict.time > MAX_GAP:
+        gap = max(MAX_GAP, MAX_INTERVALS * self.config.scrape_interval)
+        if self.verdict.sequence and now - self.verdict.time > gap:
             self._statuses = tuple(map(restart_clocks, self._statuses))
             self._when = tuple(map(restart_clocks, self._when))
         before = self.verdict.targets
@@ -5384,7 +5391,7 @@ def _bounded(parts: Iterable[str], left_out: str) -> Iterator[str]:
 
 def answer_livez(alive: bool) -> Answer:
     """Answer ``/livez``: whether this program can check, whatever the checks find."""
-    dead = Answer(503, "Unhealthy: the monitor thread is dead\n")
+    dead = Answer(503, "Unhealthy: no check has come round for a minute\n")
     return Answer(200, "Healthy\n") if alive else dead
 
 
@@ -5527,9 +5534,9 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
     probes = [(labels, p) for labels, p in probes if p.sent > -math.inf]
     return _families(
         ("health_check_healthy", "Whether the latest verdict is Healthy.",
-         [({}, verdict.healthy)]),
+         [({}, verdict.healthy)] if verdict.sequence else ()),
         ("health_check_verdict_timestamp_seconds", "When it was reached.",
-         [({}, verdict.wall)]),
+         [({}, verdict.wall)] if verdict.sequence else ()),
         ("health_check_rule_state", "1 for the state that a rule is in.",
          [({**rule, "state": s}, status.state == s) for rule, status in rules
           for s in reversed(SEVERITY)]),
@@ -5630,7 +5637,7 @@ def answer_page(verdict: Verdict, site: Site, query: str = "") -> Answer:
     three intervals between checks and than a minute.  ``still`` is not loaded again.
     """
     seconds = max(0, int(time.monotonic() - verdict.time))
-    old = seconds > max(3 * site.interval, OLD_AGE)
+    old = seconds > max(MAX_INTERVALS * site.interval, OLD_AGE)
     age = format_duration(seconds)
     word = "Healthy" if verdict.healthy else "Unhealthy"
     word = f"Last verdict, {age} ago: {word}" if old else word
@@ -6336,7 +6343,7 @@ class Server:
         # is a check.
         monitor, latest = self._monitor, self._monitor.verdict
         age = time.monotonic() - latest.time
-        if latest.sequence and age <= 3 * monitor.config.scrape_interval:
+        if latest.sequence and age <= MAX_INTERVALS * monitor.config.scrape_interval:
             return latest
         most = _most_connections()
         try:
