@@ -6583,11 +6583,11 @@ def serve(config: Config) -> int:
     # A signal that comes just before the loop sleeps would not wake it otherwise.
     signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
     try:
-        for thread in threads:
-            thread.start()
         _log_start(config, port)
         if before:
             log(logging.WARNING, f"the run before ended so: {before}")
+        for thread in threads:
+            thread.start()
         server.run()
     finally:
         signal.set_wakeup_fd(-1)
