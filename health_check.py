@@ -4822,8 +4822,7 @@ class Monitor:
         # How long a request waits at most for the check that it asked for.
         self.verdict_timeout = config.metrics_timeout + 2 * GRACE
         self._news = threading.Condition()
-        # A first check is wanted without a request, so that nobody is told of no check.
-        self._asked, self._stopped = 0, False
+        self._asked, self._stopped = -1, False
         self._came_round = clock()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         rules = (*config.rules, *config.canary_when)
@@ -4849,7 +4848,7 @@ class Monitor:
         }
 
     def start(self) -> None:
-        """Start the workers and the thread that checks."""
+        """Start the workers and the thread that checks, once it is asked to."""
         self.scraper.start()
         if self.canary:
             self.canary.start()
@@ -6583,11 +6582,13 @@ def serve(config: Config) -> int:
     # A signal that comes just before the loop sleeps would not wake it otherwise.
     signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
     try:
+        for thread in threads:
+            thread.start()
         _log_start(config, port)
         if before:
             log(logging.WARNING, f"the run before ended so: {before}")
-        for thread in threads:
-            thread.start()
+        # So that nothing is said of a server that nobody has asked yet.
+        monitor.request(0)
         server.run()
     finally:
         signal.set_wakeup_fd(-1)

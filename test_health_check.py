@@ -369,6 +369,7 @@ class NetworkTest(unittest.TestCase):
         monitor = Monitor(self.config(*targets, **environ))
         monitor.listeners.append(log_transitions)
         monitor.start()
+        monitor.request(0)
         self.addCleanup(monitor.stop)
         self.assertTrue(wait_until(lambda: monitor.verdict.sequence))
         return monitor
@@ -3076,10 +3077,12 @@ class MonitorTest(NetworkTest):
             clock.now += later
             self.assertEqual(self.state(monitor.check(), "Q"), state)
 
-    def test_the_first_check_needs_no_request(self):
-        monitor = self.running(self.metrics(page()))
-        self.assertTrue(wait_until(lambda: monitor.verdict.healthy))
-        self.assertEqual(monitor.verdict.sequence, 1)
+    def test_the_first_check_needs_no_caller(self):
+        server = self.metrics(page())
+        process = self.launch(METRICS_ENDPOINT=server.url)
+        self.port_of(process)
+        self.assertTrue(wait_until(lambda: server.requests))
+        self.assertIn("Healthy", process.stderr.readline())
 
     def test_a_monitor_that_does_not_come_round_is_told_to_livez(self):
         class Held(Monitor):
@@ -3095,6 +3098,7 @@ class MonitorTest(NetworkTest):
         monitor = Held(self.config(self.metrics(page())), clock=clock)
         with mock.patch.object(health_check, "ROUND", 0.01):
             monitor.start()
+            monitor.request(0)
             self.addCleanup(monitor.stop)
             self.assertTrue(wait_until(lambda: monitor.verdict.sequence))
             # Nobody asks for an hour.
@@ -3337,7 +3341,7 @@ class MonitorTest(NetworkTest):
 
     def test_a_bug_in_its_loop_is_unhealthy_with_its_reason_and_it_goes_on(self):
         class Broken(Monitor):
-            breaks = 5
+            breaks = 4
 
             def _wanted(self):
                 if self._asked >= self.verdict.sequence and self.breaks:
@@ -3349,7 +3353,6 @@ class MonitorTest(NetworkTest):
         with mock.patch.object(health_check, "PAUSE", 0.01):
             monitor.start()
             self.addCleanup(monitor.stop)
-            self.assertTrue(wait_until(lambda: monitor.verdict.sequence))
             port = self.serve(monitor)
             for _ in range(2):
                 expected = (503, "Unhealthy: bug: KeyError: 'injected'\n")
@@ -3358,7 +3361,7 @@ class MonitorTest(NetworkTest):
                 self.assertEqual(get(port, "/health/Stalled"), unknown)
                 self.assertEqual(get(port, "/livez")[0], 200)
             self.assertEqual(get(port), (200, "Healthy\n"))
-        self.assertEqual(sum("this is a bug" in line for line in self.log), 5)
+        self.assertEqual(sum("this is a bug" in line for line in self.log), 4)
         self.log.clear()
 
     def test_a_bug_in_who_is_told_does_not_end_its_thread(self):
@@ -3812,8 +3815,8 @@ class ServeTest(NetworkTest):
             PYTHONPATH=str(Path(PROGRAM).parent),
         )
         port, tasks = self.port_of(process), Path(f"/proc/{process.pid}/task")
-        before = len(list(tasks.iterdir()))
         self.assertEqual(get(port), (503, "Unhealthy\n"))
+        before = len(list(tasks.iterdir()))
         time.sleep(0.2)
         self.assertLess(self.patience(port), 0.05 + 0.15)
         self.assertEqual(storm(port, 200), {"503"})
