@@ -732,7 +732,7 @@ def regex_groups(pattern: str, text: str) -> dict[str, str] | None:
     marks, groups = threads[len(program) - 1], {"0": text}
     begins = sorted({step.mark for step in program if step.mark and not step.mark % 2})
     for number, begin in enumerate(begins, 1):
-        name = cast(re.Match[str], _GROUP.match(pattern, begin // 2 - 1))[1]
+        name = cast("re.Match[str]", _GROUP.match(pattern, begin // 2 - 1))[1]
         found = text[marks[begin] : marks[begin + 1]] if begin + 1 in marks else ""
         groups[str(number)] = groups[name or str(number)] = found
     return groups
@@ -1853,7 +1853,7 @@ def tokenize(text: str) -> Iterator[Token]:
     """
     depth, newline, last, at, tokens = 0, None, "", 0, _TOKEN
     while at < len(text):
-        match = cast(re.Match[str], tokens.match(text, at))
+        match = cast("re.Match[str]", tokens.match(text, at))
         at = match.end()
         kind, found = str(match.lastgroup), match[0]
         key = found.lower() if kind in ("word", "op") else ""
@@ -3297,14 +3297,15 @@ class _Socket(socket.socket):
         return super().makefile("rb", MAX_HEAD)
 
     def recv_into(self, *arguments: Any, **options: Any) -> int:
+        # What is read with the end of the head may be the body's.
+        if self.allowance <= 0:
+            raise ScrapeError("too_large", f"a head of more than {MAX_HEAD} bytes")
         self.settimeout(_left(self.deadline))
         count = super().recv_into(*arguments, **options)
         if not count and self.cut:
             # ``http.client`` takes a head, or a chunk's size 0a, that is cut for whole.
             raise ScrapeError(self.cut, "closed before the end")
         self.allowance -= count
-        if self.allowance < 0:
-            raise ScrapeError("too_large", f"a head of more than {MAX_HEAD} bytes")
         return count
 
 
@@ -3378,7 +3379,12 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
-        self.sock = _connected(_interleaved(found), self._deadline)
+        trying: dict[int, _Socket] = {}
+        try:
+            self.sock = _connected(_interleaved(found), trying, self._deadline)
+        finally:
+            for sock in trying.values():
+                sock.close()
         self.sock.settimeout(_left(self._deadline))
         if self._context:
             self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
@@ -3401,36 +3407,40 @@ def _interleaved(found: Sequence[AddressInfo]) -> list[AddressInfo]:
     return [info for turn in turns for info in turn if info]
 
 
-def _connected(found: Sequence[AddressInfo], deadline: float) -> _Socket:
+def _connected(
+    untried: list[AddressInfo], trying: dict[int, _Socket], deadline: float
+) -> _Socket:
     """Return a socket that is connected to the first address that answers.
 
     The next is tried once one has failed, or after 250 ms, while those before it go on
-    (RFC 8305 section 5).  Raises OSError: if none is left, that of the last.
+    (RFC 8305 section 5) and stay in ``trying``, by their descriptors.  Raises OSError:
+    if none is left, that of the last.
     """
-    untried, poller, problem = list(found[::-1]), poll(), 0
-    trying: dict[int, _Socket] = {}
-    try:
-        while untried or trying:
-            if untried:
-                try:
-                    sock = _begin(*untried.pop())
-                except OSError as error:
-                    problem = error.errno or 0
-                    continue
-                trying[sock.fileno()] = sock
-                poller.register(sock, POLLOUT)
-            seconds = min(NEXT_ADDRESS if untried else math.inf, _left(deadline))
-            for descriptor, _ in poller.poll(seconds * 1000):
-                poller.unregister(descriptor)
-                sock = trying.pop(descriptor)
-                problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not problem:
-                    return sock
-                sock.close()
-        raise OSError(problem, os.strerror(problem))
-    finally:
-        for sock in trying.values():
+    problem = 0
+    while untried or trying:
+        if untried:
+            try:
+                sock = _begin(*untried.pop(0))
+            except OSError as error:
+                problem = error.errno or 0
+                continue
+            trying[sock.fileno()] = sock
+        patience = NEXT_ADDRESS if untried else math.inf
+        for sock in _ended(trying, min(patience, _left(deadline))):
+            problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if not problem:
+                return sock
             sock.close()
+    raise OSError(problem, os.strerror(problem))
+
+
+def _ended(trying: dict[int, _Socket], seconds: float) -> Iterator[_Socket]:
+    # Those whose attempt has ended; each is given away as it is asked for.
+    poller = poll()
+    for descriptor in trying:
+        poller.register(descriptor, POLLOUT)
+    for descriptor, _ in poller.poll(seconds * 1000):
+        yield trying.pop(descriptor)
 
 
 def _begin(family: int, kind: int, protocol: int, _: str, address: Any) -> _Socket:
@@ -3560,10 +3570,14 @@ def read_samples(
         count = _fill(view[filled:-1], stream)
         filled, reading.size = filled + count, reading.size + count
         final = filled < len(view) - 1
-        if final and buffer[filled - 1] != NEWLINE:
-            # Prometheus reads a last line that does not end, too.
+        cut = final and buffer[filled - 1] != NEWLINE
+        if cut:
             buffer[filled], filled = NEWLINE, filled + 1
         kept = reading.take(buffer, filled, final)
+        if cut and reading.started:
+            # Prometheus reads a last line that does not end, too, if it is one.
+            start = buffer.rfind(b"\n", 0, filled - 1) + 1
+            _check_line(buffer, start, filled, "truncated", "last")
         view[: filled - kept], filled = view[kept:filled], filled - kept
         if filled > CHUNK:
             raise ScrapeError("too_large", f"a line of more than {CHUNK - 1} bytes")
@@ -3585,7 +3599,7 @@ class Reading:
 
     ``names`` are all there are, ``reserved`` those it may not have; ``size`` is bytes,
     ``lines`` the samples, wanted or not, if the format asks for their number.
-    ``names`` are empty unless it ``lists_names``.
+    ``names`` are empty unless it ``lists_names``; it has ``started`` with a line.
     """
 
     def __init__(
@@ -3600,15 +3614,16 @@ class Reading:
         self._format, self._known = format, known
         self._openmetrics, self.lists_names = openmetrics, list_names
         self._value = _VALUE_OPENMETRICS if openmetrics else _VALUE
-        self._started = self._ended = False
+        self.started = self._ended = False
 
     def take(self, buffer: bytearray, filled: int, final: bool) -> int:
         """Take the samples of whole lines; return where the rest to keep begins."""
         end = buffer.rfind(b"\n", 0, filled) + 1
-        if not self._started:
+        if not self.started:
             if final and _NOTHING.match(buffer, 0, end):
                 return end - 1
-            self._started = _starts(buffer, end)
+            # Some serve metrics as text/html, and pages as text/plain.
+            self.started = _check_line(buffer, 0, end, "not_metrics", "first")
         kept = self._scan(buffer, end, final)
         self._survey(buffer, end, kept)
         # Of nothing but its newline the end of a body says no more.
@@ -3672,7 +3687,7 @@ def normalize_bound(text: str) -> str:
         number = parse_float(text)
     except ValueError:
         return text
-    shown = repr(number) if math.isfinite(number) else format_float(number)
+    shown = repr(number + 0.0) if math.isfinite(number) else format_float(number)
     if math.isfinite(number) and abs(number) >= 1e6 and "e" not in shown:
         # Go writes an exponent from 1e+06 on, Python from 1e+16.
         digits = len(shown.replace(".", "").strip("-0"))
@@ -3680,14 +3695,16 @@ def normalize_bound(text: str) -> str:
     return shown
 
 
-def _starts(buffer: bytearray, end: int) -> bool:
-    # Servers serve metrics as text/html and pages as text/plain: the first line tells.
-    first = _NOT_BLANK.search(buffer, 0, end)
+def _check_line(
+    buffer: bytearray, start: int, end: int, reason: str, which: str
+) -> bool:
+    # Tells whether there is a line; it has to be a comment or a sample.
+    first = _NOT_BLANK.search(buffer, start, end)
     if first and first[0] != b"#":
         try:
             _line(buffer, first.start(), end, True, _VALUE_OPENMETRICS)
         except ScrapeError as error:
-            raise ScrapeError("not_metrics", f"the first line is {error}") from None
+            raise ScrapeError(reason, f"the {which} line is {error}") from None
     return bool(first)
 
 
