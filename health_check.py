@@ -3572,12 +3572,11 @@ def read_samples(
         final = filled < len(view) - 1
         cut = final and buffer[filled - 1] != NEWLINE
         if cut:
+            # Prometheus reads a last line that has no newline, too.
             buffer[filled], filled = NEWLINE, filled + 1
         kept = reading.take(buffer, filled, final)
-        if cut and reading.started:
-            # Prometheus reads a last line that does not end, too, if it is one.
-            start = buffer.rfind(b"\n", 0, filled - 1) + 1
-            _check_line(buffer, start, filled, "truncated", "last")
+        if cut:
+            reading.check_last_line(buffer, filled)
         view[: filled - kept], filled = view[kept:filled], filled - kept
         if filled > CHUNK:
             raise ScrapeError("too_large", f"a line of more than {CHUNK - 1} bytes")
@@ -3599,7 +3598,7 @@ class Reading:
 
     ``names`` are all there are, ``reserved`` those it may not have; ``size`` is bytes,
     ``lines`` the samples, wanted or not, if the format asks for their number.
-    ``names`` are empty unless it ``lists_names``; it has ``started`` with a line.
+    ``names`` are empty unless it ``lists_names``.
     """
 
     def __init__(
@@ -3614,16 +3613,19 @@ class Reading:
         self._format, self._known = format, known
         self._openmetrics, self.lists_names = openmetrics, list_names
         self._value = _VALUE_OPENMETRICS if openmetrics else _VALUE
-        self.started = self._ended = False
+        self._started = self._ended = False
 
     def take(self, buffer: bytearray, filled: int, final: bool) -> int:
         """Take the samples of whole lines; return where the rest to keep begins."""
         end = buffer.rfind(b"\n", 0, filled) + 1
-        if not self.started:
+        if not self._started:
             if final and _NOTHING.match(buffer, 0, end):
                 return end - 1
             # Some serve metrics as text/html, and pages as text/plain.
-            self.started = _check_line(buffer, 0, end, "not_metrics", "first")
+            problem = _problem(buffer, 0, end)
+            if problem:
+                raise ScrapeError("not_metrics", f"the first line is {problem}")
+            self._started = bool(_NOT_BLANK.search(buffer, 0, end))
         kept = self._scan(buffer, end, final)
         self._survey(buffer, end, kept)
         # Of nothing but its newline the end of a body says no more.
@@ -3631,6 +3633,13 @@ class Reading:
         if final and self._openmetrics and not self._ended:
             raise ScrapeError("truncated", "no # EOF at the end of OpenMetrics text")
         return kept
+
+    def check_last_line(self, buffer: bytearray, filled: int) -> None:
+        """Raise ScrapeError if a last line without newline is only a part of one."""
+        last = buffer.rfind(b"\n", 0, filled - 1) + 1
+        problem = _problem(buffer, last, filled) if self._started else ""
+        if problem:
+            raise ScrapeError("truncated", f"the last line is {problem}")
 
     def _survey(self, buffer: bytearray, end: int, kept: int) -> None:
         room = MAX_NAMES - len(self.names)
@@ -3695,17 +3704,15 @@ def normalize_bound(text: str) -> str:
     return shown
 
 
-def _check_line(
-    buffer: bytearray, start: int, end: int, reason: str, which: str
-) -> bool:
-    # Tells whether there is a line; it has to be a comment or a sample.
+def _problem(buffer: bytearray, start: int, end: int) -> str:
+    # Why the first line that has something is neither a comment nor a sample.
     first = _NOT_BLANK.search(buffer, start, end)
     if first and first[0] != b"#":
         try:
             _line(buffer, first.start(), end, True, _VALUE_OPENMETRICS)
         except ScrapeError as error:
-            raise ScrapeError(reason, f"the {which} line is {error}") from None
-    return bool(first)
+            return str(error)
+    return ""
 
 
 def _line(
