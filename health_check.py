@@ -345,6 +345,14 @@ class Alert(NamedTuple):
         return self.since if self.fired is None else self.fired
 
 
+class Part(NamedTuple):
+    """What of a rule concerns the metrics that are there, None if nothing does."""
+
+    names: frozenset[str]
+    expr: Expr | None
+    selectors: tuple[Selector, ...]
+
+
 class _RuleStatus(NamedTuple):
     rule: Rule
     alerts: tuple[Alert, ...] = ()
@@ -353,6 +361,7 @@ class _RuleStatus(NamedTuple):
     value: float | None = None
     limit: float | None = None
     last_words: str = ""
+    part: Part | None = None
 
 
 class RuleStatus(_RuleStatus):
@@ -360,7 +369,8 @@ class RuleStatus(_RuleStatus):
 
     ``value`` is the worst of the series where the rule is ``EXPR OP NUMBER``, and
     ``limit`` the number; ``matched`` counts the series that its selectors found.
-    ``last_words`` is what they did before it began to fire.
+    ``last_words`` is what they did before it began to fire, ``part`` what of the rule
+    has been evaluated, None before the first time.
     """
 
     @cached_property
@@ -909,7 +919,8 @@ class Evaluation(NamedTuple):
     """The moment an expression is about, in monotonic and in Unix seconds.
 
     ``selected`` and ``computed`` keep what selectors and range functions gave, for all
-    rules; what is computed is of this one moment.
+    rules; what is computed is of this one moment.  ``names`` are the metrics that are
+    there.  A ``lazy`` one looks for no error in what cannot change the answer.
     """
 
     now: float
@@ -917,6 +928,8 @@ class Evaluation(NamedTuple):
     history: SeriesByName
     selected: dict[object, Any]
     computed: dict[object, Any]
+    names: frozenset[str] = frozenset()
+    lazy: bool = False
 
 
 class Range(NamedTuple):
@@ -944,6 +957,9 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
     result, several partners for one series, or a parameter that is none.
     """
     if isinstance(expr, Operation):
+        if evaluation.lazy and expr.name in ("and", "unless"):
+            left = evaluate(expr.operands[0], evaluation)
+            return left and operate(expr, left, evaluate(expr.operands[1], evaluation))
         values = [evaluate(operand, evaluation) for operand in expr.operands]
         function = FUNCTIONS.get(expr.name)
         if function:
@@ -2310,16 +2326,17 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
 
     Where it cannot be evaluated, the alerts stay as they were and ``error`` says why.
     """
-    rule = before.rule
+    rule, part = before.rule, _part(before, evaluation)
+    evaluation = evaluation._replace(lazy=rule.builtin)
     try:
-        found, value, limit = _measure(rule.expr, evaluation)
+        found, value, limit = _measure(part.expr, evaluation) if part.expr else NOTHING
         # An alert is known by the labels of its series without the name, and these
         # must differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
         samples = {unnamed(labels): Sample(labels, v) for labels, v in found.items()}
         if len(samples) < len(found):
             raise EvaluationError("two series differ in nothing but their name")
     except EvaluationError as error:
-        return before._replace(error=str(error), value=None)
+        return before._replace(error=str(error), value=None, part=part)
     alerts = {unnamed(alert.labels): alert for alert in before.alerts}
     advanced = (
         _advance(rule, alerts.get(key), samples.get(key), evaluation.now)
@@ -2330,9 +2347,9 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         problem = f"more than {MAX_FOUND} alerts: label values change with each scrape"
         # Those that were known go on, and so end in time and make room again.
         known = tuple(a for a in now_there if unnamed(a.labels) in alerts)
-        return before._replace(alerts=known, error=problem, value=None)
-    matched = sum(count_matched(s, evaluation) for s in _selectors(rule.expr))
-    return RuleStatus(rule, now_there, "", matched, value, limit)
+        return before._replace(alerts=known, error=problem, value=None, part=part)
+    matched = sum(count_matched(s, evaluation) for s in part.selectors)
+    return RuleStatus(rule, now_there, "", matched, value, limit, part=part)
 
 
 def restart_clocks(status: RuleStatus) -> RuleStatus:
@@ -2341,9 +2358,59 @@ def restart_clocks(status: RuleStatus) -> RuleStatus:
     return status._replace(alerts=firing)
 
 
-@lru_cache(maxsize=256)
-def _selectors(expr: Expr) -> tuple[Selector, ...]:
-    return tuple(find_selectors(expr))
+def format_part(status: RuleStatus) -> str:
+    """Return the text of a rule, of a built-in one what concerns the metrics there."""
+    rule, part = status.rule, status.part
+    if not part or not rule.builtin:
+        return format_rule(rule)
+    expr = _visible(rule.expr, part.names)
+    if expr is None:
+        return f"{rule.name}: no metric that it reads is there"
+    return format_rule(rule._replace(expr=expr))
+
+
+def prune(expr: Expr, names: Container[str]) -> Expr | None:
+    """Return what is left of an expression where only these metrics are there.
+
+    That gives the same answer; None if it is always empty.
+
+    >>> format_expression(prune(parse_expression("(a or b) > 1 unless c"), ["b"]))
+    'b > 1'
+    """
+    if isinstance(expr, Selector):
+        return expr if expr.name in names else None
+    if isinstance(expr, (Number, Text)):
+        return expr
+    if isinstance(expr, Subquery):
+        inner = prune(expr.expr, names)
+        return expr._replace(expr=inner) if inner else None
+    if expr.name in SEE_ABSENCE:
+        return expr
+    operands = [prune(operand, names) for operand in expr.operands]
+    if expr.name in ("or", "unless") and None in operands:
+        left, right = operands
+        return left or (right if expr.name == "or" else None)
+    if None in operands:
+        return None
+    return expr._replace(operands=tuple(filter(None, operands)))
+
+
+def _part(status: RuleStatus, evaluation: Evaluation) -> Part:
+    rule, part = status.rule, status.part
+    names = evaluation.names if rule.builtin else frozenset()
+    if part and part.names == names:
+        return part
+    if not rule.builtin:
+        return Part(names, rule.expr, tuple(find_selectors(rule.expr)))
+    shown = _visible(rule.expr, names)
+    selectors = find_selectors(shown) if shown else ()
+    wanted = dict.fromkeys(selector._replace(window=0.0) for selector in selectors)
+    return Part(names, prune(rule.expr, names), tuple(wanted))
+
+
+def _visible(expr: Expr, names: frozenset[str]) -> Expr | None:
+    # What scrapes and probes add is always meant, there or not.
+    return prune(expr, names.union(SYNTHETIC, PROBED))
 
 
 class Measure(NamedTuple):
@@ -2352,6 +2419,11 @@ class Measure(NamedTuple):
     found: Vector
     value: float | None = None
     limit: float | None = None
+
+
+NOTHING = Measure({})
+# What answers to the absence of a metric.
+SEE_ABSENCE = ("absent", "absent_over_time", "scalar")
 
 
 def _measure(expr: Expr, evaluation: Evaluation) -> Measure:
@@ -2421,55 +2493,461 @@ def _seconds(token: Token) -> float:
         raise token.unexpected("a duration such as 30s") from None
 
 
-# --- 6. Config: environ -> Config ----------------------------------------------------
+# --- 6. Servers: table -> the text of the built-in rules -----------------------------
+# One failed scrape is no news: these rules read the last value known, and compare the
+# last two samples, however far apart the checks of a prober are.
 
-DEFAULT_RULES = """
-  QueueFull: (vllm:num_requests_waiting or sglang:num_queue_reqs or tgi_queue_size
-    or llamacpp:requests_deferred or num_requests_waiting
-    or nv_trt_llm_request_metrics{{request_type="waiting"}}
-    or trtllm_num_requests_waiting or lmdeploy:num_requests_waiting
-    or dynamo_frontend_queued_requests) > {threshold}
-
-  # Requests run or wait, and nothing has moved.  delta() has no answer from a single
-  # sample, where changes() would say 0; absent series never fire.  Where nothing moves
-  # as a request arrives, they must have run or waited for as long.
-  Stalled: (vllm:num_requests_running > 0 or vllm:num_requests_waiting > 0)
-      and ignoring (pid) delta(vllm:generation_tokens_total[2m]) == 0
-      unless ignoring (pid) (changes(vllm:prompt_tokens_total[2m]) > 0
-        or changes(vllm:kv_cache_usage_perc[2m]) > 0
-        or changes(vllm:gpu_cache_usage_perc[2m]) > 0)
-    or (sglang:num_running_reqs > 0 or sglang:num_queue_reqs > 0)
-      and ignoring (mode, priority) delta(sglang:realtime_tokens_total[2m]) == 0
-      unless ignoring (mode, priority) changes(sglang:realtime_tokens_total[2m]) > 0
-    or (tgi_batch_current_size > 0 or tgi_queue_size > 0)
-      and (min_over_time(tgi_batch_current_size[2m]) > 0
-        or min_over_time(tgi_queue_size[2m]) > 0)
-      and ignoring (method) delta(tgi_batch_inference_success[2m]) == 0
-      unless ignoring (method) changes(tgi_batch_inference_success[2m]) > 0
-    or (llamacpp:requests_processing > 0 or llamacpp:requests_deferred > 0)
-      and delta(llamacpp:n_decode_total[2m]) == 0
-    or (num_requests_running > 0 or num_requests_waiting > 0)
-      and delta(generation_tokens_total[2m]) == 0
-      unless (changes(prompt_tokens_total[2m]) > 0
-        or changes(gpu_cache_usage_perc[2m]) > 0)
-    or nv_trt_llm_request_metrics{{request_type=~"waiting|scheduled|active"}} > 0
-      and ignoring (request_type, general_type)
-        delta(nv_trt_llm_general_metrics{{general_type="iteration_counter"}}[2m]) == 0
-    or (trtllm_num_requests_running > 0 or trtllm_num_requests_waiting > 0)
-      and delta(trtllm_kv_cache_gen_alloc_blocks_total[2m]) == 0
-      unless (changes(trtllm_num_requests_completed_total[2m]) > 0
-        or changes(trtllm_kv_cache_utilization[2m]) > 0)
-    or (lmdeploy:num_requests_running > 0 or lmdeploy:num_requests_waiting > 0)
-      and delta(lmdeploy:generation_tokens_total[2m]) == 0
-      unless (changes(lmdeploy:prompt_tokens_total[2m]) > 0
-        or changes(lmdeploy:gpu_cache_usage_perc[2m]) > 0)
-    or (dynamo_frontend_inflight_requests > 0 or dynamo_frontend_queued_requests > 0)
-      and (min_over_time(dynamo_frontend_inflight_requests[2m]) > 0
-        or min_over_time(dynamo_frontend_queued_requests[2m]) > 0)
-      and delta(dynamo_frontend_output_tokens_total[2m]) == 0
-    for 3m
+LATE = 'scrape_error{reason="timeout"}'
+# A time out counts when it has lasted 30 s, anything else at once.
+DOWN = f"""scrape_error{{reason!="timeout"}}
+  or {LATE} and count_over_time({LATE}[2m]) > count_over_time({LATE}[30s])
+    unless ignoring (reason) max_over_time(up[31s]) > 0
+  or {LATE} unless ignoring (reason) max_over_time(up[10m]) > 0
 """
-DOWN_RULE = "Down: up == 0"
+GENERATE = "/v1/(chat/)?completions|/v1/responses|/v1/messages"
+PROBES = "/livez|/readyz|/healthz"
+
+
+class KnownServer(NamedTuple):
+    """A server, and what tells of its metrics; empty where nothing does.
+
+    ``waiting`` and ``running`` are gauges of requests, ``moving`` what changes with a
+    step of the engine, ``prefill`` what changes in the prefill of a long prompt, and
+    ``match`` how their series belong together; ``open`` is a gauge of requests in the
+    API, without labels of an engine.  ``queue`` and ``stuck`` stand for what follows
+    from these, where it does not fit.  Requests that end count as ``answered``,
+    as ``failed``, or as ``abandoned`` by a client whom they may have answered or not;
+    ``accepted`` changes when one reaches the engine.  ``own`` is there with no other
+    server, ``no_model`` has series where no model is loaded, and ``asleep`` is 0 where
+    the server sleeps on purpose.  Several names are separated by blanks.
+    """
+
+    name: str
+    at: str
+    seen: str
+    remark: str = ""
+    waiting: str = ""
+    running: str = ""
+    moving: str = ""
+    prefill: str = ""
+    match: str = "on (instance)"
+    open: str = ""
+    queue: str = ""
+    stuck: str = ""
+    answered: str = ""
+    failed: str = ""
+    abandoned: str = ""
+    accepted: str = ""
+    own: str = ""
+    no_model: str = ""
+    asleep: str = ""
+
+
+def builtin_rules(names: Iterable[str], limit: float) -> Iterator[Rule]:
+    """Yield the built-in rules of these names; the limit is that of QueueFull.
+
+    >>> [format_rule(rule)[:41] for rule in builtin_rules(["Down"], 10)]
+    ['Down: scrape_error{reason!="timeout"} or ']
+    """
+    parsed: dict[str, Expr] = {}
+    for name in names:
+        clauses, text_for = BUILTIN[name]
+        texts = [text_for(server, format_float(limit)) for server in SERVERS]
+        for text in filter(None, texts):
+            if text not in parsed:
+                parsed[text] = parse_expression(text)
+        exprs = [parsed[text] for text in dict.fromkeys(filter(None, texts))]
+        (rule,) = parse_rules(f"{name}: up {clauses}", builtin=True)
+        union = reduce(lambda left, right: Operation("or", (left, right)), exprs)
+        yield rule._replace(expr=union)
+
+
+def servers_there(names: Iterable[str]) -> Iterator[KnownServer]:
+    """Yield the known servers that have one of these metrics.
+
+    >>> [server.name for server in servers_there(["vllm:num_requests_waiting"])]
+    ['vLLM']
+    """
+    there = set(names)
+    for server in SERVERS:
+        if there.intersection(own_names(server)):
+            yield server
+
+
+def nearest_server(names: Iterable[str]) -> KnownServer | None:
+    """Return the known server whose metrics are most like these, None if none's are.
+
+    >>> nearest_server(["sglang_num_queue_reqs", "python_info"]).name
+    'SGLang'
+    """
+    plain = {name.replace(":", "_") for name in names}
+    words = {name.partition("_")[0] for name in plain}
+    best: tuple[int, KnownServer | None] = 0, None
+    for server in SERVERS:
+        own = [name.replace(":", "_") for name in own_names(server)]
+        alike = sum(any(name in other for other in plain) for name in own)
+        related = words.intersection(name.partition("_")[0] for name in own)
+        likeness = 2 * alike or bool(related)
+        best = max(best, (likeness, server), key=operator.itemgetter(0))
+    return best[1]
+
+
+def own_names(server: KnownServer) -> frozenset[str]:
+    """Return the metrics by which a server is known."""
+    fields = (
+        server.waiting, server.running, server.moving, server.prefill, server.own,
+        server.no_model,
+    )  # fmt: skip
+    plain = re.sub(r"\{[^}]*\}", "", " ".join(fields))
+    return frozenset(re.findall(r"\w+[:_]\w+", plain)) - {"max_over_time"}
+
+
+def _queue_full(server: KnownServer, limit: str) -> str:
+    kept = (f"last_over_time({name}[1m])" for name in server.waiting.split())
+    queue = server.queue or " or ".join(kept)
+    return f"({queue}) > {limit}" if queue else ""
+
+
+def _stuck(server: KnownServer, _: str) -> str:
+    moved = _changed(server, "idelta({}[5m]) != 0")
+    stuck = server.stuck
+    for gauges, match in (
+        (f"{server.running} {server.waiting}", server.match),
+        (server.open, "on (instance)"),
+    ):
+        names = dict.fromkeys(gauges.split()) if moved and not server.stuck else ()
+        busy = " or ".join(f"last_over_time({name}[2m10s]) > 0" for name in names)
+        if busy:
+            stuck += f"{stuck and ' or '}({busy}) unless {match} ({moved})"
+    if server.asleep:
+        stuck += f" unless ignoring (pid, sleep_state) {_sleeps(server)}"
+    # From one sample nothing is known, whatever the rest says of it.
+    known = " and on (instance) sum_over_time(up[5m]) > 1"
+    return stuck and f"({stuck}){known}"
+
+
+def _unanswered(server: KnownServer, _: str) -> str:
+    if not server.abandoned:
+        return ""
+    # What moved counts for longer, so that a scrape may come between it and the end.
+    moved = _changed(server, "changes({}[2m10s]) > 0", server.accepted)
+    ended = f"sum by (instance) (increase({server.abandoned}[1m10s])) > 1.5"
+    sleeps = f" unless on (instance) {_sleeps(server)}" if server.asleep else ""
+    return f"{ended} unless on (instance) ({moved}){sleeps}{_only_with(server.own)}"
+
+
+def _failing(server: KnownServer, _: str) -> str:
+    failed, answered = (
+        f"sum by (instance) (increase({name}[4m30s]))"
+        for name in (server.failed, server.answered)
+    )
+    only = _only_with(server.own)
+    text = f"{failed} >= 3 unless on (instance) {answered} > 0{only}"
+    return text if server.failed else ""
+
+
+def _changed(server: KnownServer, form: str, more: str = "") -> str:
+    names = f"{server.moving} {server.prefill} {more}".split()
+    return " or ".join(form.format(name) for name in dict.fromkeys(names))
+
+
+def _sleeps(server: KnownServer) -> str:
+    return f"last_over_time({server.asleep}[2m10s]) == 0"
+
+
+def _only_with(own: str) -> str:
+    return f" and on (instance) last_over_time({own}[2m10s])" if own else ""
+
+
+BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], str]]] = {
+    "QueueFull": ("for 30s keep_firing_for 30s", _queue_full),
+    # Since the sample before: 90 s at a check each 10 s.
+    "Stalling": ("for 80s", _stuck),
+    "Stalled": ("for 5m", _stuck),
+    # It ends with the last client, and nobody comes to a pod that is not ready.
+    "Unanswered": ("keep_firing_for 10m", _unanswered),
+    # With what it looks back, five minutes.
+    "Failing": ("for 30s", _failing),
+    "NoModel": ("for 30s keep_firing_for 30s", lambda server, _: server.no_model),
+    "Down": ("", lambda server, _: DOWN),
+}
+
+
+
+def _like_vllm(prefix: str, name: str, at: str, seen: str, **more: str) -> KnownServer:
+    """Return the row of a server that has vLLM's names behind a prefix of its own."""
+    prefill = "prompt_tokens_total", "kv_cache_usage_perc", "gpu_cache_usage_perc"
+    names = {
+        "waiting": f"{prefix}num_requests_waiting",
+        "running": f"{prefix}num_requests_running",
+        "moving": f"{prefix}generation_tokens_total",
+        "prefill": " ".join(prefix + name for name in prefill),
+        "match": "ignoring (pid)",
+    }
+    return KnownServer(name, at, seen, **{**names, **more})
+
+
+_VLLM_REQUESTS = f'http_requests_total{{handler=~"{GENERATE}",status='
+_BENTOML_REQUESTS = f'bentoml_service_request_total{{endpoint!~"{PROBES}",'
+_BENTOML_RUNNING = f'bentoml_service_request_in_progress{{endpoint!~"{PROBES}"}}'
+_SGLANG_RESPONSES = (
+    f'sglang:http_responses_total{{endpoint=~"{GENERATE}|/generate",status_code='
+)
+_SMG_RESPONSES = (
+    f'smg_http_responses_total{{path=~"{GENERATE}|/generate",status_code='
+)
+_RAY_REQUESTS = 'ray_serve_num_http_requests_total{route!="/-/healthz",status_code='
+_TRITON = "nv_inference_"
+_LITELLM = "litellm_proxy_total_requests_metric_total"
+
+SERVERS: tuple[KnownServer, ...] = (
+    _like_vllm(
+        "vllm:", "vLLM", ":8000/metrics", "0.7, 0.26, 0.32, run",
+        remark="not with --disable-log-stats; nothing tells of a hang while it is idle"
+               " until two clients have given up",
+        answered=f'{_VLLM_REQUESTS}"2xx"}}', failed=f'{_VLLM_REQUESTS}"5xx"}}',
+        abandoned=f'{_VLLM_REQUESTS}"2xx"}}',
+        accepted="vllm:prefix_cache_queries_total", own="vllm:prompt_tokens_total",
+        asleep='vllm:engine_sleep_state{sleep_state="awake"}',
+    ),
+    _like_vllm("ray_vllm:", "vLLM in Ray", ":8080/metrics", "2.32, a captured page"),
+    _like_vllm("ray_vllm_", "vLLM in Ray 2.4x", ":8080/metrics", "2.60, source"),
+    KnownServer(
+        "SGLang", ":30000/metrics", "0.5.23, run", "with --enable-metrics",
+        waiting="sglang:num_queue_reqs", running="sglang:num_running_reqs",
+        moving="sglang:realtime_tokens_total", prefill="sglang:token_usage",
+        match="ignoring (mode, pid, priority)",
+        # The prefill of a sole request shows only here.
+        open=f'sglang:http_requests_active{{endpoint=~"{GENERATE}|/generate"}}',
+        answered=f'{_SGLANG_RESPONSES}~"2.."}}', failed=f'{_SGLANG_RESPONSES}~"5.."}}',
+        abandoned="sglang:num_aborted_requests_total",
+    ),
+    KnownServer(
+        "TGI", ":80/metrics", "3.3, source",
+        "nothing moves within one step of a long prefill",
+        waiting="tgi_queue_size", running="tgi_batch_current_size",
+        moving="tgi_batch_inference_success tgi_batch_inference_count",
+        answered="tgi_request_success",
+        failed='tgi_request_failure{err!~"overloaded|template|validation"}',
+    ),
+    KnownServer(
+        "llama-server", ":8080/metrics", "b11434, run",
+        "with --metrics; counters above a million have six digits, and seem to stand",
+        waiting="llamacpp:requests_deferred", running="llamacpp:requests_processing",
+        moving="llamacpp:n_decode_total llamacpp:tokens_predicted_total",
+        prefill="llamacpp:prompt_tokens_total",
+    ),
+    KnownServer(
+        "NIM", ":8000/v1/metrics", "1.x, a captured page",
+        waiting="num_requests_waiting", running="num_requests_running",
+        moving="generation_tokens_total",
+        prefill="prompt_tokens_total gpu_cache_usage_perc",
+        match="ignoring (pid)",
+        # Others have these names, and no counter of tokens.
+        stuck="(last_over_time(num_requests_running[2m10s]) > 0"
+              " or last_over_time(num_requests_waiting[2m10s]) > 0)"
+              " and on (instance) last_over_time(generation_tokens_total[2m10s])"
+              " unless ignoring (pid) (idelta(generation_tokens_total[5m]) != 0"
+              " or idelta(prompt_tokens_total[5m]) != 0"
+              " or idelta(gpu_cache_usage_perc[5m]) != 0)",
+    ),
+    KnownServer(
+        "Triton", ":8002/metrics", "pytriton 0.7, run",
+        "an execution longer than 5 minutes, with others waiting, is taken for a stall;"
+        " a request that hangs alone shows nowhere",
+        waiting=f"{_TRITON}pending_request_count",
+        moving=f"{_TRITON}exec_count {_TRITON}request_success",
+        match="ignoring (gpu_uuid)", answered=f"{_TRITON}request_success",
+        failed=f'{_TRITON}request_failure{{reason!~"CANCELED|REJECTED"}}',
+    ),
+    KnownServer(
+        "Triton, TensorRT-LLM", ":8002/metrics", "25.x, documentation",
+        waiting='nv_trt_llm_request_metrics{request_type="waiting"}',
+        running='nv_trt_llm_request_metrics{request_type="active"}',
+        moving='nv_trt_llm_general_metrics{general_type="iteration_counter"}',
+        match="ignoring (general_type, request_type)",
+    ),
+    KnownServer(
+        "Triton, TensorRT-LLM 23.11", ":8002/metrics", "documentation",
+        running='nv_trt_llm_request_statistics{request_type="active"}',
+        moving='nv_trt_llm_general_statistics{general_type="iteration_counter"}',
+        match="ignoring (general_type, request_type)",
+    ),
+    KnownServer(
+        "trtllm-serve", ":8000/prometheus/metrics", "1.x, source",
+        "with return_perf_metrics and enable_iter_perf_stats",
+        waiting="trtllm_num_requests_waiting", running="trtllm_num_requests_running",
+        moving="trtllm_kv_cache_gen_alloc_blocks_total trtllm_iteration_latency_seconds"
+               " trtllm_num_requests_completed_total",
+        prefill="trtllm_kv_cache_utilization",
+    ),
+    KnownServer(
+        "LMDeploy", ":23333/metrics", "0.18, rendered by its own module",
+        waiting="lmdeploy:num_requests_waiting lmdeploy:num_api_requests_waiting",
+        running="lmdeploy:num_requests_running lmdeploy:num_api_requests_routed",
+        moving="lmdeploy:generation_tokens_total lmdeploy:iteration_tokens_total_count",
+        prefill="lmdeploy:prompt_tokens_total lmdeploy:gpu_cache_usage_perc",
+        queue="last_over_time(lmdeploy:num_requests_waiting[1m])"
+              " + last_over_time(lmdeploy:num_api_requests_waiting[1m])"
+              " or last_over_time(lmdeploy:num_requests_waiting[1m])",
+        match="ignoring (pid)",
+    ),
+    KnownServer(
+        "Dynamo frontend", ":8000/metrics", "1.6.1, run",
+        "a prefill shows nowhere; a restart of it mends no worker",
+        waiting="dynamo_frontend_queued_requests",
+        running="dynamo_frontend_inflight_requests",
+        moving="dynamo_frontend_output_tokens_total"
+               " dynamo_frontend_output_sequence_tokens_sum",
+        stuck="last_over_time(dynamo_frontend_inflight_requests[2m10s])"
+              " - last_over_time(dynamo_frontend_queued_requests[2m10s]) > 0"
+              " unless (idelta(dynamo_frontend_output_tokens_total[5m]) != 0"
+              " or idelta(dynamo_frontend_output_sequence_tokens_sum[5m]) != 0)",
+        answered='dynamo_frontend_requests_total{status="success"}',
+        failed='dynamo_frontend_requests_total{status="error",error_type!~'
+               '"validation|not_found|overload|cancelled|not_implemented"}',
+        # Frontends before 1.5 have neither of the two last.
+        no_model="dynamo_frontend_disconnected_clients and on (instance)"
+                 " (dynamo_tokio_queue_overload_warnings_total"
+                 " or max_over_time(dynamo_frontend_model_ready[1h]))"
+                 " unless on (instance) dynamo_frontend_model_ready > 0",
+    ),
+    KnownServer(
+        "Dynamo worker", ":9090/metrics", "1.6.1, run",
+        "the names of its engine stand on the same page, and are what is asked",
+        running='dynamo_component_inflight_requests{dynamo_endpoint="generate"}',
+        own="dynamo_component_request_bytes_total",
+    ),
+    KnownServer(
+        "MAX", ":8001/metrics", "26.7, run",
+        "the port answers while the API does not; gauges vanish at times",
+        waiting="maxserve_num_requests_queued", running="maxserve_num_requests_running",
+        moving="maxserve_batch_execution_time_milliseconds_count",
+        prefill="maxserve_batch_execution_time_milliseconds_count",
+        answered='maxserve_request_count_total{code=~"2.."}',
+        failed='maxserve_request_count_total{code=~"5.."}',
+        abandoned='maxserve_request_count_total{code="499"}',
+    ),
+    KnownServer(
+        "Ray Serve", ":8080/metrics", "2.60, run",
+        "replaces a replica that hangs within two minutes",
+        waiting="ray_serve_deployment_queued_queries",
+        running="ray_serve_num_ongoing_requests_at_replicas",
+        moving="ray_serve_num_http_requests_total"
+               " ray_serve_deployment_processing_latency_ms_count",
+        stuck="last_over_time(ray_serve_deployment_queued_queries[2m10s]) > 0"
+              " unless on (instance, application)"
+              " (idelta(ray_serve_num_http_requests_total[5m]) != 0"
+              " or idelta(ray_serve_deployment_processing_latency_ms_count[5m]) != 0)"
+              " unless on (instance) (idelta(ray_vllm:generation_tokens_total[5m]) != 0"
+              " or idelta(ray_vllm_generation_tokens_total[5m]) != 0)",
+        answered=f'{_RAY_REQUESTS}~"2.."}}', failed=f'{_RAY_REQUESTS}~"5.."}}',
+    ),
+    KnownServer(
+        "smg", ":29000/metrics", "1.13, run", "a gateway: hangs on its workers",
+        waiting="smg_admission_queue_depth", running="smg_worker_requests_active",
+        answered=f'{_SMG_RESPONSES}~"2.."}}', failed=f'{_SMG_RESPONSES}~"5.."}}',
+        no_model="max by (instance) (smg_worker_health) == 0",
+    ),
+    KnownServer(
+        "vllm-router", ":29000/metrics", "0.1.17, run",
+        "a gateway: hangs on its workers", running="vllm_router_running_requests",
+        answered='vllm_router_cb_outcomes_total{outcome="success"}',
+        failed='vllm_router_cb_outcomes_total{outcome="failure"}',
+        no_model="max by (instance) (vllm_router_worker_health) == 0",
+    ),
+    KnownServer(
+        "mosec", ":8000/metrics", "0.9.8, run",
+        "a request longer than 5 minutes is taken for a stall; waiting has the running",
+        waiting="mosec_service_remaining_task", running="mosec_service_remaining_task",
+        moving='mosec_service_process_duration_second_count{stage="total"}',
+        answered='mosec_service_throughput_total{code=~"2.."}',
+        # Its own timeout: the only sign of a worker that hangs.
+        failed='mosec_service_throughput_total{code=~"408|5.."}',
+    ),
+    KnownServer(
+        "BentoML", ":3000/metrics", "1.4.40, run",
+        "what a worker had when it was killed stays in its gauge: a stall is seen only"
+        " while more requests come",
+        waiting=_BENTOML_RUNNING, running=_BENTOML_RUNNING,
+        moving="bentoml_service_request_total",
+        stuck=f"delta({_BENTOML_RUNNING}[2m10s]) > 0"
+              " unless on (instance, service_name, endpoint)"
+              " changes(bentoml_service_request_total[2m10s]) > 0",
+        answered=f'{_BENTOML_REQUESTS}http_response_code=~"2.."}}',
+        failed=f'{_BENTOML_REQUESTS}http_response_code=~"5.."}}',
+    ),
+    KnownServer(
+        "MLServer", ":8082/metrics", "1.7.1, run",
+        "a request longer than 5 minutes is taken for a stall; 8081 is its gRPC port",
+        waiting='rest_server_requests_in_progress{method="POST"}',
+        running='rest_server_requests_in_progress{method="POST"}',
+        moving="model_infer_request_duration_count",
+        answered='rest_server_requests_total{method="POST",status_code=~"2.."}',
+        failed='rest_server_requests_total{method="POST",status_code=~"5.."}',
+        own="model_infer_request_duration_count",
+    ),
+    KnownServer(
+        "TorchServe", ":8082/metrics", "0.12, run",
+        "with metrics_mode=prometheus; has no gauge of requests: a stall is seen only"
+        " while more come; 8081 is its management port",
+        moving="ts_inference_latency_microseconds", own="ts_inference_requests_total",
+        stuck="changes(ts_inference_requests_total[2m10s]) > 0"
+              " unless changes(ts_inference_latency_microseconds[2m10s]) > 0",
+        answered="ts_inference_latency_microseconds", failed="Requests5XX",
+    ),
+    KnownServer(
+        "LiteLLM", ":4000/metrics", "1.106, run",
+        'with callbacks: ["prometheus"]; a proxy: hangs on what is behind it',
+        running="litellm_in_flight_requests", moving=_LITELLM,
+        queue="last_over_time(litellm_in_flight_requests[1m]) - 1",
+        # The scrape counts as one.
+        stuck="last_over_time(litellm_in_flight_requests[2m10s]) > 1 unless on"
+              f" (instance) (idelta({_LITELLM}[5m]) != 0"
+              f" or count_over_time({_LITELLM}[5m]) == 1)",
+        answered=f'{_LITELLM}{{status_code=~"2.."}}',
+        failed=f'{_LITELLM}{{status_code=~"5.."}}',
+    ),
+    KnownServer(
+        "Xinference", ":9998/metrics", "4.1, run",
+        "the exporter's port; what a model had when it was killed stays in its gauge: a"
+        " stall is seen only while more requests come",
+        waiting="xinference:model_serve_count", running="xinference:model_serve_count",
+        moving="xinference:model_request_total",
+        stuck="delta(xinference:model_serve_count[2m10s]) > 0"
+              " unless on (instance, model_uid, replica_index)"
+              " changes(xinference:model_request_total[2m10s]) > 0",
+    ),
+    _like_vllm("gpustack:", "gpustack worker", ":10151/metrics", "2.3, source"),
+    KnownServer(
+        "OpenVINO Model Server", ":8000/metrics", "documentation",
+        "has no gauge of what waits; a request longer than 5 minutes is taken for a"
+        " stall", running="ovms_current_requests", moving="ovms_requests_success",
+        match="on (instance, name)",
+    ),
+    KnownServer(
+        "TEI", ":80/metrics", "1.x, a captured page",
+        waiting="te_queue_size",
+        moving="te_request_success te_embed_success te_predict_success",
+    ),
+    KnownServer(
+        "KServe", ":8080/metrics", "0.21, run",
+        "has no gauge of requests, and no rule; KServe's Hugging Face server has vLLM's"
+        " names; 8081 is its gRPC port", own="request_predict_seconds_count",
+    ),
+    KnownServer(
+        "Infinity", ":7997/metrics", "0.0.78, run",
+        "has no gauge of requests, and no rule: canary",
+    ),
+    KnownServer(
+        "LitServe", ":8000/metrics", "0.2.19, run",
+        "has no metrics but those of its user, and no rule: canary",
+    ),
+)
+
+
+# --- 7. Config: environ -> Config ----------------------------------------------------
+
 # What is not 2xx counts at once, a time out when it has lasted 30 s.
 NOT_SERVING_RULE = """
   NotServing: probe_success{probe="health"} == 0
@@ -2556,6 +3034,7 @@ class Config(NamedTuple):
     metric_threshold: float | None
     metrics_threshold: float | None
     unhealthy_when: tuple[Rule, ...]
+    without_rules: tuple[str, ...]
     health_endpoint: tuple[Target, ...]
     canary_url: Target | None
     canary_body: bytes
@@ -2799,20 +3278,39 @@ def _with_rules(config: Config) -> Config:
 def _rules(config: Config) -> tuple[Rule, ...]:
     limits = (config.metric_threshold, config.metrics_threshold, DEFAULT_THRESHOLD)
     threshold = next(limit for limit in limits if limit is not None)
-    rules = config.unhealthy_when
+    own = config.unhealthy_when
     if config.metric_to_check is not None:
         expr = Operation(">", (config.metric_to_check, Number(threshold)))
-        rules = (Rule("AboveThreshold", expr), *rules)
-    if not rules:
-        text = DEFAULT_RULES.format(threshold=format_float(threshold))
-        rules = parse_rules(text, builtin=True)
+        own = (Rule("AboveThreshold", expr), *own)
+    names = [name for name, why in left_out(config).items() if not why]
+    added = list(builtin_rules(names, threshold))
     for text, wanted in (
-        (DOWN_RULE, True), (NOT_SERVING_RULE, config.health_endpoint),
+        (NOT_SERVING_RULE, config.health_endpoint),
         (UNRESPONSIVE_RULE, config.canary_url),
     ):  # fmt: skip
-        added = parse_rules(text, builtin=True) if wanted else ()
-        rules += tuple(r for r in added if r.name not in [rule.name for rule in rules])
-    return rules
+        added += parse_rules(text, builtin=True) if wanted else ()
+    taken = [*config.without_rules, *(rule.name for rule in own)]
+    return (*own, *(rule for rule in added if rule.name not in taken))
+
+
+def left_out(config: Config) -> dict[str, str]:
+    """Return by name why a built-in rule is not in force, empty if it is."""
+    own = {rule.name for rule in config.unhealthy_when}
+    alone = config.metric_to_check is not None and not own
+    return {
+        name: "WITHOUT_RULES" if name in config.without_rules
+        else "METRIC_TO_CHECK stands alone" if alone and name != "Down"
+        else "a rule of yours" if name in own
+        else "UNHEALTHY_WHEN" if own and name == "QueueFull" else ""
+        for name in BUILTIN
+    }  # fmt: skip
+
+
+def _rule_names(text: str) -> tuple[str, ...]:
+    for name in _items(text):
+        if name not in (*BUILTIN, "NotServing", "Unresponsive"):
+            raise ValueError(f"{name} is no built-in rule: {', '.join(BUILTIN)}")
+    return tuple(_items(text))
 
 
 def _misspelt(given: Iterable[str]) -> Iterator[str]:
@@ -3010,6 +3508,8 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("METRICS_THRESHOLD", _threshold, "", "another spelling of METRIC_THRESHOLD"),
     ("UNHEALTHY_WHEN", parse_rules, "",
      "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
+    ("WITHOUT_RULES", _rule_names, "",
+     "built-in rules to leave out, separated by commas"),
     ("HEALTH_ENDPOINT", _endpoints, "",
      "URL of the server's own health route, or several, asked beside each scrape"),
     ("CANARY_URL", _canary, "",
@@ -3049,7 +3549,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
 )))  # fmt: skip
 
 
-# --- 7. Scrape: URL -> bytes ---------------------------------------------------------
+# --- 8. Scrape: URL -> bytes ---------------------------------------------------------
 
 MAX_HEAD, MAX_FIELDS = 64 * 1024, 250
 MAX_REDIRECTS, REDIRECTS = 3, (301, 302, 303, 307, 308)
@@ -3454,7 +3954,7 @@ def _begin(family: int, kind: int, protocol: int, _: str, address: Any) -> _Sock
     return sock
 
 
-# --- 8. Exposition: bytes x wanted names -> samples ----------------------------------
+# --- 9. Exposition: bytes x wanted names -> samples ----------------------------------
 # The text format 0.0.4 and OpenMetrics 1.0 as Prometheus' scraper reads them
 # (model/textparse/promlex.l): only the lines of wanted names are looked at.  So a bare
 # newline within a label of another metric, which no client library writes, ends a line.
@@ -3775,7 +4275,7 @@ def _unescape(quoted: bytes) -> str:
     return text.decode()
 
 
-# --- 9. Words: Verdict -> text -------------------------------------------------------
+# --- 10. Words: Verdict -> text ------------------------------------------------------
 
 LOG = logging.getLogger("health_check")
 MAX_LAST_WORDS = 2000
@@ -3947,7 +4447,7 @@ def remaining(
     return shorten(", ".join(itertools.islice(shown, 10)))
 
 
-# --- 10. Absence: rules x what scrapes show -> warnings ------------------------------
+# --- 11. Absence: rules x what scrapes show -> warnings ------------------------------
 # What finds nothing never fires: a typo, a rename, a label, another server may be why.
 
 REMIND, REMIND_OF_TARGET = 300.0, 3600.0
@@ -4044,7 +4544,8 @@ class Lookout:
             if not rule.builtin
         }  # fmt: skip
         self._names = frozenset(s.name for _, s in wanted).difference(COMMON_NAMES)
-        self._builtin = any(rule.builtin for rule, _ in wanted)
+        # A rule of a user's own that finds nothing is told of by itself.
+        self._builtin = bool(wanted) and not self._searches
         self._unwatched: dict[str, Unwatched] = {}
         self._watched: set[str] = set()
 
@@ -4241,7 +4742,7 @@ def _may_be_typo(part: str, other: str) -> bool:
     return abbreviated or difflib.SequenceMatcher(None, part, other).ratio() >= 0.75
 
 
-# --- 11. Probe: URL -> whether a server answers as it should -------------------------
+# --- 12. Probe: URL -> whether a server answers as it should -------------------------
 # An engine that hangs while it is idle says 0 run, 0 wait for ever, and gauges that
 # stand still look the same whether it hangs or its clients left.  Only a request tells;
 # the metrics say when it is needed, so that it is almost never sent.
@@ -4445,7 +4946,7 @@ def _read(response: Response, deadline: float) -> bytes:
     raise ScrapeError("too_large", f"an answer of {MAX_ANSWER} bytes or more")
 
 
-# --- 12. History: samples of each check -> what expressions are evaluated against ----
+# --- 13. History: samples of each check -> what expressions are evaluated against ----
 
 POINTS_PER_RANGE, LEAST_POINTS, MAX_POINTS = 512, 32, 2048
 # What a series takes besides its samples and the text of its labels, measured.
@@ -4512,8 +5013,10 @@ class History:
 
     def evaluation(self, now: float, wall: float) -> Evaluation:
         """Return what expressions are evaluated against, as of the latest record."""
-        series = {name: table.series for name, table in self._tables.items()}
-        return Evaluation(now, wall, series, {}, {})
+        tables = self._tables.items()
+        series = {name: table.series for name, table in tables}
+        there = frozenset(name for name, table in tables if table.series)
+        return Evaluation(now, wall, series, {}, {}, there)
 
     def _new_series(self, labels: Labels) -> Series | None:
         table = self._tables.get(dict(labels)["__name__"])
@@ -4632,7 +5135,7 @@ def _size(labels: Labels) -> int:
     return SERIES_BYTES + sum(len(value) for _, value in labels)
 
 
-# --- 13. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
+# --- 14. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
 
 GRACE = 0.05
 
@@ -4805,7 +5308,7 @@ class Scraper:
             return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 
 
-# --- 14. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
+# --- 15. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
 # How often its thread comes round if nobody asks, and how long that may take.
@@ -5070,7 +5573,7 @@ def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         return status._replace(error=f"bug: {report(error)}")
 
 
-# --- 15. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
+# --- 16. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
@@ -5294,7 +5797,7 @@ def _annotations(
 ) -> dict[str, str]:
     value = format_float(alert.value)
     series = f"{shorten(format_series(alert.labels))} {value}"
-    what = [f"The rule {format_rule(status.rule)} fires for {series}", *failures]
+    what = [f"The rule {format_part(status)} fires for {series}", *failures]
     summary, description = f"{status.rule.name}: {series}", "; ".join(what)
     return {"summary": summary, "description": description, "value": value}
 
@@ -5308,7 +5811,7 @@ def _failures(targets: Iterable[TargetStatus]) -> list[str]:
     ]  # fmt: skip
 
 
-# --- 16. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
+# --- 17. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
 
 # With 200 rules or 5,000 series an answer would be megabytes: it is cut, and built in
 # slices, one in each turn of the loop, so that it holds up nobody else's.
@@ -5510,7 +6013,7 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
     ]  # fmt: skip
     return _present({
         "status": HEALTH_STATUS[status.state], "state": status.state,
-        "time": format_time(verdict.wall), "expression": _rule_body(status.rule),
+        "time": format_time(verdict.wall), "expression": _rule_body(status),
         "matched": status.matched, "observedValue": _json_number(status.value),
         "limit": _json_number(status.limit), "series": series,
         "alerts": len(status.alerts), "output": status.error,
@@ -5532,8 +6035,8 @@ def _json_number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else format_float(value)
 
 
-def _rule_body(rule: Rule) -> str:
-    return format_rule(rule).partition(": ")[2]
+def _rule_body(status: RuleStatus) -> str:
+    return format_part(status).partition(": ")[2]
 
 
 def answer_metrics(families: Iterable[Family]) -> Answer:
@@ -5732,7 +6235,7 @@ def _rule_html(status: RuleStatus, verdict: Verdict, site: Site) -> str:
         series = f"{shorten(format_series(alert.labels))} {format_float(alert.value)}"
         series += f" and {others} more" if others else ""
         series = f"<p>{_code(series)}</p>"
-    more, graph = series + _folded(_rule_body(status.rule)), _figure(status, site)
+    more, graph = series + _folded(_rule_body(status)), _figure(status, site)
     return _section(state, status.rule.name, text, graph, more)
 
 
@@ -5916,7 +6419,7 @@ PAGE_END = f"""</main>
 """
 
 
-# --- 17. Serve: connections -> Answers -----------------------------------------------
+# --- 18. Serve: connections -> Answers -----------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
@@ -6462,7 +6965,7 @@ def listen(host: str, port: int) -> socket.socket:
         return create(("0.0.0.0", port))
 
 
-# --- 18. Main: wiring and signals ----------------------------------------------------
+# --- 19. Main: wiring and signals ----------------------------------------------------
 
 # A preStop hook has 30 s with the default grace, and SIGTERM comes after it.
 QUERY_PAUSE, WAIT_TOLD_EACH, WAIT_TIMEOUT = 1.0, 10.0, 25.0
@@ -6699,9 +7202,9 @@ def check_once(config: Config) -> int:
 
     One check is no time: ``for`` counts as over, and a rule with a range is left out.
     """
-    undecided = {r: _range_text(r.expr) for r in config.rules if _range_text(r.expr)}
-    for rule, text in undecided.items():
-        say(f"[?]{rule.name} undecided: one check has no {text}")
+    undecided = [rule for rule in config.rules if _needed_range(rule)]
+    for rule in undecided:
+        say(f"[?]{rule.name} undecided: one check has no {_needed_range(rule)}")
     decided = [r._replace(hold=0.0) for r in config.rules if r not in undecided]
     targets, evaluation = _scrape_for(config.rules, config)
     rules = tuple(judge(RuleStatus(rule), evaluation) for rule in decided)
@@ -6714,7 +7217,7 @@ def check_once(config: Config) -> int:
 
 def query(config: Config, expr: Expr) -> int:
     """Print what an expression gives now, as promtool does; 1 if a scrape failed."""
-    again = bool(_range_text(expr))
+    again = bool(_range_text(find_selectors(expr)))
     targets, evaluation = _scrape_for([Rule("Query", expr)], config, again=again)
     failed = [target for target in targets if target.reason]
     for target in failed:
@@ -6842,7 +7345,7 @@ def _with_reason(path: str) -> str:
 def describe_rule(rule: Rule) -> str:
     """Return what --check-config says of a rule: its text, type, range and series."""
     names = sorted({selector.name for selector in find_selectors(rule.expr)})
-    longest = _range_text(rule.expr) or "no range"
+    longest = _range_text(find_selectors(rule.expr)) or "no range"
     kind = "built in" if rule.builtin else "yours"
     text = f"{format_rule(rule)}\n    {kind}; {longest}; reads {', '.join(names)}"
     for name in names:
@@ -6897,8 +7400,14 @@ def _as_in_prometheus(expr: Expr, *, counts: bool = False) -> Expr:
     return Operation("+", (down, ONE)) if counts else down
 
 
-def _range_text(expr: Expr) -> str:
-    longest = max((selector.window for selector in find_selectors(expr)), default=0.0)
+def _needed_range(rule: Rule) -> str:
+    # A built-in rule takes the last value known, where there is but one sample.
+    known = ("last_over_time", "max_over_time", "count_over_time")
+    return _range_text(find_selectors(rule.expr, known if rule.builtin else ()))
+
+
+def _range_text(selectors: Iterable[Selector]) -> str:
+    longest = max((selector.window for selector in selectors), default=0.0)
     return f"range of {format_duration(longest)}" if longest else ""
 
 
