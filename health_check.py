@@ -473,7 +473,8 @@ class Verdict(NamedTuple):
 
     ``fault`` says why there is no verdict of the rules, if there is none.  ``time`` is
     monotonic and ``wall`` the Unix time of the same moment: a jump of the system clock
-    moves what is shown and nothing that is decided.
+    moves what is shown and nothing that is decided.  ``left`` is what DRAIN_WHILE still
+    gives, None where nobody asked for it.
     """
 
     sequence: int
@@ -483,6 +484,7 @@ class Verdict(NamedTuple):
     rules: tuple[RuleStatus, ...] = ()
     targets: tuple[TargetStatus, ...] = ()
     probes: tuple[ProbeStatus, ...] = ()
+    left: str | None = None
 
     def failing_rules(self, excluded: Container[str] = ()) -> tuple[str, ...]:
         """Return the names of the rules that make it Unhealthy."""
@@ -3045,6 +3047,8 @@ class Config(NamedTuple):
     exit_when: tuple[str, ...]
     exit_after: float
     last_words: str
+    drain_timeout: float
+    drain_while: Expr | None
     alertmanager_url: tuple[Target, ...]
     alert_labels: Labels
     alertmanager_bearer_token_file: str
@@ -3235,7 +3239,8 @@ def _hopeless(_: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
     added, own = added_series(values), values["target_labels"]
     rules = (*values.get("unhealthy_when", ()), *values.get("canary_when", ()))
     expressions = [(f"the rule {rule.name}", rule.expr) for rule in rules]
-    expressions.append(("METRIC_TO_CHECK", values.get("metric_to_check")))
+    singles = "METRIC_TO_CHECK", "DRAIN_WHILE"
+    expressions += [(name, values.get(name.lower())) for name in singles]
     for name, expr in expressions:
         for problem in hopeless_selectors(expr, added, own) if expr else ():
             yield f"{name}: {problem}"
@@ -3529,6 +3534,10 @@ SETTINGS = tuple(itertools.starmap(Setting, (
      "time from the start in which it does not exit so"),
     ("LAST_WORDS", str, "",
      "file that has the reason then; /dev/termination-log where there is one"),
+    ("DRAIN_TIMEOUT", partial(_duration, 0.1, 3600.0), "25",
+     "seconds that /drain waits; keep it below the grace period of the pod"),
+    ("DRAIN_WHILE", _metric, "",
+     "expression that gives what still runs or waits, where the server is not known"),
     ("ALERTMANAGER_URL", _alertmanagers, "",
      "URL of an Alertmanager, or several, each of which gets every alert"),
     ("ALERT_LABELS", partial(_label_pairs, ("alertname",)), "",
@@ -5316,6 +5325,13 @@ ROUND, MAX_ROUND = 20.0, 60.0
 TREND = 120
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 MAX_LATE, PAUSE = 0.25, 1.0
+NO_SERVER = "whether a request runs is not known: set DRAIN_WHILE"
+BUSY = (
+    ("vllm:num_requests_waiting", "vllm:num_requests_running"),
+    ("sglang:num_queue_reqs", "sglang:num_running_reqs"),
+    ("tgi_queue_size", "tgi_batch_current_size"),
+    ("llamacpp:requests_deferred", "llamacpp:requests_processing"),
+)
 NO_ROOM = (
     "too many series: label values may change with each scrape; all there is room for"
     " is HISTORY_LIMIT"
@@ -5349,11 +5365,14 @@ class Monitor:
         # How long a request waits at most for the check that it asked for.
         self.verdict_timeout = config.metrics_timeout + 2 * GRACE
         self._news = threading.Condition()
-        self._asked, self._stopped = -1, False
+        self._asked, self._drain_asked, self._stopped = -1, False, False
         self._came_round = clock()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        rules = (*config.rules, *config.canary_when)
-        wanted = lookbacks(rule.expr for rule in rules)
+        expressions = [rule.expr for rule in (*config.rules, *config.canary_when)]
+        self.drain_while = config.drain_while or _drain_expression(expressions)
+        if config.drain_while:
+            expressions.append(config.drain_while)
+        wanted = lookbacks(expressions)
         self.scraper = Scraper(config, wanted)
         self.history = History(wanted, config.history_limit)
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
@@ -5395,10 +5414,14 @@ class Monitor:
         late = self._clock() - self._came_round - self.verdict_timeout
         return self._thread.is_alive() and late < MAX_ROUND
 
-    def request(self, sequence: int) -> None:
-        """Ask for a verdict after the one of that number; a running check will do."""
+    def request(self, sequence: int, *, drain: bool = False) -> None:
+        """Ask for a verdict after the one of that number; a running check will do.
+
+        With ``drain`` for one that has what is left, for which it will not do.
+        """
         with self._news:
             self._asked = max(self._asked, sequence)
+            self._drain_asked = self._drain_asked or drain
             self._news.notify()
 
     def check(self) -> Verdict:
@@ -5446,6 +5469,8 @@ class Monitor:
     def _judge(self) -> Verdict:
         # Before the scrape, which so has seen what an answer has moved.
         latest = self.canary.latest() if self.canary else None
+        with self._news:
+            drain, self._drain_asked = self._drain_asked, False
         now, wall, scrapes, probes = self._scrape()
         gap = max(MAX_GAP, MAX_INTERVALS * self.config.scrape_interval)
         if self.verdict.sequence and now - self.verdict.time > gap:
@@ -5465,6 +5490,12 @@ class Monitor:
         sequence = self.verdict.sequence + 1
         verdict = Verdict(sequence, fault, now, wall, self._statuses, targets, probes)
         self._count(verdict)
+        if drain and self.drain_while:
+            left = remaining(self.drain_while, targets, evaluation)
+            there = (select(s, evaluation) for s in find_selectors(self.drain_while))
+            # Of a server that is not known the table's expression gives nothing either.
+            known = left or self.config.drain_while or any(there)
+            verdict = verdict._replace(left=left if known else NO_SERVER)
         return verdict
 
     def _consider(
@@ -5516,6 +5547,18 @@ class Monitor:
             trend.values.append(math.nan if status.value is None else status.value)
             state = "unknown" if verdict.unknown(status) else status.state
             trend.states.append(state)
+
+
+def _drain_expression(expressions: Iterable[Expr]) -> Expr | None:
+    # What the rules read anyway, so that it costs nothing while nobody asks.
+    read = {selector.name for expr in expressions for selector in find_selectors(expr)}
+    texts = [
+        f"{gauge} > 0"
+        for gauges in BUSY
+        if {s.name for g in gauges for s in find_selectors(parse_expression(g))} <= read
+        for gauge in gauges
+    ]
+    return parse_expression(" or ".join(texts)) if texts else None
 
 
 def record(
@@ -6426,6 +6469,8 @@ MAX_REQUEST = 16 * 1024
 MAX_LINES = 102
 MAX_UNREAD = 2 << 20
 MAX_COUNTED, MAX_UNKNOWN = 256, 16
+MAX_DRAINING, DRAIN_PAUSE = 16, 1.0
+HUNG = ("Stalling", "Stalled")
 HOUR = 3600.0
 # A TLS hello and a PROXY header of version 2, which would not end like a request.
 FOREIGN = (b"\x16", b"\r\n\r\n\0\r\nQUIT\n")
@@ -6608,6 +6653,7 @@ PARK = Phase(0, "no verdict within the deadline: the checker is stuck")
 BUILD = Phase(0, "its answer was not made in time")
 WRITE = Phase(selectors.EVENT_WRITE, "did not read its answer in time")
 LINGER = Phase(selectors.EVENT_READ, "did not hang up in time")
+DRAIN = Phase(selectors.EVENT_READ, "it is time to look again")
 Conversation = Generator[Phase, None, T]
 
 
@@ -6628,15 +6674,16 @@ class Server:
 
     A conversation is a generator, and goes on where it stopped each time that what it
     waits for is there.  It yields READ until a whole head is there; PARK if the answer
-    needs a new verdict, which each check that ends may be; BUILD before each slice of a
-    long answer, one in each turn of the loop; WRITE while the socket is full; LINGER,
-    when all is sent, until the caller hangs up.  Then it ends, and the socket is
-    closed, whatever the end was.
+    needs a new verdict, which each check that ends may be; DRAIN, for a second each,
+    while requests still run; BUILD before each slice of a long answer, one in each turn
+    of the loop; WRITE while the socket is full; LINGER, when all is sent, until the
+    caller hangs up.  Then it ends, and the socket is closed, whatever the end was.
 
     At a yield it may be thrown TimeoutError, as the deadline of its phase has passed:
-    in PARK the answer is made of that, elsewhere it is the end.  GeneratorExit, as the
-    loop ends or another caller needs the room, is the end everywhere.  All that wait
-    in a phase wait equally long, so each dict of them is in order of deadline.
+    in PARK the answer is made of that, in DRAIN it looks again, or answers as the loop
+    ends, elsewhere it is the end.  GeneratorExit, as the loop ends or another caller
+    needs the room, is the end everywhere.  All that wait in a phase wait equally long,
+    so each dict of them is in order of deadline.
     """
 
     def __init__(
@@ -6654,7 +6701,7 @@ class Server:
         self._requests: Counter[tuple[str, str]] = collections.Counter()
         self._unknown: Counter[str] = collections.Counter()
         self._waiting: dict[Phase, dict[Connection, float]] = {
-            phase: {} for phase in (READ, PARK, BUILD, WRITE, LINGER)
+            phase: {} for phase in (READ, PARK, DRAIN, BUILD, WRITE, LINGER)
         }
         self._selector = selectors.DefaultSelector()
         self._stopping, self._unsent = False, 0
@@ -6674,6 +6721,8 @@ class Server:
                 key.data()
             for connection in self._to_build():
                 self._step(connection)
+        for connection in list(self._waiting[DRAIN]):
+            self._step(connection, TimeoutError())
         for connection in itertools.chain(*map(list, self._waiting.values())):
             self._close(connection)
 
@@ -6770,6 +6819,8 @@ class Server:
     def _step(self, connection: Connection, overdue: OSError | None = None) -> None:
         """Let a conversation go on until it waits again or ends."""
         steps = connection.steps
+        if overdue:
+            self._leave(connection)
         try:
             self._wait(connection, steps.throw(overdue) if overdue else next(steps))
             return
@@ -6788,8 +6839,8 @@ class Server:
         if phase.events:
             then = partial(self._step, connection)
             self._selector.register(connection.sock, phase.events, then)
-        monitor = self._monitor
-        timeout = monitor.verdict_timeout if phase is PARK else CALLER_TIMEOUT
+        timeouts = {PARK: self._monitor.verdict_timeout, DRAIN: DRAIN_PAUSE}
+        timeout = timeouts.get(phase, CALLER_TIMEOUT)
         self._waiting[phase][connection] = time.monotonic() + timeout
         connection.phase = phase
 
@@ -6811,7 +6862,7 @@ class Server:
         mistake = mistake_of(request) if request.refusal else ""
         if mistake:
             self._warn(mistake, HOUR, client)
-        answer = request.refusal or (yield from self._answer(request))
+        answer = request.refusal or (yield from self._answer(request, sock))
         if not isinstance(answer.body, str):
             answer = answer._replace(body=(yield from _build(answer.body)))
         self._count(request.path, str(answer.status))
@@ -6839,21 +6890,56 @@ class Server:
 
     def _count(self, path: str, code: str) -> None:
         names = rules_of(path)
-        known = {*names} <= self._rules if names else path in self._routes
+        routes = (*self._routes, "/drain")
+        known = {*names} <= self._rules if names else path in routes
         full = (path, code) not in self._requests and len(self._requests) > MAX_COUNTED
         self._requests["other" if full or not known else path, code] += 1
 
-    def _answer(self, request: Request) -> Conversation[Answer]:
+    def _answer(self, request: Request, sock: socket.socket) -> Conversation[Answer]:
+        if request.path == "/drain":
+            return (yield from self._drain(sock))
         names = rules_of(request.path)
         route = self._routes.get(request.path)
         route = partial(answer_rules, names) if names else route
         if not route:
-            return Answer(404, "not found: there is /health, /health/Rule, /livez\n")
+            return Answer(404, "there is /health, /health/Rule, /livez, /drain\n")
         for name in self._rules.union(names) - self._rules:
             self._warn_unknown(name)
         fresh = request.path.startswith("/health")
         verdict = (yield from self._fresh()) if fresh else self._monitor.verdict
         return route(verdict, request.query)
+
+    def _drain(self, sock: socket.socket) -> Conversation[Answer]:
+        # 200 when nothing runs in two checks in a row, 503 where that is waited for in
+        # vain: the kubelet goes on at either.
+        monitor, quiet = self._monitor, 0
+        end = time.monotonic() + monitor.config.drain_timeout
+        seen, why = monitor.verdict.sequence, "" if monitor.drain_while else NO_SERVER
+        if len(self._waiting[DRAIN]) >= MAX_DRAINING:
+            why = f"{MAX_DRAINING} callers wait already"
+        left = "" if why else "nothing is known yet"
+        while quiet < 2 and not why:
+            monitor.request(monitor.verdict.sequence, drain=True)
+            yield from _pause(sock)
+            verdict = monitor.verdict
+            if verdict.sequence > seen and verdict.left is not None:
+                seen, left = verdict.sequence, verdict.left
+                quiet = 0 if left else quiet + 1
+            why = self._why_in_vain(verdict, end)
+        if quiet == 2:
+            return Answer(200, "Drained\n")
+        text = f"{why}; {left}" if left not in ("", why) else why
+        return Answer(503, _escaped_line(f"Not drained: {text}"))
+
+    def _why_in_vain(self, verdict: Verdict, end: float) -> str:
+        for status in verdict.rules:
+            if status.rule.name in HUNG and status.state == "firing":
+                return f"{status.rule.name} fires, so nothing will end"
+        if verdict.left == NO_SERVER:
+            return NO_SERVER
+        if self._stopping:
+            return "this program ends"
+        return "it is too late" if time.monotonic() >= end else ""
 
     def _warn_unknown(self, name: str) -> None:
         # Callers choose the names, so there is a bound on how many are remembered.
@@ -6933,6 +7019,19 @@ def _build(parts: Iterator[str]) -> Conversation[str]:
                 break
         else:
             return "".join(built)
+
+
+def _pause(sock: socket.socket) -> Conversation[None]:
+    # Who hangs up meanwhile is not waited for; what is sent is read past.
+    unread = MAX_UNREAD
+    with suppress(TimeoutError):
+        while unread > 0:
+            yield DRAIN
+            data = sock.recv(MAX_REQUEST)
+            if not data:
+                raise ConnectionError("did not wait")
+            unread -= len(data)
+        raise ConnectionError("sent too much")
 
 
 def _when(phase: Phase, action: Callable[[Any], T], argument: Any) -> Conversation[T]:

@@ -4652,6 +4652,98 @@ class ServeTest(NetworkTest):
         self.assertIn('_total{path="/health/R3,Down", code="200"} 1\n', body)
         self.assertLess(body.count("health_check_requests_total{"), 14)
 
+    def drained(self, *pieces, pause=0.02, **environ):
+        """Return the port of a checker that looks often, and its server."""
+        server = self.metrics(*pieces)
+        patch = mock.patch.object(health_check, "DRAIN_PAUSE", pause)
+        patch.start()
+        self.addCleanup(patch.stop)
+        environ = {"DRAIN_TIMEOUT": "0.15", **environ}
+        return self.serve(self.running(server, **environ)), server
+
+    def test_a_drain_ends_when_nothing_runs_in_two_good_checks(self):
+        def busy(running, waiting=0):
+            names = "vllm:num_requests_running", "vllm:num_requests_waiting"
+            lines = (f"{n} {v}\n" for n, v in zip(names, (running, waiting)))
+            return page("".join(lines))
+
+        turns = [busy(3), busy(0, 2), busy(0), busy(1), page("", status="500 E")]
+        answers = iter([*turns, busy(0), busy(0), busy(9), busy(9)])
+        port, server = self.drained(lambda _: [next(answers)], DRAIN_TIMEOUT="5")
+        self.assertEqual(get(port, "/drain"), (200, "Drained\n"))
+        self.assertEqual(len(server.requests), 7)
+        body = get(port, "/metrics")[1]
+        self.assertIn('_requests_total{path="/drain", code="200"} 1\n', body)
+        self.assertEqual(get(port), (200, "Healthy\n"))
+
+    def test_a_drain_that_is_in_vain_says_why(self):
+        run, gone = page("vllm:num_requests_running 3\n"), page("x 1\n")
+        hangs = "Stalling: vllm:num_requests_running > 0; S: vllm:num_requests_waiting"
+        for pieces, environ, why in (
+            ([run], {}, r"it is too late; vllm:num_requests_running\{.*\} 3"),
+            ([run], {"DRAIN_WHILE": "x > 0"}, "Drained"),
+            ([gone], {"DRAIN_WHILE": "x > 0"}, r"it is too late; x\{.*\} 1"),
+            ([gone], {}, ".*set DRAIN_WHILE"),
+            ([gone], {"METRIC_TO_CHECK": "x", "METRIC_THRESHOLD": "5"},
+             ".*set DRAIN_WHILE"),
+            ([run], {"UNHEALTHY_WHEN": f"{hangs} > 0"}, "Stalling fires, so .* 3"),
+            ([page("", status="500 E")], {}, "it is too late; scrape of .*: HTTP 500"),
+            ([0.3, run], {"DRAIN_TIMEOUT": "0.1"}, "it is too late; nothing is known"),
+            ([page("x NaN\n")], {"DRAIN_WHILE": "x"}, r"it is too late; x\{.*\} NaN"),
+        ):  # fmt: skip
+            with self.subTest(why):
+                port, _ = self.drained(*pieces, **environ)
+                status, body = get(port, "/drain")
+                expected = "Drained" if why == "Drained" else f"Not drained: {why}.*"
+                self.assertRegex(body, rf"\A{expected}\n\Z")
+                self.assertEqual(status, 200 if why == "Drained" else 503)
+
+    def test_some_drain_at_once_without_a_thread_and_probes_are_answered(self):
+        busy = page("vllm:num_requests_running 3\n")
+        port, server = self.drained(busy, DRAIN_TIMEOUT="2")
+        threads = threading.active_count()
+        socks = [send(port, request_for("/drain")) for _ in range(17)]
+        gone, sends_on, *others, refused = socks
+        self.assertIn("Not drained: 16 callers wait already\n", receive(refused))
+        self.assertLessEqual(threading.active_count(), threads + 2)
+        gone.close()
+        sends_on.sendall(b"more")
+        late = send(port, request_for("/livez"))
+        self.assertIn("200 OK", receive(late))
+        self.assertEqual(get(port), (200, "Healthy\n"))
+        self.assertTrue(wait_until(lambda: any("did not wait" in x for x in self.log)))
+        server.pieces = (page("vllm:num_requests_running 0\n"),)
+        for sock in (sends_on, *others):
+            answer = receive(sock)
+            self.assertIn("HTTP/1.1 200 OK", answer)
+            self.assertTrue(answer.endswith("\r\n\r\nDrained\n"))
+
+    def test_who_sends_without_end_is_no_caller_that_drains(self):
+        with mock.patch.object(health_check, "MAX_UNREAD", 10000):
+            busy = page("vllm:num_requests_running 3\n")
+            port, _ = self.drained(busy, DRAIN_TIMEOUT="2")
+            sock = send(port, request_for("/drain"))
+            time.sleep(0.05)
+            with contextlib.suppress(OSError):
+                sock.sendall(b"a" * 100000)
+                self.assertEqual(receive(sock), "")
+            sock.close()
+        self.assertTrue(wait_until(lambda: any("sent too much" in x for x in self.log)))
+
+    def test_a_drain_is_answered_as_the_program_ends(self):
+        process = self.launch(
+            METRICS_ENDPOINT=self.metrics(page("vllm:num_requests_running 3\n")).url
+        )
+        port = self.port_of(process)
+        sock = send(port, request_for("/drain"))
+        self.assertEqual(get(port, "/livez")[0], 200)
+        started = time.monotonic()
+        process.terminate()
+        answer = receive(sock)
+        self.assertEqual(process.wait(5), 0)
+        self.assertLess(time.monotonic() - started, 0.5)
+        self.assertRegex(answer, r"HTTP/1.1 503 (?s:.*)\nNot drained: this program en")
+
     def test_without_a_verdict_health_fails_closed_and_a_rule_open(self):
         monitor = self.monitor(self.metrics(page()), METRICS_TIMEOUT="0.1")
         port = self.serve(monitor)
