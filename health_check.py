@@ -2965,6 +2965,9 @@ OWN_PREFIXES = (
     "METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_", "CANARY_",
     "EXIT_",
 )  # fmt: skip
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+# Seconds; what is longer may be milliseconds.
+MAX_INTERVAL = 300.0
 GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _GO_PART = re.compile(r"(\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})(ms|us|ns|h|m|s)", re.ASCII)
 # What Prometheus records of itself, which no target serves.
@@ -2982,6 +2985,9 @@ ADDED_LABELS = {
     label: name
     for name, more in SYNTHETIC.items() for labels in more for label, _ in labels
 }  # fmt: skip
+ADDED_LABELS["probe"] = "probe_success"
+# These parts of a histogram and of a summary are the server's.
+BOUNDS = ("le", "quantile")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 ALERTS_API = "/api/v2/alerts"
 # With these a failure has happened twice before Unresponsive fires, see the rule.
@@ -3087,8 +3093,8 @@ def load_config(environ: Mapping[str, str]) -> Config:
         del given["APP_PORT"]
     values, problems = _parsed(given)
     for check in (
-        _threshold_problems, _rule_problems, _scrape_problems, _canary_problems,
-        _hopeless,
+        _threshold_problems, _rule_problems, _scrape_problems, _port_problems,
+        _canary_problems, _hopeless,
     ):  # fmt: skip
         problems += check(given, values)
     if problems:
@@ -3260,6 +3266,16 @@ def _scrape_problems(
         yield f"METRICS_TIMEOUT ({longest}) may not exceed SCRAPE_INTERVAL ({least})"
 
 
+def _port_problems(
+    _: Mapping[str, str], values: Mapping[str, Any]
+) -> Iterator[str]:
+    port = values.get("app_port")
+    own = {f"{host}:{port}" for host in LOCAL_HOSTS if not values.get("app_host")}
+    targets = values.get("metrics_endpoint", ())
+    if own.intersection(target.instance for target in targets):
+        yield f"METRICS_ENDPOINT is port {port}, which is this program's: set APP_PORT"
+
+
 def _canary_problems(
     given: Mapping[str, str], values: Mapping[str, Any]
 ) -> Iterator[str]:
@@ -3277,7 +3293,19 @@ def _with_rules(config: Config) -> Config:
     unknown = ", ".join(name for name in config.exit_when if name not in names)
     if unknown:
         raise ConfigError(f"EXIT_WHEN: no rule {unknown}: there are {', '.join(names)}")
-    return config
+    return config._replace(warnings=(*config.warnings, *_sparse(config)))
+
+
+def _sparse(config: Config) -> Iterator[str]:
+    interval, shown = config.scrape_interval, format_duration(config.scrape_interval)
+    if interval > MAX_INTERVAL:
+        yield f"SCRAPE_INTERVAL={shown}: an answer can be three times as old"
+    for rule in config.rules if interval else ():
+        windows = {selector.window for selector in find_selectors(rule.expr)}
+        for window in sorted(windows if not rule.builtin else ()):
+            if 0 < window < 2 * interval:
+                what = f"a range of {format_duration(window)} may have a single sample"
+                yield f"{rule.name}: {what} at SCRAPE_INTERVAL={shown}"
 
 
 def _rules(config: Config) -> tuple[Rule, ...]:
@@ -3331,6 +3359,9 @@ def _misspelt(given: Iterable[str]) -> Iterator[str]:
 
 
 def _doubtful(given: Mapping[str, str]) -> Iterator[str]:
+    for name in ("TARGET_LABELS", "ALERT_LABELS"):
+        for label in re.findall(r"(\w+)=\s*(?=,|\Z)", given.get(name, "")):
+            yield f"{name}: {label} has no value, so it is left out"
     if given.get("METRICS_TLS_SKIP_VERIFY", "").lower() == "true":
         yield "METRICS_TLS_SKIP_VERIFY: ANYBODY can pose as the target"
     # A manifest has "$(NAME)" as it is where NAME is not defined before it.
@@ -3368,11 +3399,14 @@ def _target(url: str) -> Target:
         parts = urllib.parse.urlsplit(url)
         default = DEFAULT_PORTS[parts.scheme]
         port = default if parts.port is None else parts.port
-        if not (parts.hostname and port) or parts.fragment or re.search("[^!-~]", url):
+        host = parts.hostname or "?"
+        # Two URLs are parted by a comma, and by nothing else.
+        odd = re.search(r"[^!-~]|://[^?]*://", url) or re.search(r"[^\w.:%-]", host)
+        if not port or parts.fragment or odd:
             raise ValueError(url)
     except (ValueError, KeyError):
         raise ValueError("expected a URL as in http://localhost:8000/metrics") from None
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    host = f"[{host}]" if ":" in host else host
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path or '/'}"
     return Target(f"{host}:{port}", address, parts.query, _basic(parts))
 
@@ -3421,15 +3455,22 @@ def _alertmanagers(text: str) -> tuple[Target, ...]:
 def _label_pairs(taken: Sequence[str], text: str) -> Labels:
     pairs: dict[str, str] = {}
     for item in _items(text):
-        name, equals, value = item.partition("=")
-        if "{{" in item:
-            raise ValueError("expected fixed values: templates are not expanded here")
-        if not equals or not re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
-            raise ValueError("expected labels as in job=vllm,namespace=prod")
-        if name in pairs or name in ("__name__", "instance", *taken):
+        name, value = _label_pair(item)
+        if name in (*pairs, "instance", *taken) or name.startswith("__"):
             raise ValueError(f"the label {name} is set already")
-        pairs[name] = value.strip().strip('"')
+        pairs[name] = value
     return tuple(sorted(pair for pair in pairs.items() if pair[1]))
+
+
+def _label_pair(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if "{{" in item:
+        raise ValueError("expected fixed values: templates are not expanded here")
+    # An operator, labels that a blank or a semicolon parts, half a pair of quotes.
+    wrong = re.match(r"[=~]|.*[\s;]\w+=", value) or value.count('"') % 2
+    if wrong or not equals or not re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
+        raise ValueError("expected labels as in job=vllm,namespace=prod")
+    return name, value.strip().strip('"')
 
 
 def _metric(text: str) -> Expr | None:
@@ -3504,7 +3545,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("METRICS_CERT_FILE", str, "", "certificate to show to the metrics server"),
     ("METRICS_KEY_FILE", str, "", "its key, if that is in a file of its own"),
     ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
-    ("TARGET_LABELS", partial(_label_pairs, tuple(ADDED_LABELS)), "",
+    ("TARGET_LABELS", partial(_label_pairs, (*ADDED_LABELS, *BOUNDS)), "",
      "labels for every series, as in job=vllm,namespace=prod"),
     ("METRIC_TO_CHECK", _metric, "",
      "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
@@ -4646,7 +4687,7 @@ def describe_search(
         return f"{message}: {blame_label(selector, list(map(dict, there)), own)}"
     near = nearest_name(selector.name, names)
     if near:
-        return f"{message}; {near} is"
+        return f"{message}; {format_selector(near, ())} is"
     return message if word == "gone" else f"{message} yet"
 
 

@@ -467,6 +467,107 @@ sys.exit(health_check.main())
 """
 
 
+# Of each kind of mistake in settings one or two; a bar parts two settings.
+MISTAKES = """
+METRICS_ENDPOINT=htps://h:8000/metrics
+METRICS_ENDPOINT=ftp://h:8000/metrics
+METRICS_ENDPOINT=javascript://h:8000/metrics
+METRICS_ENDPOINT=localhost:8000/metrics
+METRICS_ENDPOINT=http:/localhost:8000/metrics
+METRICS_ENDPOINT=http//localhost:8000/metrics
+METRICS_ENDPOINT=http://localhost:80000/metrics
+METRICS_ENDPOINT=http://localhost: 8000/metrics
+METRICS_ENDPOINT=http://:8000/metrics
+METRICS_ENDPOINT=http://$(HOST):8000/metrics
+METRICS_ENDPOINT=http://${HOST}:8000/metrics
+METRICS_ENDPOINT=http://<host>:8000/metrics
+METRICS_ENDPOINT="http://localhost:8000/metrics"
+METRICS_ENDPOINT=http://h/metrics,http://h/metrics
+METRICS_ENDPOINT=http://h/metrics#all
+METRICS_ENDPOINT=http://h/metrics;http://i/metrics
+METRICS_ENDPOINT=http://h/metrics http://i/metrics
+METRICS_ENDPOINT=http://localhost:8081/metrics
+METRICS_ENDPOINT=http://127.0.0.1:9000/metrics|APP_PORT=9000
+ALERTMANAGER_URL=htps://am:9093
+ALERTMANAGER_URL=am:9093
+ALERTMANAGER_URL=http://u:p@am:9093
+ALERTMANAGER_URL=http://am:9093,http://am:9093/
+HEALTH_ENDPOINT=htps://h:8000/health
+CANARY_URL=htps://h:8000/v1/completions
+TARGET_LABELS=job:vllm
+TARGET_LABELS=job
+TARGET_LABELS=job=
+TARGET_LABELS==vllm
+TARGET_LABELS=job="vllm
+TARGET_LABELS={job="vllm"}
+TARGET_LABELS=job=vllm namespace=prod
+TARGET_LABELS=job=vllm;namespace=prod
+TARGET_LABELS=job==vllm
+TARGET_LABELS=job=~vllm
+TARGET_LABELS=job=vllm,job=sglang
+TARGET_LABELS=instance=a
+TARGET_LABELS=__name__=a
+TARGET_LABELS=__meta=a
+TARGET_LABELS=le=1
+TARGET_LABELS=reason=a
+TARGET_LABELS=probe=a
+TARGET_LABELS=pod=$(POD_NAME)
+TARGET_LABELS=pod={{ .Values.pod }}
+ALERT_LABELS=value={{ $value }}
+ALERT_LABELS=alertname=X
+ALERT_LABELS=severity
+ALERT_LABELS=a.b=c
+POD_NAME=$(POD)
+UNHEALTHY_WHEN=up{job="vllm"} == 0
+UNHEALTHY_WHEN=up{instance="vllm:8000"} == 0
+UNHEALTHY_WHEN=scrape_error{reason="time-out"}
+UNHEALTHY_WHEN=ALERTS{alertname="X"}
+UNHEALTHY_WHEN=scrape_timeout_seconds > 1
+UNHEALTHY_WHEN=rate(x[10s]) > 1|SCRAPE_INTERVAL=10
+UNHEALTHY_WHEN=rate(x[15s]) > 1|SCRAPE_INTERVAL=10
+METRICS_TIMEOUT=800
+METRICS_TIMEOUT=0
+METRICS_TIMEOUT=-1
+METRICS_TIMEOUT=0,8
+METRICS_TIMEOUT=0.8 s
+METRICS_TIMEOUT=1 second
+METRICS_TIMEOUT=1m1
+SCRAPE_INTERVAL=0.5
+SCRAPE_INTERVAL=5000
+SCRAPE_INTERVAL=1000
+SCRAPE_INTERVAL=10 s
+SCRAPE_INTERVAL=10sec
+SCRAPE_INTERVAL=15S
+SCRAPE_INTERVAL=infinity
+SCRAPE_INTERVAL=15_000
+APP_PORT=tcp://10.0.0.1:80
+APP_PORT=udp://10.0.0.1:80
+APP_PORT=http://10.0.0.1:80
+APP_PORT=http
+APP_PORT=:8081
+METRIC_ENDPOINT=http://h/
+metrics_endpoint=http://h/
+METRICS_URL=http://h/
+METRICS-ENDPOINT=http://h/
+METRICS_ENDPOINTS=http://h/
+UNHEALTHY_IF=x > 1
+SCRAPE_TIMEOUT=1
+ALERTMANAGER_ENDPOINT=http://am
+METRIC_THRESHHOLD=1
+METRIC_TO_CHECK=x|METRIC_THRESHOLD=inf
+METRIC_TO_CHECK=x
+METRIC_THRESHOLD=1|UNHEALTHY_WHEN=x > 1
+UNHEALTHY_WHEN=A: x > 1; A: y > 1
+UNHEALTHY_WHEN=High-Queue: x > 1
+EXIT_WHEN=Staled
+METRICS_CERT_FILE=/nowhere|METRICS_KEY_FILE=/nowhere
+METRICS_KEY_FILE=/nowhere
+LOG_LEVEL=warn
+LOG_FORMAT=jsn
+METRICS_TLS_SKIP_VERIFY=yes
+"""
+
+
 class Documentation(unittest.TestCase):
     def test_its_examples_are_true(self):
         failed, attempted = doctest.testmod(health_check)
@@ -1965,6 +2066,29 @@ class Config(unittest.TestCase):
             self.assertEqual(load_config({name: "1"}).warnings, ())
         self.assertEqual(len(self.problems(APP_PORT="x", LOG_LEVELS="info")), 2)
 
+    def test_no_mistake_in_a_setting_is_silent(self):
+        for row in MISTAKES.strip().split("\n"):
+            environ = dict(pair.split("=", 1) for pair in row.split("|"))
+            with self.subTest(row):
+                try:
+                    config = load_config(environ)
+                except ConfigError as error:
+                    told = str(error)
+                else:
+                    files = health_check.missing_files(config)
+                    told = "\n".join([*config.warnings, *files])
+                names = [re.escape(name) for name in environ]
+                self.assertRegex(told, "|".join([*names, "the rule ", "Rule1"]))
+        for row in (
+            "METRICS_ENDPOINT=http://host_name:8000/m", "METRICS_ENDPOINT=http://[::1]/",
+            "METRICS_ENDPOINT=http://u:p%40@h-1.x.:8000/m?a=b:c://d",
+            "TARGET_LABELS=a=b c,d=e=f, g=\"h i\"", "METRIC_THRESHOLD=1e3",
+            "METRICS_ENDPOINT=http://localhost:8081/|APP_HOST=127.0.0.2",
+            "UNHEALTHY_WHEN=rate(x[20s]) > 1|SCRAPE_INTERVAL=10", "SCRAPE_INTERVAL=5m",
+        ):
+            environ = dict(pair.split("=", 1) for pair in row.split("|"))
+            self.assertEqual(load_config(environ).warnings, ())
+
     def test_a_file_that_cannot_be_read_is_named_with_its_setting(self):
         gone = str(Path(PROGRAM).parent / "gone")
         names = [s.name for s in SETTINGS if s.name.endswith("_FILE")]
@@ -3028,6 +3152,11 @@ class Absence(unittest.TestCase):
                 )
                 self.assertIn(f"no series of {format_expression(wanted)} is", told)
                 self.assertIn(words, told)
+        told = health_check.describe_search(
+            "missing", parse_expression("http_active > 1").operands[0], ["http.active"],
+            history(there),
+        )  # fmt: skip
+        self.assertEqual(told, 'no series of http_active is there; {"http.active"} is')
 
     def test_a_hint_names_what_may_be_meant_and_nothing_else(self):
         waiting = "vllm:num_requests_waiting"

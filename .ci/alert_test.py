@@ -618,6 +618,7 @@ FAMILIES = {
     "health_check_rule_value": {"rule"},
     "health_check_rule_limit": {"rule"},
     "health_check_target_up": {"target"},
+    "health_check_target_watched": {"target"},
     "health_check_scrapes": {"target", "outcome"},
     "health_check_scrape_duration_seconds": {"le"},
     "health_check_requests": {"path", "code"},
