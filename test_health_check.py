@@ -5237,7 +5237,7 @@ class MainTest(NetworkTest):
         self.assertEqual(get(port), (503, "Unhealthy\n"))
         self.assertEqual(get(port, "/livez"), (200, "Healthy\n"))
         process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(0.5), 0)
+        self.assertEqual(process.wait(5), 0)
 
     def test_what_the_log_has_lost_is_counted_and_said_once(self):
         writer, read, write = self.log_writer()
