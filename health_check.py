@@ -436,7 +436,7 @@ class ProbeStatus(NamedTuple):
 
     ``success`` is None where it shows nothing about the server, and ``stands`` tells
     whether rules may go by it now; ``code`` is 0 without an answer; ``sent`` is when
-    it was, in monotonic seconds.
+    it was, in monotonic seconds, and ``about`` what stood still then.
     """
 
     probe: str
@@ -448,6 +448,7 @@ class ProbeStatus(NamedTuple):
     seconds: float = 0.0
     sent: float = -math.inf
     stands: bool = True
+    about: frozenset[tuple[Labels, float]] = frozenset()
 
     def samples(self, labels: Labels) -> dict[Labels, float]:
         """Return what rules see of it: nothing before it was first sent."""
@@ -2551,17 +2552,43 @@ def builtin_rules(names: Iterable[str], limit: float) -> Iterator[Rule]:
     >>> [format_rule(rule)[:41] for rule in builtin_rules(["Down"], 10)]
     ['Down: scrape_error{reason!="timeout"} or ']
     """
-    parsed: dict[str, Expr] = {}
     for name in names:
         clauses, text_for = BUILTIN[name]
-        texts = [text_for(server, format_float(limit)) for server in SERVERS]
-        for text in filter(None, texts):
-            if text not in parsed:
-                parsed[text] = parse_expression(text)
-        exprs = [parsed[text] for text in dict.fromkeys(filter(None, texts))]
+        texts = (text_for(server, format_float(limit)) for server in SERVERS)
         (rule,) = parse_rules(f"{name}: up {clauses}", builtin=True)
-        union = reduce(lambda left, right: Operation("or", (left, right)), exprs)
-        yield rule._replace(expr=union)
+        yield rule._replace(expr=_union(texts))
+
+
+def canary_rules(after: float) -> tuple[Rule, ...]:
+    """Return when a canary is asked for by default: nothing moves anywhere.
+
+    Idle: nothing has run, waited or moved for ``after`` seconds.  Stuck: what Stalling
+    fires for, and soon enough for the answer to be there before that does.
+    """
+    moving = [s for s in SERVERS if s.moving]
+    gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in moving).split()
+    moved = [_changed(server, "idelta({}[5m]) != 0") for server in moving]
+    busy = [f"last_over_time({gauge}[2m10s]) > 0" for gauge in gauges]
+    idle = [f"last_over_time({gauge}[2m10s]) == 0" for gauge in gauges]
+    asleep = [_sleeps(server) for server in SERVERS if server.asleep]
+    nowhere = Grouping(True, ())
+    quiet = Operation("unless", (_union(idle), _union([*busy, *asleep])), nowhere)
+    known = parse_expression("sum_over_time(up[5m]) > 1")
+    quiet = Operation("and", (quiet, known), Grouping(True, ("instance",)))
+    stuck = _union(_stuck(server, "") for server in SERVERS)
+    return tuple(
+        Rule(name, Operation("unless", (expr, _union(moved)), nowhere), hold, 0.0, True)
+        for name, expr, hold in (("Idle", quiet, after), ("Stuck", stuck, 40.0))
+    )
+
+
+def with_canary(rule: Rule, labels: tuple[str, ...]) -> Rule:
+    """Return a built-in rule that a canary may answer, matched on these labels."""
+    clause = ANSWERED_BY_CANARY.get(rule.name)
+    if not clause:
+        return rule
+    operands = rule.expr, parse_expression(clause)
+    return rule._replace(expr=Operation("unless", operands, Grouping(True, labels)))
 
 
 def servers_there(names: Iterable[str]) -> Iterator[KnownServer]:
@@ -2602,6 +2629,16 @@ def own_names(server: KnownServer) -> frozenset[str]:
     )  # fmt: skip
     plain = re.sub(r"\{[^}]*\}", "", " ".join(fields))
     return frozenset(re.findall(r"\w+[:_]\w+", plain)) - {"max_over_time"}
+
+
+def _union(texts: Iterable[str]) -> Expr:
+    exprs = map(_parsed_once, dict.fromkeys(filter(None, texts)))
+    return reduce(lambda left, right: Operation("or", (left, right)), exprs)
+
+
+@lru_cache(maxsize=256)
+def _parsed_once(text: str) -> Expr:
+    return parse_expression(text)
 
 
 def _queue_full(server: KnownServer, limit: str) -> str:
@@ -2672,6 +2709,12 @@ BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], str]]] = {
     "Failing": ("for 30s", _failing),
     "NoModel": ("for 30s keep_firing_for 30s", lambda server, _: server.no_model),
     "Down": ("", lambda server, _: DOWN),
+}
+# Gauges that stand still on a sound engine are no stall, and the server counts a canary
+# that gave up as a client that did.
+ANSWERED_BY_CANARY = {
+    **dict.fromkeys(("Stalling", "Stalled"), 'probe_success{probe="canary"} == 1'),
+    "Unanswered": 'count_over_time(probe_error{probe="canary"}[2m10s])',
 }
 
 
@@ -3288,7 +3331,10 @@ def _canary_problems(
 
 
 def _with_rules(config: Config) -> Config:
-    config = config._replace(rules=_rules(config))
+    when = config.canary_when
+    if config.canary_url and not when:
+        when = canary_rules(config.canary_after)
+    config = config._replace(rules=_rules(config), canary_when=when)
     names = [rule.name for rule in config.rules]
     unknown = ", ".join(name for name in config.exit_when if name not in names)
     if unknown:
@@ -3322,6 +3368,9 @@ def _rules(config: Config) -> tuple[Rule, ...]:
         (UNRESPONSIVE_RULE, config.canary_url),
     ):  # fmt: skip
         added += parse_rules(text, builtin=True) if wanted else ()
+    if config.canary_url:
+        match = ("instance",) if len(config.metrics_endpoint) > 1 else ()
+        added = [with_canary(rule, match) for rule in added]
     taken = [*config.without_rules, *(rule.name for rule in own)]
     return (*own, *(rule for rule in added if rule.name not in taken))
 
@@ -4838,7 +4887,7 @@ class Canary:
     def __init__(self, config: Config, target: Target) -> None:
         self._config, self._target = config, target
         self._changed = threading.Condition()
-        self._order: tuple[float, str] | None = None
+        self._order: tuple[str, ProbeStatus] | None = None
         self._latest = ProbeStatus("canary", target.instance)
         self._stopped = False
 
@@ -4857,12 +4906,16 @@ class Canary:
         with self._changed:
             return self._latest
 
-    def consider(self, since: float | None, now: float, series: SeriesByName) -> None:
+    def consider(
+        self, since: float | None, now: float, about: frozenset[tuple[Labels, float]],
+        series: SeriesByName,
+    ) -> None:
         """Send a request if one is due; ``since`` is when all began to stand still."""
         with self._changed:
             due = is_due(self._latest, since, now, self._config.canary_after)
             if due and self._order is None:
-                self._order = now, _model(series)
+                sent = self._latest._replace(sent=now, about=about)
+                self._order = _model(series), sent
                 self._changed.notify()
 
     def answered(self) -> bool:
@@ -4875,14 +4928,15 @@ class Canary:
                 self._changed.wait_for(lambda: self._stopped or self._order is not None)
                 if self._order is None:
                     return
-                sent, model = self._order
+                model, order = self._order
             try:
                 found = ask_canary(self._config, self._target, model)
             except Exception as error:
                 text, instance = report(error), self._target.instance
                 found = ProbeStatus("canary", instance, None, 0, "bug", text)
             with self._changed:
-                self._latest, self._order = found._replace(sent=sent), None
+                self._latest = found._replace(sent=order.sent, about=order.about)
+                self._order = None
 
 
 def ask_canary(config: Config, target: Target, model: str) -> ProbeStatus:
@@ -4948,19 +5002,21 @@ def judge_answer(code: int, body: bytes) -> tuple[bool | None, str, str]:
 
 
 def as_of(
-    status: ProbeStatus, since: float | None, now: float, after: float
+    status: ProbeStatus, since: float | None, now: float, after: float, same: bool
 ) -> ProbeStatus:
     """Return what a result says now, when nothing has moved ``since``; None: it moves.
 
-    A result is about the standstill in which it was sent.  A failure is none while
-    something moves, as the server was busy, nor before nothing has moved for ``after``,
-    as it may be busy with one long request.
+    A result is about the standstill in which it was sent.  A success goes on standing
+    where nothing but itself has moved, so that all is the ``same``.  A failure is none
+    while something moves, as the server was busy, nor before nothing has moved for
+    ``after``, as it may be busy with one long request.
     """
-    if since is None or since > status.sent:
-        if status.success is False:
-            return status._replace(success=None, reason="", message="")
-        return status._replace(stands=False)
-    early = status.success is False and now - since < after
+    current = since is not None and since <= status.sent
+    if status.success is not False:
+        return status._replace(stands=current or (since is not None and same))
+    if not current:
+        return status._replace(success=None, reason="", message="")
+    early = since is not None and now - since < after
     return status._replace(success=None) if early else status
 
 
@@ -5546,10 +5602,16 @@ class Monitor:
         evaluation = self.history.evaluation(now, wall)
         self._when = tuple(_judged(status, evaluation) for status in self._when)
         alerts = itertools.chain.from_iterable(status.alerts for status in self._when)
-        begun = (alert.since for alert in alerts if alert.state == "firing")
-        since = min(begun, default=None)
-        canary.consider(since, now, evaluation.history)
-        return as_of(latest, since, now, self.config.canary_after)
+        firing = [alert for alert in alerts if alert.state == "firing"]
+        about = frozenset((alert.labels, alert.value) for alert in firing)
+        since = min((alert.since for alert in firing), default=None)
+        canary.consider(since, now, about, evaluation.history)
+        # An engine that another has answered for goes on standing still.
+        names = "Stalling", "Stalled"
+        stuck = (s.alerts for s in self._statuses if s.rule.name in names)
+        older = any(a.since <= latest.sent for a in itertools.chain(*stuck))
+        same = about == latest.about and not older
+        return as_of(latest, since, now, self.config.canary_after, same)
 
     def _scrape(
         self

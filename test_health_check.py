@@ -36,6 +36,7 @@ import time
 import tracemalloc
 import unittest
 from array import array
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -2948,7 +2949,7 @@ class ProbeTest(NetworkTest):
         """Return when canaries are sent, and what rules see, by time and ``since``."""
         status, sent, seen = ProbeStatus("canary", "a"), [], []
         for now, since in moments:
-            shown = as_of(status, since, now, after)
+            shown = as_of(status, since, now, after, same=False)
             seen.append({k[0][1]: v for k, v in shown.samples(()).items()})
             if is_due(status, since, now, after):
                 sent.append(now)
@@ -3051,6 +3052,39 @@ class ProbeTest(NetworkTest):
         self.assertNotIn("probe_success{", answer_verdict(verdict))
         told = "".join(answer_health(verdict, "verbose").body)
         self.assertIn("mend CANARY_URL or CANARY_BODY: HTTP 404: no such model", told)
+
+    def engine(self, running, tokens, head):
+        text = f"vllm:num_requests_running {running}\nvllm:generation_tokens_total "
+        return [page(ANSWER if b"POST" in head else f"{text}{next(tokens)}\n")]
+
+    def test_by_default_it_is_asked_for_only_where_no_metric_tells(self):
+        for running, step, first in ((4, 0, 60), (0, 0, 320), (4, 9, None)):
+            with self.subTest(running=running, step=step):
+                clock, tokens = Clock(), itertools.count(0, step)
+                server = self.metrics(partial(self.engine, running, tokens))
+                url = f"http://{server.instance}/v1/completions"
+                monitor = self.monitor(server, clock=clock, CANARY_URL=url)
+                monitor.canary.start()
+                sent = []
+                for seconds in range(0, 360, 20):
+                    monitor.check()
+                    if not monitor.canary.answered():
+                        sent.append(seconds)
+                        wait_until(monitor.canary.answered)
+                    clock.now += 20.0
+                self.assertEqual(sent[:1], [first] if first else [])
+                self.assertLess(len(sent), 3)
+
+    def test_a_canary_answers_for_its_own_instance_where_there_are_several(self):
+        for urls, words in (
+            ("http://a/", "unless on () probe_success"),
+            ("http://a/,http://b/", "unless on (instance) probe_success"),
+        ):
+            environ = {"METRICS_ENDPOINT": urls, "CANARY_URL": "http://a/v1/completions"}
+            rules = {rule.name: rule for rule in load_config(environ).rules}
+            for name in "Stalling", "Stalled":
+                self.assertIn(words, format_rule(rules[name]))
+            self.assertNotIn("probe_success", format_rule(rules["QueueFull"]))
 
     def test_a_bug_in_a_probe_is_told_and_decides_nothing(self):
         def broken(*_):
