@@ -3997,12 +3997,10 @@ class _Connection(http.client.HTTPConnection):
 
 
 def _interleaved(found: Sequence[AddressInfo]) -> list[AddressInfo]:
-    # RFC 8305 section 4: where one family is silent, the second address is of another.
-    families = [
-        [info for info in found if info[0] == family]
-        for family in dict.fromkeys(info[0] for info in found)
-    ]
-    turns = itertools.zip_longest(*families)
+    # RFC 8305 section 4: where IPv6 is silent, the second address is of IPv4.
+    first = [info for info in found if info[0] == found[0][0]]
+    others = [info for info in found if info[0] != found[0][0]]
+    turns = itertools.zip_longest(first, others)
     return [info for turn in turns for info in turn if info]
 
 
