@@ -2522,7 +2522,8 @@ class KnownServer(NamedTuple):
     as ``failed``, or as ``abandoned`` by a client whom they may have answered or not;
     ``accepted`` changes when one reaches the engine.  ``own`` is there with no other
     server, ``no_model`` has series where no model is loaded, and ``asleep`` is 0 where
-    the server sleeps on purpose.  Several names are separated by blanks.
+    the server sleeps on purpose.  ``ports`` are those that it needs besides.  Several
+    names are separated by blanks.
     """
 
     name: str
@@ -2544,6 +2545,7 @@ class KnownServer(NamedTuple):
     own: str = ""
     no_model: str = ""
     asleep: str = ""
+    ports: str = ""
 
 
 def builtin_rules(names: Iterable[str], limit: float) -> Iterator[Rule]:
@@ -2619,6 +2621,15 @@ def nearest_server(names: Iterable[str]) -> KnownServer | None:
         likeness = 2 * alike or bool(related)
         best = max(best, (likeness, server), key=operator.itemgetter(0))
     return best[1]
+
+
+def servers_with_port(port: int) -> tuple[KnownServer, ...]:
+    """Return the known servers that need a port besides that of their metrics.
+
+    >>> [server.name for server in servers_with_port(8081)]
+    ['MLServer', 'TorchServe', 'KServe']
+    """
+    return tuple(server for server in SERVERS if str(port) in server.ports.split())
 
 
 def own_names(server: KnownServer) -> frozenset[str]:
@@ -2930,7 +2941,7 @@ SERVERS: tuple[KnownServer, ...] = (
         moving="model_infer_request_duration_count",
         answered='rest_server_requests_total{method="POST",status_code=~"2.."}',
         failed='rest_server_requests_total{method="POST",status_code=~"5.."}',
-        own="model_infer_request_duration_count",
+        own="model_infer_request_duration_count", ports="8080 8081",
     ),
     KnownServer(
         "TorchServe", ":8082/metrics", "0.12, run",
@@ -2940,6 +2951,7 @@ SERVERS: tuple[KnownServer, ...] = (
         stuck="changes(ts_inference_requests_total[2m10s]) > 0"
               " unless changes(ts_inference_latency_microseconds[2m10s]) > 0",
         answered="ts_inference_latency_microseconds", failed="Requests5XX",
+        ports="7070 7071 8080 8081",
     ),
     KnownServer(
         "LiteLLM", ":4000/metrics", "1.106, run",
@@ -2979,6 +2991,7 @@ SERVERS: tuple[KnownServer, ...] = (
         "KServe", ":8080/metrics", "0.21, run",
         "has no gauge of requests, and no rule; KServe's Hugging Face server has vLLM's"
         " names; 8081 is its gRPC port", own="request_predict_seconds_count",
+        ports="8080 8081",
     ),
     KnownServer(
         "Infinity", ":7997/metrics", "0.0.78, run",
@@ -3339,7 +3352,27 @@ def _with_rules(config: Config) -> Config:
     unknown = ", ".join(name for name in config.exit_when if name not in names)
     if unknown:
         raise ConfigError(f"EXIT_WHEN: no rule {unknown}: there are {', '.join(names)}")
-    return config._replace(warnings=(*config.warnings, *_sparse(config)))
+    warnings = *config.warnings, *_sparse(config), *_taken_port(config)
+    return config._replace(warnings=warnings)
+
+
+def _taken_port(config: Config) -> Iterator[str]:
+    others = servers_with_port(config.app_port)
+    for target in config.metrics_endpoint:
+        at = f":{target.instance.rpartition(':')[2]}/{target.url.split('/', 3)[3]}"
+        alike = [server for server in SERVERS if server.at == at]
+        if alike and set(alike) <= set(others):
+            yield describe_port(config.app_port, alike)
+
+
+def describe_port(port: int, servers: Iterable[KnownServer]) -> str:
+    """Return why a port is none for this program beside some servers.
+
+    >>> print(describe_port(8081, servers_with_port(8081)[:2]))
+    APP_PORT=8081 is a port of MLServer or TorchServe: set another, or it cannot start
+    """
+    names = " or ".join(server.name for server in servers)
+    return f"APP_PORT={port} is a port of {names}: set another, or it cannot start"
 
 
 def _sparse(config: Config) -> Iterator[str]:
@@ -4552,8 +4585,6 @@ SHOWN_VALUES = 3
 # Parts of a name that differ between metrics of one thing, and one that was renamed.
 SUFFIXES = frozenset("total count sum bucket created seconds bytes info".split())
 RENAMED = ({"gpu", "kv"},)
-# Many programs call theirs so: it says nothing of which server that is.
-COMMON_NAMES = ("http_requests_total",)
 
 
 class Page(NamedTuple):
@@ -4640,11 +4671,14 @@ class Lookout:
             (rule.name, selector): Search() for rule, selector in wanted
             if not rule.builtin
         }  # fmt: skip
-        self._names = frozenset(s.name for _, s in wanted).difference(COMMON_NAMES)
+        # Of other names that built-in rules read it does not follow which server it is.
+        watched = (s for s in SERVERS if s.waiting or s.running or s.moving)
+        self._names = frozenset().union(*map(own_names, watched))
         # A rule of a user's own that finds nothing is told of by itself.
         self._builtin = bool(wanted) and not self._searches
         self._unwatched: dict[str, Unwatched] = {}
         self._watched: set[str] = set()
+        self._port = config.app_port
 
     def wants_names(self, now: float) -> bool:
         """Tell whether the next scrapes should list the names of all metrics."""
@@ -4663,9 +4697,13 @@ class Lookout:
 
     def look(self, pages: Sequence[Page], evaluation: Evaluation) -> Iterator[Message]:
         """Yield what is to be said of what the good scrapes of a check have shown."""
-        for page in pages:
-            if self._builtin:
-                yield from self._look_at(page, evaluation.now)
+        for page in pages if self._builtin else ():
+            yield from self._look_at(page, evaluation.now)
+            others = servers_with_port(self._port)
+            taken = [s for s in servers_there(page.names or ()) if s in others]
+            if taken:
+                text, self._port = describe_port(self._port, taken), 0
+                yield logging.WARNING, f"{page.instance}: {text}", {}
         names = {name for page in pages for name in page.names or ()}
         for (rule, selector), word in self._search(pages, evaluation):
             text = describe_search(word, selector, names, evaluation, self._own)
@@ -4713,8 +4751,16 @@ def describe_page(names: AbstractSet[str]) -> str:
     if not names:
         return "nothing is watched: its page is empty, maybe until the first request"
     count = f"{len(names)} or more" if len(names) >= MAX_NAMES else str(len(names))
-    set_it = "set UNHEALTHY_WHEN, or METRIC_TO_CHECK and METRIC_THRESHOLD"
-    return f"nothing is watched: no rule knows any of its {count} metrics: {set_it}"
+    text = f"nothing is watched: no rule knows any of its {count} metrics"
+    known = next(servers_there(names), None)
+    if known:
+        text += f"; {known.name} {known.remark}"
+    server = known or nearest_server(names)
+    if server and not known:
+        text += f", most like those of {server.name}, maybe until the first request"
+    queue = nearest_name(server.waiting, names) if server else ""
+    metric = f"={format_selector(queue, ())}" if queue else ""
+    return f"{text}: set METRIC_TO_CHECK{metric} and METRIC_THRESHOLD or UNHEALTHY_WHEN"
 
 
 def describe_search(
@@ -7335,6 +7381,9 @@ def _listener(config: Config) -> socket.socket | None:
         where = f"{config.app_host or 'any address'}, port {config.app_port}"
         problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         LOG.error("cannot listen on %s: %s", where, problem)
+        others = servers_with_port(config.app_port)
+        if others:
+            LOG.error("%s", describe_port(config.app_port, others))
         return None
 
 

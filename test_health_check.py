@@ -56,6 +56,7 @@ from health_check import (
     ExitPolicy,
     History,
     Lookback,
+    Lookout,
     Monitor,
     Notifier,
     ProbeStatus,
@@ -3235,6 +3236,33 @@ class Absence(unittest.TestCase):
         many = frozenset(map(str, range(health_check.MAX_NAMES)))
         told = health_check.describe_page(many)
         self.assertIn(f"any of its {health_check.MAX_NAMES} or more metrics", told)
+
+    def test_of_a_page_that_nothing_watches_the_nearest_server_is_told(self):
+        for names, *words in (
+            ("python_info", "any of its 1 metrics: set METRIC_TO_CHECK and"),
+            ("x my_vllm:num_requests_waiting", "like those of vLLM, maybe until",
+             "set METRIC_TO_CHECK=my_vllm:num_requests_waiting and"),
+            ("sglang_num_queue_reqs", "SGLang", "=sglang_num_queue_reqs and"),
+            ("maxserve_info", "most like those of MAX, maybe until", "_CHECK and"),
+            ("request_predict_seconds_count", "; KServe has no gauge of requests, and"),
+        ):  # fmt: skip
+            told = health_check.describe_page(frozenset(names.split()))
+            for word in words:
+                self.assertIn(word, told)
+
+    def test_a_port_that_the_server_itself_needs_is_told_of(self):
+        config = load_config({"METRICS_ENDPOINT": "http://h:8082/metrics"})
+        told = "APP_PORT=8081 is a port of MLServer or TorchServe: set another"
+        self.assertIn(told, config.warnings[0])
+        for url in "http://h:8080/metrics", "http://h:8082/m", "http://h:8000/metrics":
+            self.assertEqual(load_config({"METRICS_ENDPOINT": url}).warnings, ())
+        (name,) = [s.own for s in health_check.SERVERS if s.name == "KServe"]
+        for port, count in ("8081", 1), ("8085", 0):
+            lookout = Lookout(config.rules, load_config({"APP_PORT": port}))
+            page_ = health_check.Page("h:1", [], frozenset({name}))
+            told = [text for _, text, _ in lookout.look([page_] * 2, history(""))]
+            found = [text for text in told if "is a port of KServe" in text]
+            self.assertEqual(len(found), count, told)
 class HistoryTest(unittest.TestCase):
     """What is remembered, against lists of all samples."""
 
@@ -5479,11 +5507,15 @@ class MainTest(NetworkTest):
                 {"APP_PORT": "0", "APP_HOST": "192.0.2.1"},
                 {"APP_PORT": "0", "APP_HOST": "1.2.3.4.5"},
                 {"APP_PORT": "0", "APP_HOST": "a..b"},
+                {"APP_PORT": "8081", "APP_HOST": "192.0.2.1"},
             ):
                 with self.subTest(environ):
                     code, out, err = self.run_main(**environ)
-                    self.assertEqual((code, out, err.count("\n")), (1, "", 1))
-                    self.assertRegex(err, f"cannot listen on .*{environ['APP_PORT']}")
+                    first, *more = err.splitlines()
+                    self.assertEqual((code, out), (1, ""))
+                    self.assertRegex(first, f"cannot listen on .*{environ['APP_PORT']}")
+                    self.assertEqual("is a port of MLServer" in "".join(more), "8081"
+                                     in environ.values())
 
     def test_once_tells_what_finds_nothing(self):
         environ = {"METRICS_ENDPOINT": self.metrics(page("other 1\n")).url}
