@@ -284,9 +284,9 @@ def stored(times: Iterable[float], values: Iterable[float]) -> hc.Series:
 
 
 def blur(series: hc.Series, noise: random.Random) -> hc.Series:
-    """Return samples whose last digits are others."""
+    """Return samples whose last digits are others, those of their times too."""
     values = (v * noise.uniform(1 - 1e-13, 1 + 1e-13) for v in series.values)
-    return stored(series.checks, values)
+    return stored((at + noise.uniform(-1e-7, 1e-7) for at in series.checks), values)
 
 
 def record(seed: int, start: int) -> Recording:
@@ -801,7 +801,7 @@ def answered(text: str, evaluation: hc.Evaluation) -> Answer:
 
 
 # What loses digits: Prometheus has whole milliseconds, and sums of squares.
-LOSES_DIGITS = re.compile("deriv|predict_linear|std|1713ms|^(?=.*delta).*:")
+LOSES_DIGITS = re.compile("deriv|predict_linear|std|1713ms|@|^(?=.*delta).*:")
 
 
 def agree(one: Answer, other: Answer, digits: float = 1e-9) -> bool:
