@@ -115,6 +115,7 @@ class Sample(NamedTuple):
 
 # How far back the newest sample counts (--query.lookback-delta of Prometheus).
 LOOKBACK = 300.0
+MAX_POINTS, MAX_STEPS = 2048, 11000
 NONE = array("I")
 """Shared by all series that have no gap, or no fall: few have one."""
 
@@ -246,6 +247,18 @@ class Lookback(NamedTuple):
     seconds: float = 0.0
     shortest: float = 0.0
     step: float = 0.0
+
+    @property
+    def least(self) -> float:
+        """How many seconds the samples are apart that are kept, at least."""
+        wanted = min(self.seconds / MAX_POINTS, self.shortest / 4)
+        return max(wanted, self.seconds / MAX_STEPS)
+
+    @property
+    def most(self) -> int:
+        """How many samples of a series are kept, at most."""
+        steps = self.seconds / self.step if self.step else 0
+        return math.ceil(self.seconds / self.least + steps) if self.seconds else 1
 
 
 class Number(NamedTuple):
@@ -1072,12 +1085,13 @@ def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
     depths = itertools.chain.from_iterable(map(_depths, expressions))
     for selector, seconds, step in depths:
         known, age = found.get(selector.name, Lookback()), seconds + selector.offset
-        window = selector.window or (LOOKBACK if age > 0 else 0.0)
+        depth = age + (selector.window or (LOOKBACK if age > 0 else 0.0))
+        # At its steps a subquery sees what is there, however long it looks back.
+        window = selector.window or (depth if step else min(max(depth, 0.0), LOOKBACK))
         shortest = min(window or known.shortest, known.shortest or window)
         # All steps are multiples of one.
         steps = math.gcd(round(step * 1000), round(known.step * 1000)) / 1000
-        longest = max(known.seconds, age + window)
-        found[selector.name] = Lookback(longest, shortest, steps)
+        found[selector.name] = Lookback(max(known.seconds, depth), shortest, steps)
     return found
 
 
@@ -1778,7 +1792,6 @@ MODIFIERS = ("bool", "on", "ignoring", "group_left", "group_right", "atan2")
 NO_NAMES = (*MODIFIERS, "inf", "nan")
 JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS, "offset", "@", "["}
 MAX_OPERATORS = 150
-MAX_STEPS = 11000
 MIN_RANGE = 0.001
 SUBQUERY_STEP = 60.0
 
@@ -2226,13 +2239,20 @@ def type_of(expr: Expr) -> str:
 
 def find_selectors(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Selector]:
     """Yield the selectors of an expression, besides those inside some functions."""
-    if isinstance(expr, Selector):
+    parts = find_parts(expr, besides)
+    return (part for part in parts if isinstance(part, Selector))
+
+
+def find_parts(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Expr]:
+    """Yield an expression and all within it, besides some functions."""
+    if not isinstance(expr, Operation):
         yield expr
-    elif isinstance(expr, Operation) and expr.name not in besides:
+        if isinstance(expr, Subquery):
+            yield from find_parts(expr.expr, besides)
+    elif expr.name not in besides:
+        yield expr
         for operand in expr.operands:
-            yield from find_selectors(operand, besides)
-    elif isinstance(expr, Subquery):
-        yield from find_selectors(expr.expr, besides)
+            yield from find_parts(operand, besides)
 
 
 def format_expression(expr: Expr, floor: float = 0) -> str:
@@ -2353,6 +2373,24 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         return before._replace(alerts=known, error=problem, value=None, part=part)
     matched = sum(count_matched(s, evaluation) for s in part.selectors)
     return RuleStatus(rule, now_there, "", matched, value, limit, part=part)
+
+
+def unholdable(expressions: Sequence[Expr]) -> Iterator[str]:
+    """Yield what no history that begins now and has a bound can answer.
+
+    >>> print(*unholdable([parse_expression("rate(x[5m]) > x offset 60d")]))
+    x is looked at 60d5m back: so far, too few samples are kept for 5m
+    """
+    for expr in expressions:
+        for part in find_parts(expr):
+            if isinstance(part, (Selector, Subquery)) and part.at is not None:
+                text = format_expression(part)
+                yield f"{text} is about a moment of which nothing is remembered"
+    for name, back in lookbacks(expressions).items():
+        if back.least > back.shortest / 2:
+            seconds, shortest = map(format_duration, (back.seconds, back.shortest))
+            why = f"so far, too few samples are kept for {shortest}"
+            yield f"{name} is looked at {seconds} back: {why}"
 
 
 def restart_clocks(status: RuleStatus) -> RuleStatus:
@@ -3306,6 +3344,7 @@ def _hopeless(_: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
     for name, expr in expressions:
         for problem in hopeless_selectors(expr, added, own) if expr else ():
             yield f"{name}: {problem}"
+    yield from unholdable([expr for _, expr in expressions if expr])
 
 
 def _scrape_problems(
@@ -5098,7 +5137,7 @@ def _read(response: Response, deadline: float) -> bytes:
 
 # --- 13. History: samples of each check -> what expressions are evaluated against ----
 
-POINTS_PER_RANGE, LEAST_POINTS, MAX_POINTS = 512, 32, 2048
+POINTS_PER_RANGE, LEAST_POINTS = 512, 32
 # What a series takes besides its samples and the text of its labels, measured.
 SERIES_BYTES = 900
 # Checks that are not looked at any more are forgotten so many at once, or a share.
@@ -5119,6 +5158,7 @@ class History:
         self._tables = {name: Table(back) for name, back in wanted.items()}
         self._known: dict[Labels, Series] = {}
         self._limit, self._labels_size = limit, 0
+        self._epoch = 0.0
 
     def room(self) -> int:
         """Return the bytes that are left for new series; a quarter is for samples."""
@@ -5145,7 +5185,7 @@ class History:
         """
         tables = [table for name, table in self._tables.items() if name in names]
         for table in tables:
-            table.begin_check(samples, now)
+            table.begin_check(samples, now, self._epoch)
         found = 0
         for labels, value in samples.items():
             series = self._known.get(labels) or self._new_series(labels)
@@ -5163,6 +5203,7 @@ class History:
 
     def evaluation(self, now: float, wall: float) -> Evaluation:
         """Return what expressions are evaluated against, as of the latest record."""
+        self._epoch = now - wall
         tables = self._tables.items()
         series = {name: table.series for name, table in tables}
         there = frozenset(name for name, table in tables if table.series)
@@ -5221,14 +5262,20 @@ class Table:
         self.seconds = seconds = lookback.seconds
         self.checks = array("d")
         self.series: dict[Labels, Series] = {}
-        self.least, self.stretch = seconds / MAX_POINTS, 1.0
+        self.least, self.step, self.stretch = lookback.least, lookback.step, 1.0
         # A short range beside a long one of the same metric needs points of its own.
         wanted = min(seconds / POINTS_PER_RANGE, lookback.shortest / LEAST_POINTS)
         self.spacing = max(wanted, self.least)
 
-    def begin_check(self, samples: Mapping[Labels, float], now: float) -> None:
-        """Take the time of a new check, in place of the newest if that may go."""
-        if self.checks and self._tells_nothing(samples):
+    def begin_check(
+        self, samples: Mapping[Labels, float], now: float, epoch: float
+    ) -> None:
+        """Take the time of a new check, in place of the newest if that may go.
+
+        ``epoch`` is the monotonic time of 1970, from which steps are counted.
+        """
+        steps = self.step and self.checks and self._is_step_between(now, epoch)
+        if self.checks and not steps and self._tells_nothing(samples):
             self.checks[-1] = now
         else:
             self.checks.append(now)
@@ -5249,6 +5296,11 @@ class Table:
         """Keep checks twice as far apart from now on."""
         apart = (self.checks[-1] - self.checks[0]) / (len(self.checks) - 1)
         self.stretch = 2 * max(self.stretch, apart / self.least)
+
+    def _is_step_between(self, now: float, epoch: float) -> bool:
+        """Tell whether a step sees the newest check and not the one of now."""
+        newest = self.checks[-1] - epoch
+        return math.ceil(newest / self.step) * self.step < now - epoch
 
     def _tells_nothing(self, samples: Mapping[Labels, float]) -> bool:
         """Tell whether the newest check may be replaced by one that finds these."""
@@ -7326,6 +7378,7 @@ def _parse_query(text: str, config: Config, kind: str = "") -> Expr:
         raise ConfigError(f"expected an {kind}, this is a {type_of(expr)}")
     added = added_series(config._asdict())
     problems = list(hopeless_selectors(expr, added, config.target_labels))
+    problems += unholdable([expr])
     if problems:
         raise ConfigError("\n".join(problems))
     return expr
@@ -7466,7 +7519,7 @@ def check_once(config: Config) -> int:
 
 def query(config: Config, expr: Expr) -> int:
     """Print what an expression gives now, as promtool does; 1 if a scrape failed."""
-    again = bool(_range_text(find_selectors(expr)))
+    again = bool(_range_text([expr]))
     targets, evaluation = _scrape_for([Rule("Query", expr)], config, again=again)
     failed = [target for target in targets if target.reason]
     for target in failed:
@@ -7594,7 +7647,10 @@ def _with_reason(path: str) -> str:
 def describe_rule(rule: Rule) -> str:
     """Return what --check-config says of a rule: its text, type, range and series."""
     names = sorted({selector.name for selector in find_selectors(rule.expr)})
-    longest = _range_text(find_selectors(rule.expr)) or "no range"
+    longest = _range_text([rule.expr]) or "no range"
+    most = max((back.most for back in lookbacks([rule.expr]).values()), default=1)
+    if most > 1:
+        longest += f", up to {most} samples of 8 bytes a series"
     kind = "built in" if rule.builtin else "yours"
     text = f"{format_rule(rule)}\n    {kind}; {longest}; reads {', '.join(names)}"
     for name in names:
@@ -7652,11 +7708,14 @@ def _as_in_prometheus(expr: Expr, *, counts: bool = False) -> Expr:
 def _needed_range(rule: Rule) -> str:
     # A built-in rule takes the last value known, where there is but one sample.
     known = ("last_over_time", "max_over_time", "count_over_time")
-    return _range_text(find_selectors(rule.expr, known if rule.builtin else ()))
+    if rule.builtin:
+        return _range_text(find_selectors(rule.expr, known))
+    return _range_text([rule.expr])
 
 
-def _range_text(selectors: Iterable[Selector]) -> str:
-    longest = max((selector.window for selector in selectors), default=0.0)
+def _range_text(expressions: Iterable[Expr]) -> str:
+    backs = lookbacks(expressions).values()
+    longest = max((back.seconds for back in backs), default=0.0)
     return f"range of {format_duration(longest)}" if longest else ""
 
 

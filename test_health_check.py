@@ -114,6 +114,7 @@ from health_check import (
     servers_there,
     tokenize,
     type_of,
+    unholdable,
     verdict_families,
 )
 
@@ -1282,6 +1283,38 @@ class Evaluate(unittest.TestCase):
         ):
             with self.subTest(expression), self.assertRaises(EvaluationError):
                 answer(expression, many)
+
+    def test_how_far_back_an_expression_looks_is_known_before_it_is_asked(self):
+        for text, *expected in (
+            ("x > 1 and y", 0, 0, 0), ("rate(x[5m]) > rate(x[1h])", 3600, 300, 0),
+            ("x offset 1d", 86700, 300, 0), ("x offset -1d", 0, 0, 0),
+            ("x offset -1d or x offset 1h", 3900, 300, 0),
+            ("increase(x[1h]) / increase(x[1h] offset 1d)", 90000, 3600, 0),
+            ("max_over_time((x > 0)[2h:1m])", 7500, 7500, 60),
+            ("max_over_time(rate(x[5m])[2h:] offset 1h)", 11100, 300, 60),
+            ("max_over_time(x[1h:1m]) > max_over_time(x[1h:90s])", 3900, 3900, 30),
+            ("max_over_time(min_over_time(x[5m:10s])[2h:1m])", 7800, 7800, 10),
+        ):
+            with self.subTest(text):
+                found = lookbacks([parse_expression(text)])
+                self.assertEqual(found.get("y", Lookback()), Lookback())
+                self.assertEqual(found["x"], tuple(expected))
+        for text, least, most in (
+            ("rate(x[5m])", 300 / 2048, 2048), ("x offset 7d", 75, 8068), ("x", 0, 1),
+            ("max_over_time(x[1h:1m])", 3900 / 2048, 2113),
+        ):
+            back = lookbacks([parse_expression(text)])["x"]
+            self.assertEqual((back.least, back.most), (least, most))
+        for texts, words in (
+            (["x offset 14d"], ""), (["x offset 20d"], "x is looked at 20d5m back"),
+            (["rate(x[5m])", "rate(x[14d])"], ""), (["rate(x[30d])"], ""),
+            (["rate(x[5m])", "rate(x[30d])"], "x is looked at 30d back: .*for 5m"),
+            (["x @ 1"], "x @ 1 is about a moment"), (["max_over_time(x[30d:1h])"], ""),
+            (["max_over_time(x[5m:] @ 1)"], r"x\[5m:1m\] @ 1 is about a moment"),
+        ):
+            problems = list(unholdable(list(map(parse_expression, texts))))
+            self.assertRegex(" and ".join(problems), f"\\A{words}")
+            self.assertEqual(len(problems), bool(words), problems)
 
     def test_an_aggregation_may_have_a_parameter(self):
         self.check("""
@@ -3276,6 +3309,28 @@ class HistoryTest(unittest.TestCase):
                 values[series] = 0.0 if change == math.inf else value + change
             there = [name for name in values if rng.random() > 0.1]
             yield now, {(("__name__", "x"), ("s", n)): values[n] for n in there}
+
+    def test_what_looks_back_is_what_a_history_of_everything_gives(self):
+        for every, text in itertools.product((4.0, 60.0), (
+            "max_over_time((x > 0)[2h:1m])", "min_over_time(x[1h:5m] offset 30m)",
+            "sum_over_time(x[2h:1m]) - count_over_time(x[2h:1m])",
+            "max_over_time(sum_over_time(x[1h:10m])[1h:10m])",
+        )):  # fmt: skip
+            expr, rng, now, value = parse_expression(text), random.Random(7), 0.0, 5.0
+            history = History(lookbacks([expr]), 1 << 24)
+            everything, checks = {}, array("d")
+            for _ in range(int(9000 / every)):
+                now += rng.uniform(0.7, 1.3) * every
+                value += rng.gauss(0, 1)
+                samples = {(("__name__", "x"),): value} if rng.random() > 0.05 else {}
+                history.record(samples, now, history.names)
+                kept = history.evaluation(now, WALL + now)
+                checks.append(now)
+                for labels, sample in samples.items():
+                    everything.setdefault(labels, Series(checks)).add(sample)
+            whole = kept._replace(history={"x": everything}, selected={}, computed={})
+            with self.subTest(text, every=every):
+                self.assertEqual(*(shown(evaluate(expr, e)) for e in (kept, whole)))
 
     def compare(self, seed, back, every, count, same):
         """Compare windows with those of lists at each check, by what is the same."""
