@@ -3781,13 +3781,15 @@ class Stream(NamedTuple):
 
 @contextmanager
 def open_stream(
-    target: Target, deadline: float, credentials: Credentials = ANONYMOUS
+    target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
+    overtime: float = 0.0,
 ) -> Iterator[Stream]:
     """Give the metrics of a target; all of it happens before a monotonic deadline.
 
-    Name lookup is the one part that cannot be interrupted.  Raises ScrapeError.
+    ``overtime`` is that of ``send``.  Name lookup is the one part that cannot be
+    interrupted.  Raises ScrapeError.
     """
-    with fetch(target, deadline, credentials) as response:
+    with fetch(target, deadline, credentials, None, overtime) as response:
         if response.status != 200:
             problem = _refusal(response.status, target, credentials)
             raise ScrapeError("http_status", problem)
@@ -3838,7 +3840,7 @@ def _readinto(
 
 def fetch(
     target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
-    body: bytes | None = None,
+    body: bytes | None = None, overtime: float = 0.0,
 ) -> Response:
     """Return the answer to a GET, or to a POST of JSON; raises ScrapeError.
 
@@ -3852,7 +3854,7 @@ def fetch(
         if target.authorization:
             request.add_header("Authorization", target.authorization)
         with _Translated():
-            response = send(request, deadline, credentials)
+            response = send(request, deadline, credentials, overtime)
         location = response.fields.get("location")
         followed = REDIRECTS if body is None else REDIRECTS[-2:]
         if response.status not in followed or not location:
@@ -3893,10 +3895,12 @@ class _Translated:
 
 def send(
     request: urllib.request.Request, deadline: float,
-    credentials: Credentials = ANONYMOUS,
+    credentials: Credentials = ANONYMOUS, overtime: float = 0.0,
 ) -> Response:
     """Send a request with some credentials, and return whatever answer comes.
 
+    With ``overtime`` the first byte of an answer is waited for so long past the
+    deadline, to no avail but that the server is not sent another request meanwhile.
     Raises ScrapeError for credentials that cannot be read, else what urllib raises.
     """
     request.add_header("User-Agent", AGENT)
@@ -3913,7 +3917,8 @@ def send(
     # An opener of urllib's would add proxies, redirects, other schemes, error pages.
     request.timeout = _left(deadline)
     handler = urllib.request.AbstractHTTPHandler()
-    return cast(Response, handler.do_open(_Connection, request, context=context))
+    options = {"context": context, "overtime": overtime}
+    return cast(Response, handler.do_open(_Connection, request, **options))
 
 
 def _token(path: str) -> str:
@@ -3960,6 +3965,7 @@ class _Socket(socket.socket):
     """
 
     deadline: float
+    overtime: float
     allowance: float
     cut = ""
 
@@ -3971,8 +3977,9 @@ class _Socket(socket.socket):
         # What is read with the end of the head may be the body's.
         if self.allowance <= 0:
             raise ScrapeError("too_large", f"a head of more than {MAX_HEAD} bytes")
-        self.settimeout(_left(self.deadline))
+        self.settimeout(_left(self.deadline + self.overtime))
         count = super().recv_into(*arguments, **options)
+        self.overtime = 0.0
         if not count and self.cut:
             # ``http.client`` takes a head, or a chunk's size 0a, that is cut for whole.
             raise ScrapeError(self.cut, "closed before the end")
@@ -4044,6 +4051,7 @@ class _Connection(http.client.HTTPConnection):
 
     def __init__(self, host: str, **options: Any) -> None:
         self._context: ssl.SSLContext | None = options.pop("context")
+        self._overtime: float = options.pop("overtime")
         self._deadline = time.monotonic() + options["timeout"]
         self.default_port = 443 if self._context else 80
         super().__init__(host, **options)
@@ -4062,7 +4070,8 @@ class _Connection(http.client.HTTPConnection):
 
     def getresponse(self) -> http.client.HTTPResponse:
         sock: Any = self.sock
-        sock.deadline, sock.allowance, sock.cut = self._deadline, MAX_HEAD, "reset"
+        sock.deadline, sock.overtime = self._deadline, self._overtime
+        sock.allowance, sock.cut = MAX_HEAD, "reset"
         response = super().getresponse()
         sock.allowance, sock.cut = math.inf, "truncated" if response.chunked else ""
         return response
@@ -4943,12 +4952,13 @@ MEND = {401: "CANARY_BEARER_TOKEN_FILE", 403: "CANARY_BEARER_TOKEN_FILE",
 
 
 def ask_health(
-    target: Target, deadline: float, credentials: Credentials = ANONYMOUS
+    target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
+    overtime: float = 0.0,
 ) -> ProbeStatus:
     """Ask a server's own health route; 2xx is success, as to blackbox_exporter."""
     started, code, reason, message = time.monotonic(), 0, "", ""
     try:
-        with fetch(target, deadline, credentials) as response:
+        with fetch(target, deadline, credentials, None, overtime) as response:
             code = response.status
         if not 200 <= code < 300:
             reason, message = "http_status", f"HTTP {code}"
@@ -5340,6 +5350,9 @@ def _size(labels: Labels) -> int:
 # --- 14. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
 
 GRACE = 0.05
+# How long a request that has had no answer in time is not sent again: a server that
+# does not notice that its caller is gone keeps a thread for each.
+LEAST_OVERTIME, MOST_OVERTIME = 60.0, 600.0
 
 
 class Scrape(NamedTuple):
@@ -5395,9 +5408,9 @@ class Scraper:
 
     One thread at a time calls ``scrape``.  The lock guards the job, its results and
     whether to stop: ``_ordered`` tells the workers of a new job, ``_finished`` tells
-    the caller of a result.  A worker that is late for its job is waited for no longer,
-    and takes the newest one when it comes back.  ``_known`` has the series of each
-    target's last scrape, for its worker alone.
+    the caller of a result.  A worker that is late for its job is waited for no longer:
+    it waits on for the same answer, and takes the newest job after it.  ``_known`` has
+    the series of each target's last scrape, for its worker alone.
     """
 
     def __init__(self, config: Config, names: Iterable[str]) -> None:
@@ -5413,7 +5426,7 @@ class Scraper:
 
     def start(self) -> None:
         """Start the workers."""
-        workers: dict[str, Callable[[Job], object]] = {}
+        workers: dict[str, Callable[[Job, float], object]] = {}
         for index, target in enumerate(self._targets):
             labels = self._blank(target).labels
             format = format_for(self._names, labels, reserved_names(self._config))
@@ -5467,10 +5480,12 @@ class Scraper:
         labels = (("instance", target.instance), *self._config.target_labels)
         return Scrape(TargetStatus(target.instance, seconds=seconds), labels)
 
-    def _work(self, name: str, ask: Callable[[Job], object]) -> None:
-        job = self._next_job(0)
+    def _work(self, name: str, ask: Callable[[Job, float], object]) -> None:
+        job, overtime = self._next_job(0), LEAST_OVERTIME
         while job:
-            result = ask(job)
+            result = ask(job, overtime)
+            given_up = time.monotonic() >= job.deadline + overtime
+            overtime = min(2 * overtime, MOST_OVERTIME) if given_up else LEAST_OVERTIME
             with self._finished:
                 if job is self._job:
                     self._results[name] = result
@@ -5482,11 +5497,13 @@ class Scraper:
             self._ordered.wait_for(lambda: self._stopped or self._job.sequence > done)
             return None if self._stopped else self._job
 
-    def _scrape(self, index: int, format: Format, job: Job) -> Scrape:
+    def _scrape(
+        self, index: int, format: Format, job: Job, overtime: float
+    ) -> Scrape:
         target, started = self._targets[index], time.monotonic()
         scrape, credentials = self._blank(target), credentials_of(self._config)
         try:
-            with open_stream(target, job.deadline, credentials) as stream:
+            with open_stream(target, job.deadline, credentials, overtime) as stream:
                 known = self._known[index]
                 reading = read_samples(stream, format, known, job.list_names)
             self._known[index], count = reading.series, len(reading.samples)
@@ -5501,11 +5518,11 @@ class Scraper:
         status = scrape.status._replace(seconds=time.monotonic() - started)
         return scrape._replace(status=status)
 
-    def _ask(self, route: Target, job: Job) -> ProbeStatus:
+    def _ask(self, route: Target, job: Job, overtime: float) -> ProbeStatus:
         # The token is for the metrics alone.
         credentials = credentials_of(self._config)._replace(token_file="")
         try:
-            return ask_health(route, job.deadline, credentials)
+            return ask_health(route, job.deadline, credentials, overtime)
         except Exception as error:
             return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 

@@ -267,6 +267,11 @@ class Metrics(socketserver.ThreadingTCPServer):
     def handle_error(self, request, client_address):
         """Say nothing: a caller may give up."""
 
+    def release(self):
+        """Hang up on all who wait for an answer."""
+        self._closing.set()
+        self._closing = threading.Event()
+
     def close(self):
         self._closing.set()
         self.shutdown()
@@ -3157,6 +3162,7 @@ class ProbeTest(NetworkTest):
         ):  # fmt: skip
             with self.subTest(seconds=seconds):
                 pieces[:] = answers
+                route.release()
                 clock.now = 1000.0 + seconds
                 verdict = monitor.check()
                 self.assertEqual(verdict.reason, reason)
@@ -3471,9 +3477,44 @@ class MonitorTest(NetworkTest):
             (alert,) = monitor.verdict.rules[1].alerts
             self.assertEqual(dict(alert.labels)["instance"], bad.instance)
         bad.pieces = (page("q 2\n"),)
+        bad.release()
         get(port)
         self.assertEqual(monitor.verdict.reason, "Queue, Sum")
         self.assert_any(f"{bad.instance}: scraped again", self.log)
+
+    def test_a_request_that_has_no_answer_is_not_sent_again_at_once(self):
+        server = self.metrics(FOREVER)
+        monitor = self.monitor(server, METRICS_TIMEOUT="0.04")
+        for _ in range(3):
+            (target,) = monitor.check().targets
+            self.assertEqual((target.reason, len(server.requests)), ("timeout", 1))
+        server.pieces = (page(),)
+        server.release()
+        self.assertTrue(wait_until(lambda: monitor.check().healthy))
+
+    def test_a_request_is_given_up_in_the_end_and_later_each_time(self):
+        server = self.metrics(FOREVER)
+        fetched = mock.Mock(wraps=health_check.open_stream)
+        waits = lambda: [args[3] for args, _ in fetched.call_args_list]  # noqa: E731
+        changed = mock.patch.multiple(
+            health_check, LEAST_OVERTIME=0.02, MOST_OVERTIME=0.07, open_stream=fetched
+        )
+        with changed:
+            monitor = self.monitor(server, METRICS_TIMEOUT="0.02")
+            self.assertTrue(wait_until(lambda: monitor.check() and len(waits()) > 4))
+            server.pieces = (page(),)
+            server.release()
+            self.assertTrue(wait_until(lambda: monitor.check().healthy))
+            monitor.check()
+        self.assertEqual(waits()[:5], [0.02, 0.04, 0.07, 0.07, 0.07])
+        self.assertEqual(waits()[-1], 0.02)
+
+    def test_an_answer_that_has_begun_ends_at_the_deadline(self):
+        server = self.metrics(b"HTTP/1.1 200 OK\r\n", FOREVER)
+        monitor = self.monitor(server, METRICS_TIMEOUT="0.04")
+        for count in range(1, 4):
+            self.assertEqual(monitor.check().targets[0].reason, "timeout")
+            self.assertEqual(len(server.requests), count)
 
     def test_a_target_cannot_fake_what_a_scrape_adds(self):
         spoof = page('up 1\n{"up"} 1\nscrape_error 0\nq{instance="fake"} 3\n')
