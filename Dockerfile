@@ -13,8 +13,9 @@ USER 65532:65532
 RUN ["python3", "-m", "unittest", \
      "test_health_check.Documentation", "test_health_check.Vocabulary", \
      "test_health_check.PromQL", "test_health_check.Evaluate", \
-     "test_health_check.Rules", "test_health_check.Config", \
-     "test_health_check.Exposition"]
+     "test_health_check.Rules", "test_health_check.Servers", \
+     "test_health_check.Config", "test_health_check.Exposition", \
+     "test_health_check.Absence", "test_health_check.HistoryTest"]
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="health_check.py" \

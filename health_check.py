@@ -7365,7 +7365,8 @@ def _run(arguments: Sequence[str]) -> int:
     if path is not None:
         return probe(os.environ, path)
     try:
-        config = load_config(os.environ)
+        shown = DEMO_RULES if options.get("demo") else {}
+        config = load_config({**shown, **os.environ})
         expr = None if text is None else _parse_query(text, config)
         over = None if awaited is None else _parse_query(awaited, config, VECTOR)
     except (ConfigError, PromQLError) as error:
@@ -7920,6 +7921,8 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+# Half a minute of waiting is longer than anybody watches a demo.
+DEMO_RULES = {"UNHEALTHY_WHEN": "QueueFull: vllm:num_requests_waiting > 10 for 5s"}
 SIMULATED = """\
 # TYPE vllm:num_requests_waiting gauge
 vllm:num_requests_waiting{{engine="0",model_name="demo"}} {}
