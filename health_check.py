@@ -2661,13 +2661,15 @@ def nearest_server(names: Iterable[str]) -> KnownServer | None:
     return best[1]
 
 
-def servers_with_port(port: int) -> tuple[KnownServer, ...]:
-    """Return the known servers that need a port besides that of their metrics.
+def port_conflict(port: int, servers: Iterable[KnownServer] = ()) -> str:
+    """Return which of some servers, or of all, need a port of their own; mostly none.
 
-    >>> [server.name for server in servers_with_port(8081)]
-    ['MLServer', 'TorchServe', 'KServe']
+    >>> port_conflict(8081), port_conflict(8000)
+    ('APP_PORT=8081 is a port of MLServer or TorchServe or KServe: set another', '')
     """
-    return tuple(server for server in SERVERS if str(port) in server.ports.split())
+    names = [s.name for s in servers or SERVERS if str(port) in s.ports.split()]
+    text = f"APP_PORT={port} is a port of {' or '.join(names)}: set another"
+    return text if names else ""
 
 
 def own_names(server: KnownServer) -> frozenset[str]:
@@ -3059,6 +3061,7 @@ OWN_PREFIXES = (
     "METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_", "CANARY_",
     "EXIT_",
 )  # fmt: skip
+SHOWN_VALUES = 16
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 # Seconds; what is longer may be milliseconds.
 MAX_INTERVAL = 300.0
@@ -3074,18 +3077,16 @@ NEVER_THERE = {
     "scrape_sample_limit": "the limit is the same for all targets",
     "scrape_timeout_seconds": "METRICS_TIMEOUT is the same for all targets",
 }  # fmt: skip
-# Which series has a label that is neither the target's nor the server's.
-ADDED_LABELS = {
-    label: name
-    for name, more in SYNTHETIC.items() for labels in more for label, _ in labels
-}  # fmt: skip
-ADDED_LABELS["probe"] = "probe_success"
-# These parts of a histogram and of a summary are the server's.
-BOUNDS = ("le", "quantile")
+# Labels of what scrapes and probes add, and parts of a histogram and of a summary.
+ADDED_LABELS = ("reason", "probe", "le", "quantile")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 ALERTS_API = "/api/v2/alerts"
 # With these a failure has happened twice before Unresponsive fires, see the rule.
 LEAST_CANARY_AFTER, MOST_CANARY_TIMEOUT = 120.0, 60.0
+
+
+Given = Mapping[str, str]
+Values = Mapping[str, Any]
 
 
 class ConfigError(ValueError):
@@ -3209,84 +3210,71 @@ def is_service_link(port: str) -> bool:
 
 
 def hopeless_selectors(
-    expr: Expr, added: Mapping[str, Sequence[Mapping[str, str]]], own: Labels
+    expr: Expr, added: Mapping[str, Sequence[Labels]], own: Labels
 ) -> Iterator[str]:
     """Yield why a selector of an expression can never find a series.
 
-    ``added`` has the labels that series can have which come with scrapes and probes,
-    and ``own`` the labels of TARGET_LABELS.
+    ``added`` has the series that come with scrapes and probes, ``own`` TARGET_LABELS.
 
     >>> up = parse_expression('up{job="vllm"} == 0')
-    >>> print(*hopeless_selectors(up, {"up": [{"pod": "a"}]}, (("pod", "a"),)))
-    no target can have up{job="vllm"}: set TARGET_LABELS=pod=a,job=vllm
+    >>> print(*hopeless_selectors(up, {"up": [(("pod", "a"),)]}, (("pod", "a"),)))
+    no target has up{job="vllm"}: it has no label job: set TARGET_LABELS=pod=a,job=vllm
     """
-    for found in dict.fromkeys(selector[:2] for selector in find_selectors(expr)):
-        selector = Selector(*found)
-        text = format_expression(selector)
+    for selector in dict.fromkeys(Selector(*s[:2]) for s in find_selectors(expr)):
+        text, possible = format_expression(selector), added.get(selector.name)
         if selector.name in NEVER_THERE:
             yield f"{text} is never there: {NEVER_THERE[selector.name]}"
-        possible = added.get(selector.name)
-        why = _unmet(selector, possible, own) if possible else ""
-        if why:
-            yield f"no target can have {text}: {why}"
+        fault = find_fault(selector.matchers, possible, own) if possible else ""
+        if fault:
+            yield f"no target has {text}: {fault}"
 
 
-def added_series(values: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """Return which labels a series can have that a scrape or a probe adds, by name.
+def find_fault(
+    matchers: Sequence[Matcher], series: Iterable[Labels], own: Labels
+) -> str:
+    """Return which label keeps matchers from all of these series, empty if none does.
+
+    >>> find_fault((Matcher("job", "=", "a"),), [(("job", "b"),)], (("job", "b"),))
+    'it has job="b", by TARGET_LABELS'
+    """
+    known = list(map(dict, series))
+    met = [{m for m in matchers if matches(m, one.get(m.label, ""))} for one in known]
+    if set(matchers) in met:
+        return ""
+    wrong = sorted(set(matchers).difference(*met))
+    return _fault(wrong[0], known, own) if wrong else "it has not all labels at once"
+
+
+def _fault(matcher: Matcher, known: Iterable[dict[str, str]], own: Labels) -> str:
+    label, op, text = matcher
+    values = sorted({series.get(label, "") for series in known} - {""})
+    if values:
+        by = "METRICS_ENDPOINT" if label == "instance" else "TARGET_LABELS"
+        by = f", by {by}" if label in ("instance", *dict(own)) else ""
+        shown = [f"{label}={quote(shorten(value))}" for value in values[:SHOWN_VALUES]]
+        return f"it has {', '.join(shown)}{by}"
+    text = text if op[0] == "=" and re.match(r"[\w./-]+\Z", text, re.ASCII) else "..."
+    pairs = ",".join(f"{name}={value}" for name, value in (*own, (label, text)))
+    setting = "" if label in ADDED_LABELS else f": set TARGET_LABELS={pairs}"
+    return f"it has no label {label}{setting}"
+
+
+def added_series(values: Values) -> dict[str, list[Labels]]:
+    """Return the series that scrapes and probes can add, without their names, by name.
 
     ``values`` are those of the settings by their names in lower case.
     """
-    own, canary = values.get("target_labels", ()), values.get("canary_url")
+    own, canary = values["target_labels"], values.get("canary_url")
     asked = [("health", target) for target in values.get("health_endpoint", ())]
     asked += [("canary", canary)] if canary else []
-    labels = [
-        dict((*own, ("instance", target.instance), ("probe", kind)))
-        for kind, target in asked
-    ]
+    probes = [(*own, ("instance", t.instance), ("probe", kind)) for kind, t in asked]
     # The reasons of probe_error are the server's too.
-    found = {name: labels for name in PROBED if labels and name != "probe_error"}
+    found = {name: probes for name in PROBED if name != "probe_error"}
     for name, more in SYNTHETIC.items():
-        each = itertools.product(values.get("metrics_endpoint", ()), more)
-        found[name] = [
-            dict((*own, ("instance", target.instance), *pairs))
-            for target, pairs in each
-        ]  # fmt: skip
+        targets = (("instance", t.instance) for t in values["metrics_endpoint"])
+        each = itertools.product(targets, more)
+        found[name] = [(*own, instance, *pairs) for instance, pairs in each]
     return found
-
-
-def _unmet(
-    selector: Selector, possible: Sequence[Mapping[str, str]], own: Labels
-) -> str:
-    met = [
-        {m for m in selector.matchers if matches(m, series.get(m.label, ""))}
-        for series in possible
-    ]
-    if set(selector.matchers) in met:
-        return ""
-    wrong = set(selector.matchers).difference(*met)
-    fixed = [_fixed_label(matcher.label, possible) for matcher in sorted(wrong)]
-    if any(fixed) or not wrong:
-        return next(filter(None, fixed), "none has all of these labels")
-    return f"set {labels_to_set(sorted(wrong), own)}"
-
-
-def _fixed_label(label: str, possible: Iterable[Mapping[str, str]]) -> str:
-    there = sorted({series[label] for series in possible if label in series})
-    if label in ADDED_LABELS:
-        values = f"one of {', '.join(there)}" if there else f"of {ADDED_LABELS[label]}"
-        return f"{label} is {values}"
-    setting = "METRICS_ENDPOINT" if label == "instance" else "TARGET_LABELS"
-    return f"{label} is {' or '.join(there)}, by {setting}" if there else ""
-
-
-def labels_to_set(wrong: Iterable[Matcher], own: Labels) -> str:
-    """Return TARGET_LABELS such that matchers whose labels nobody has are met."""
-    wanted = dict(own)
-    for label, op, value in wrong:
-        plain = op in ("=", "=~") and re.match(r"[\w.:/-]+\Z", value, re.ASCII)
-        wanted[label] = value if plain else "..."
-    pairs = ",".join(f"{label}={value}" for label, value in wanted.items())
-    return f"TARGET_LABELS={pairs}"
 
 
 def missing_files(config: Config) -> Iterator[str]:
@@ -3310,9 +3298,7 @@ def _parsed(given: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-def _threshold_problems(
-    given: Mapping[str, str], values: Mapping[str, Any]
-) -> Iterator[str]:
+def _threshold_problems(given: Given, values: Values) -> Iterator[str]:
     limits = [n for n in ("METRIC_THRESHOLD", "METRICS_THRESHOLD") if n in given]
     if len({values.get(name.lower()) for name in limits}) > 1:
         yield "METRIC_THRESHOLD and METRICS_THRESHOLD differ: set one of them"
@@ -3322,9 +3308,7 @@ def _threshold_problems(
         yield f"{limits[0]} needs METRIC_TO_CHECK beside UNHEALTHY_WHEN"
 
 
-def _rule_problems(
-    given: Mapping[str, str], values: Mapping[str, Any]
-) -> Iterator[str]:
+def _rule_problems(given: Given, values: Values) -> Iterator[str]:
     rules = values.get("unhealthy_when")
     if "UNHEALTHY_WHEN" in given and rules == ():
         yield "UNHEALTHY_WHEN has no rule: unset it for the default rules"
@@ -3333,7 +3317,7 @@ def _rule_problems(
         yield "UNHEALTHY_WHEN: AboveThreshold is the name of METRIC_TO_CHECK's rule"
 
 
-def _hopeless(_: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
+def _hopeless(_: Given, values: Values) -> Iterator[str]:
     if not {"target_labels", "metrics_endpoint"} <= values.keys():
         return
     added, own = added_series(values), values["target_labels"]
@@ -3347,9 +3331,7 @@ def _hopeless(_: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[str]:
     yield from unholdable([expr for _, expr in expressions if expr])
 
 
-def _scrape_problems(
-    given: Mapping[str, str], values: Mapping[str, Any]
-) -> Iterator[str]:
+def _scrape_problems(given: Given, values: Values) -> Iterator[str]:
     users = any(target.authorization for target in values.get("metrics_endpoint", ()))
     timeout, interval = values.get("metrics_timeout", 0), values.get("scrape_interval")
     if "METRICS_KEY_FILE" in given and "METRICS_CERT_FILE" not in given:
@@ -3361,9 +3343,7 @@ def _scrape_problems(
         yield f"METRICS_TIMEOUT ({longest}) may not exceed SCRAPE_INTERVAL ({least})"
 
 
-def _port_problems(
-    _: Mapping[str, str], values: Mapping[str, Any]
-) -> Iterator[str]:
+def _port_problems(_: Given, values: Values) -> Iterator[str]:
     port = values.get("app_port")
     own = {f"{host}:{port}" for host in LOCAL_HOSTS if not values.get("app_host")}
     targets = values.get("metrics_endpoint", ())
@@ -3371,9 +3351,7 @@ def _port_problems(
         yield f"METRICS_ENDPOINT is port {port}, which is this program's: set APP_PORT"
 
 
-def _canary_problems(
-    given: Mapping[str, str], values: Mapping[str, Any]
-) -> Iterator[str]:
+def _canary_problems(given: Given, values: Values) -> Iterator[str]:
     url = values.get("canary_url")
     for name in sorted(given) if url is None and "CANARY_URL" not in given else ():
         if name.startswith("CANARY_") and name.lower() in values:
@@ -3396,22 +3374,11 @@ def _with_rules(config: Config) -> Config:
 
 
 def _taken_port(config: Config) -> Iterator[str]:
-    others = servers_with_port(config.app_port)
     for target in config.metrics_endpoint:
         at = f":{target.instance.rpartition(':')[2]}/{target.url.split('/', 3)[3]}"
         alike = [server for server in SERVERS if server.at == at]
-        if alike and set(alike) <= set(others):
-            yield describe_port(config.app_port, alike)
-
-
-def describe_port(port: int, servers: Iterable[KnownServer]) -> str:
-    """Return why a port is none for this program beside some servers.
-
-    >>> print(describe_port(8081, servers_with_port(8081)[:2]))
-    APP_PORT=8081 is a port of MLServer or TorchServe: set another, or it cannot start
-    """
-    names = " or ".join(server.name for server in servers)
-    return f"APP_PORT={port} is a port of {names}: set another, or it cannot start"
+        if alike and all(port_conflict(config.app_port, [s]) for s in alike):
+            yield port_conflict(config.app_port, alike)
 
 
 def _sparse(config: Config) -> Iterator[str]:
@@ -3666,7 +3633,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("METRICS_CERT_FILE", str, "", "certificate to show to the metrics server"),
     ("METRICS_KEY_FILE", str, "", "its key, if that is in a file of its own"),
     ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
-    ("TARGET_LABELS", partial(_label_pairs, (*ADDED_LABELS, *BOUNDS)), "",
+    ("TARGET_LABELS", partial(_label_pairs, ADDED_LABELS), "",
      "labels for every series, as in job=vllm,namespace=prod"),
     ("METRIC_TO_CHECK", _metric, "",
      "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
@@ -4629,10 +4596,9 @@ def remaining(
 # What finds nothing never fires: a typo, a rename, a label, another server may be why.
 
 REMIND, REMIND_OF_TARGET = 300.0, 3600.0
-SHOWN_VALUES = 3
 # Parts of a name that differ between metrics of one thing, and one that was renamed.
 SUFFIXES = frozenset("total count sum bucket created seconds bytes info".split())
-RENAMED = ({"gpu", "kv"},)
+RENAMED = {"gpu", "kv"}
 
 
 class Page(NamedTuple):
@@ -4653,53 +4619,44 @@ class Search(NamedTuple):
     told: int = 0
     told_at: float = -math.inf
 
-    @property
-    def found(self) -> bool:
-        """Whether nothing is amiss."""
-        return bool(self.homes) and not self.told
-
     def advance(
         self, homes: frozenset[str], scraped: AbstractSet[str], now: float
-    ) -> tuple[Search, str]:
-        """Return the next state, and what is to be told: a word, mostly none.
+    ) -> tuple[Search, bool]:
+        """Return the next state, and whether to warn: once more after five minutes.
 
-        ``missing`` and ``gone`` are told once more after five minutes.
-
-        >>> Search().advance(frozenset(), {"h:1"}, 0.0)[1]
-        'missing'
+        ``homes`` are the targets that have some now, of those ``scraped``.
         """
         known = self.homes | homes
-        if not homes and known and not known & scraped:
-            return self, ""
-        if homes and not known & scraped - homes:
-            return Search(known, 0, self.told_at), "found" if self.told else ""
-        if self.told > 1 or now - self.told_at < REMIND:
-            return self._replace(homes=known), ""
-        return Search(known, self.told + 1, now), "gone" if known else "missing"
+        if known and not known & scraped - homes:
+            return Search(known, 0 if homes else self.told, self.told_at), False
+        if not self.due(now):
+            return self._replace(homes=known), False
+        return Search(known, self.told + 1, now), True
+
+    def due(self, now: float) -> bool:
+        """Tell whether to warn if nothing is found."""
+        return self.told < 2 and now - self.told_at >= REMIND
 
 
 class Unwatched(NamedTuple):
     """Since when a target has shown nothing that a rule knows, and what that is."""
 
-    since: float = math.inf
+    since: float
     told_at: float = -math.inf
     empty: bool = True
     remark: str = ""
 
-    def advance(self, page: Page, now: float) -> tuple[Unwatched, bool]:
+    def advance(self, names: AbstractSet[str], now: float) -> tuple[Unwatched, bool]:
         """Return the next state, and whether its remark is to be told.
 
         At once and each hour; an empty page, where nothing may have happened yet, is
         told of after five minutes.
         """
-        if page.names is None:
-            return self, False
-        since, empty = min(self.since, now), not page.names
-        same = empty == self.empty
-        due = now - self.told_at >= (REMIND_OF_TARGET if same else REMIND)
-        due = due and now - since >= (REMIND if empty else 0.0)
+        pause = REMIND_OF_TARGET if self.empty == (not names) else REMIND
+        waited = bool(names) or now - self.since >= REMIND
+        due = waited and now - self.told_at >= pause
         told_at = now if due else self.told_at
-        return Unwatched(since, told_at, empty, describe_page(page.names)), due
+        return Unwatched(self.since, told_at, not names, describe_page(names)), due
 
 
 class Lookout:
@@ -4709,55 +4666,41 @@ class Lookout:
     """
 
     def __init__(self, rules: Sequence[Rule], config: Config) -> None:
-        added, self._own = reserved_names(config), config.target_labels
+        added, self._config = reserved_names(config), config
         found = [(rule, s) for rule in rules for s in find_selectors(rule.expr)]
-        wanted = [
-            (rule, Selector(*selector[:2])) for rule, selector in found
-            if selector.name not in added
-        ]  # fmt: skip
+        wanted = [(rule, Selector(*s[:2])) for rule, s in found if s.name not in added]
         self._searches = {
-            (rule.name, selector): Search() for rule, selector in wanted
-            if not rule.builtin
-        }  # fmt: skip
+            (rule.name, s): Search() for rule, s in wanted if not rule.builtin
+        }
         # Of other names that built-in rules read it does not follow which server it is.
         watched = (s for s in SERVERS if s.waiting or s.running or s.moving)
         self._names = frozenset().union(*map(own_names, watched))
         # A rule of a user's own that finds nothing is told of by itself.
         self._builtin = bool(wanted) and not self._searches
         self._unwatched: dict[str, Unwatched] = {}
-        self._watched: set[str] = set()
-        self._port = config.app_port
+        self._asked = False
 
     def wants_names(self, now: float) -> bool:
         """Tell whether the next scrapes should list the names of all metrics."""
-        if any(
-            not search.found and search.told < 2 and now - search.told_at >= REMIND
+        due = [
+            search.due(now) and bool(search.told or not search.homes)
             for search in self._searches.values()
-        ):
-            return True
-        unwatched = self._unwatched.values()
-        first = self._builtin and not unwatched and not self._watched
+        ]
         # An empty page costs nothing to list.
-        return first or any(
+        due += [
             state.empty or now - state.told_at >= REMIND_OF_TARGET
-            for state in unwatched
-        )
+            for state in self._unwatched.values()
+        ]
+        return any(due) or (self._builtin and not self._asked)
 
     def look(self, pages: Sequence[Page], evaluation: Evaluation) -> Iterator[Message]:
         """Yield what is to be said of what the good scrapes of a check have shown."""
         for page in pages if self._builtin else ():
-            yield from self._look_at(page, evaluation.now)
-            others = servers_with_port(self._port)
-            taken = [s for s in servers_there(page.names or ()) if s in others]
-            if taken:
-                text, self._port = describe_port(self._port, taken), 0
-                yield logging.WARNING, f"{page.instance}: {text}", {}
-        names = {name for page in pages for name in page.names or ()}
-        for (rule, selector), word in self._search(pages, evaluation):
-            text = describe_search(word, selector, names, evaluation, self._own)
-            level = logging.INFO if word == "found" else logging.WARNING
-            fields = {"rule": rule, "selector": format_expression(selector)}
-            yield level, f"{rule}: {text}", fields
+            for text in self._look_at(page, evaluation.now):
+                message = f"{page.instance}: {text}"
+                yield logging.WARNING, message, {"target": page.instance}
+        if pages:
+            yield from self._search(pages, evaluation)
 
     def remark(self, target: TargetStatus) -> TargetStatus:
         """Return how a scrape went with what is to be said of its page."""
@@ -4767,27 +4710,32 @@ class Lookout:
 
     def _search(
         self, pages: Sequence[Page], evaluation: Evaluation
-    ) -> Iterator[tuple[tuple[str, Selector], str]]:
-        scraped = frozenset(page.instance for page in pages)
-        for key, search in self._searches.items() if scraped else ():
-            homes = homes_of(key[1], scraped, evaluation)
-            advanced, word = search.advance(homes, scraped, evaluation.now)
-            self._searches[key] = advanced
-            if word:
-                yield key, word
+    ) -> Iterator[Message]:
+        names = {name for page in pages for name in page.names or ()}
+        scraped, own = frozenset(p.instance for p in pages), self._config.target_labels
+        for (rule, selector), search in self._searches.items():
+            homes = homes_of(selector, scraped, evaluation)
+            state, due = search.advance(homes, scraped, evaluation.now)
+            self._searches[rule, selector] = state
+            if due:
+                text = describe_missing(selector, state, names, evaluation, own)
+                fields = {"rule": rule, "selector": format_expression(selector)}
+                yield logging.WARNING, f"{rule}: {text}", fields
 
-    def _look_at(self, page: Page, now: float) -> Iterator[Message]:
-        name, fields = page.instance, {"target": page.instance}
+    def _look_at(self, page: Page, now: float) -> Iterator[str]:
         if any(dict(labels)["__name__"] in self._names for labels in page.samples):
-            self._watched.add(name)
-            state = self._unwatched.pop(name, Unwatched())
-            if state.told_at > -math.inf:
-                yield logging.INFO, f"{name}: watched now", fields
-            return
-        state = self._unwatched.get(name, Unwatched())
-        self._unwatched[name], due = state.advance(page, now)
-        if due:
-            yield logging.WARNING, f"{name}: {self._unwatched[name].remark}", fields
+            self._unwatched.pop(page.instance, None)
+        else:
+            state = self._unwatched.setdefault(page.instance, Unwatched(now))
+            if page.names is not None:
+                state, due = state.advance(page.names, now)
+                self._unwatched[page.instance] = state
+                yield from [state.remark] if due else []
+        there = list(servers_there(page.names or ()))
+        conflict = there and port_conflict(self._config.app_port, there)
+        if conflict and not self._asked:
+            yield conflict
+        self._asked = self._asked or page.names is not None
 
 
 def describe_page(names: AbstractSet[str]) -> str:
@@ -4800,74 +4748,41 @@ def describe_page(names: AbstractSet[str]) -> str:
         return "nothing is watched: its page is empty, maybe until the first request"
     count = f"{len(names)} or more" if len(names) >= MAX_NAMES else str(len(names))
     text = f"nothing is watched: no rule knows any of its {count} metrics"
-    known = next(servers_there(names), None)
-    if known:
-        text += f"; {known.name} {known.remark}"
-    server = known or nearest_server(names)
-    if server and not known:
-        text += f", most like those of {server.name}, maybe until the first request"
-    queue = nearest_name(server.waiting, names) if server else ""
+    there, near = next(servers_there(names), None), nearest_server(names)
+    queue = nearest_name(near.waiting, names) if near else ""
+    if there:
+        text += f"; {there.name} {there.remark}"
+    elif near:
+        text += f", most like those of {near.name}, maybe until the first request"
     metric = f"={format_selector(queue, ())}" if queue else ""
     return f"{text}: set METRIC_TO_CHECK{metric} and METRIC_THRESHOLD or UNHEALTHY_WHEN"
 
 
-def describe_search(
-    word: str, selector: Selector, names: Iterable[str], evaluation: Evaluation,
+def describe_missing(
+    selector: Selector, search: Search, names: Iterable[str], evaluation: Evaluation,
     own: Labels = (),
 ) -> str:  # fmt: skip
     """Return what to say of a selector that finds nothing, and what may be why.
 
     ``names`` are the metrics that are there, and ``own`` the labels of targets.
     """
-    text = format_expression(selector)
-    if word == "found":
-        return f"series of {text} are there now"
-    message = f"no series of {text} is there{' any more' if word == 'gone' else ''}"
+    text = f"no series of {format_expression(selector)} is there"
+    text += " any more" if search.homes else ""
     there = evaluate_vector(Selector(selector.name), evaluation)
-    if there:
-        return f"{message}: {blame_label(selector, list(map(dict, there)), own)}"
     near = nearest_name(selector.name, names)
-    if near:
-        return f"{message}; {format_selector(near, ())} is"
-    return message if word == "gone" else f"{message} yet"
-
-
-def blame_label(
-    selector: Selector, series: Sequence[Mapping[str, str]], own: Labels = ()
-) -> str:
-    """Return which label keeps a selector from the series of its metric.
-
-    >>> selector = parse_expression('x{namespace="a"}')
-    >>> blame_label(selector, [{"__name__": "x", "job": "b"}], (("job", "b"),))
-    'x has no label namespace: TARGET_LABELS=job=b,namespace=a sets one'
-    """
-    wrong = [
-        matcher for matcher in selector.matchers
-        if not any(matches(matcher, one.get(matcher.label, "")) for one in series)
-    ]  # fmt: skip
-    if not wrong:
-        return f"no {selector.name} has all of these labels"
-    label = wrong[0].label
-    values = sorted({labels.get(label, "") for labels in series} - {""})
-    if not values:
-        setting = labels_to_set(wrong[:1], own)
-        return f"{selector.name} has no label {label}: {setting} sets one"
-    shown = [f"{label}={quote(shorten(value))}" for value in values[:SHOWN_VALUES]]
-    more = ["..."] if len(values) > SHOWN_VALUES else []
-    return f"{selector.name} has {', '.join(shown + more)}"
+    if there:
+        return f"{text}: {find_fault(selector.matchers, there, own)}"
+    return f"{text}; {format_selector(near, ())} is" if near else f"{text} yet"
 
 
 def homes_of(
     selector: Selector, instances: Iterable[str], evaluation: Evaluation
 ) -> frozenset[str]:
     """Return which of these targets have a series of a selector now."""
-    found = select(selector, evaluation).items()
+    now, found = evaluation.now, select(selector, evaluation).items()
     return frozenset(
         instance for instance in instances
-        if any(
-            points.time == evaluation.now and ("instance", instance) in labels
-            for labels, points in found
-        )
+        if any(("instance", instance) in k and s.time == now for k, s in found)
     )  # fmt: skip
 
 
@@ -4906,31 +4821,24 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 
 def _may_mean(name: str, other: str) -> bool:
+    """Tell whether names differ in typos, and at most one part more or less."""
     one, two = (re.split(r"[:._]+", text.lower()) for text in (name, other))
-    alike, different = 0, 0
+    alike = different = 0
     matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)
     for word, start, end, first, last in matcher.get_opcodes():
-        parts, others = one[start:end], two[first:last]
-        if word == "equal":
-            alike += len(parts)
-        elif word == "replace" and len(parts) == len(others):
-            if not all(map(_may_be_typo, parts, others)):
-                return False
-            alike += len(parts)
-        else:
-            different += len([p for p in (*parts, *others) if p not in SUFFIXES])
+        pairs = list(zip(one[start:end], two[first:last]))
+        if word == "replace" and not all(itertools.starmap(_may_be_typo, pairs)):
+            return False
+        alike += len(pairs)
+        more = (*one[start + len(pairs) : end], *two[first + len(pairs) : last])
+        different += sum(part not in SUFFIXES for part in more)
     return different < 2 and different < alike
 
 
 def _may_be_typo(part: str, other: str) -> bool:
-    if {part, other} in RENAMED:
-        return True
-    if re.sub(r"\D", "", part) != re.sub(r"\D", "", other) or part[:1] != other[:1]:
-        return False
-    short, long = sorted((part, other), key=len)
-    rest = iter(long)
-    abbreviated = len(short) > 2 and all(letter in rest for letter in short)
-    return abbreviated or difflib.SequenceMatcher(None, part, other).ratio() >= 0.75
+    ratio = difflib.SequenceMatcher(None, part, other).ratio()
+    digits = [re.sub(r"\D", "", text) for text in (part, other)]
+    return {part, other} == RENAMED or (ratio >= 0.75 and digits[0] == digits[1])
 
 
 # --- 12. Probe: URL -> whether a server answers as it should -------------------------
@@ -7451,10 +7359,9 @@ def _listener(config: Config) -> socket.socket | None:
     except (OSError, ValueError) as error:
         where = f"{config.app_host or 'any address'}, port {config.app_port}"
         problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        conflict = port_conflict(config.app_port)
+        problem += conflict and f" ({conflict})"
         LOG.error("cannot listen on %s: %s", where, problem)
-        others = servers_with_port(config.app_port)
-        if others:
-            LOG.error("%s", describe_port(config.app_port, others))
         return None
 
 
