@@ -2672,6 +2672,28 @@ def port_conflict(port: int, servers: Iterable[KnownServer] = ()) -> str:
     return text if names else ""
 
 
+def drain_expression(expressions: Iterable[Expr]) -> Expr | None:
+    """Return what gives the requests that run or wait, of servers that have gauges.
+
+    None if these expressions read no such server's: what they read costs nothing more.
+
+    >>> rules = [parse_expression("tgi_queue_size + tgi_batch_current_size")]
+    >>> print(format_expression(drain_expression(rules)))
+    tgi_queue_size > 0 or tgi_batch_current_size > 0
+    """
+    names = {s.name for expr in expressions for s in find_selectors(expr)}
+    texts = []
+    for server in SERVERS:
+        gauges = f"{server.waiting} {server.running} {server.open}".split()
+        # A sole gauge that counts the scrape itself is corrected for the queue.
+        text = "" if server.waiting or not server.queue else f"({server.queue}) > 0"
+        text = text or " or ".join(f"{name} > 0" for name in dict.fromkeys(gauges))
+        read = {s.name for s in find_selectors(parse_expression(text or "0"))}
+        if server.running and read <= names:
+            texts.append(text)
+    return parse_expression(" or ".join(texts)) if texts else None
+
+
 def own_names(server: KnownServer) -> frozenset[str]:
     """Return the metrics by which a server is known."""
     fields = (
@@ -5444,12 +5466,6 @@ TREND = 120
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 MAX_LATE, PAUSE = 0.25, 1.0
 NO_SERVER = "whether a request runs is not known: set DRAIN_WHILE"
-BUSY = (
-    ("vllm:num_requests_waiting", "vllm:num_requests_running"),
-    ("sglang:num_queue_reqs", "sglang:num_running_reqs"),
-    ("tgi_queue_size", "tgi_batch_current_size"),
-    ("llamacpp:requests_deferred", "llamacpp:requests_processing"),
-)
 NO_ROOM = (
     "too many series: label values may change with each scrape; all there is room for"
     " is HISTORY_LIMIT"
@@ -5486,11 +5502,11 @@ class Monitor:
         self._asked, self._drain_asked, self._stopped = -1, False, False
         self._came_round = clock()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        expressions = [rule.expr for rule in (*config.rules, *config.canary_when)]
-        self.drain_while = config.drain_while or _drain_expression(expressions)
+        rules = (*config.rules, *config.canary_when)
+        self._expressions = [rule.expr for rule in rules]
         if config.drain_while:
-            expressions.append(config.drain_while)
-        wanted = lookbacks(expressions)
+            self._expressions.append(config.drain_while)
+        wanted = lookbacks(self._expressions)
         self.scraper = Scraper(config, wanted)
         self.history = History(wanted, config.history_limit)
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
@@ -5531,6 +5547,11 @@ class Monitor:
         """Tell whether the thread that checks still comes round."""
         late = self._clock() - self._came_round - self.verdict_timeout
         return self._thread.is_alive() and late < MAX_ROUND
+
+    @cached_property
+    def drain_while(self) -> Expr | None:
+        """What gives the requests that run or wait; it is made when first asked for."""
+        return self.config.drain_while or drain_expression(self._expressions)
 
     def request(self, sequence: int, *, drain: bool = False) -> None:
         """Ask for a verdict after the one of that number; a running check will do.
@@ -5671,18 +5692,6 @@ class Monitor:
             trend.values.append(math.nan if status.value is None else status.value)
             state = "unknown" if verdict.unknown(status) else status.state
             trend.states.append(state)
-
-
-def _drain_expression(expressions: Iterable[Expr]) -> Expr | None:
-    # What the rules read anyway, so that it costs nothing while nobody asks.
-    read = {selector.name for expr in expressions for selector in find_selectors(expr)}
-    texts = [
-        f"{gauge} > 0"
-        for gauges in BUSY
-        if {s.name for g in gauges for s in find_selectors(parse_expression(g))} <= read
-        for gauge in gauges
-    ]
-    return parse_expression(" or ".join(texts)) if texts else None
 
 
 def record(

@@ -4964,6 +4964,21 @@ class ServeTest(NetworkTest):
         self.assertIn('_requests_total{path="/drain", code="200"} 1\n', body)
         self.assertEqual(get(port), (200, "Healthy\n"))
 
+    def test_what_runs_or_waits_is_known_of_servers_that_tell_all_of_it(self):
+        rules = [rule.expr for rule in self.config().rules]
+        known = format_expression(health_check.drain_expression(rules))
+        gauges = known.split(" or ")
+        for gauge in (
+            "vllm:num_requests_running > 0", "vllm:num_requests_waiting > 0",
+            "tgi_batch_current_size > 0", "lmdeploy:num_requests_running > 0",
+            "last_over_time(litellm_in_flight_requests[1m]) - 1 > 0",
+        ):  # fmt: skip
+            self.assertIn(gauge, gauges)
+        for name in "te_queue_size", "nv_inference_pending_request_count":
+            self.assertNotIn(name, known)
+        only = [parse_expression("tgi_queue_size > 10")]
+        self.assertIsNone(health_check.drain_expression(only))
+
     def test_a_drain_that_is_in_vain_says_why(self):
         run, gone = page("vllm:num_requests_running 3\n"), page("x 1\n")
         hangs = "Stalling: vllm:num_requests_running > 0; S: vllm:num_requests_waiting"
