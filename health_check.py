@@ -404,6 +404,11 @@ class RuleStatus(_RuleStatus):
         return next(states, "inactive")
 
     @property
+    def fires(self) -> bool:
+        """Whether the rule makes ``/health/Name`` Unhealthy, too."""
+        return self.state == "firing"
+
+    @property
     def failing(self) -> bool:
         """Whether the rule makes ``/health`` Unhealthy."""
         return self.state in ("error", "firing")
@@ -5629,13 +5634,18 @@ class Monitor:
         sequence = self.verdict.sequence + 1
         verdict = Verdict(sequence, fault, now, wall, self._statuses, targets, probes)
         self._count(verdict)
-        if drain and self.drain_while:
-            left = remaining(self.drain_while, targets, evaluation)
-            there = (select(s, evaluation) for s in find_selectors(self.drain_while))
-            # Of a server that is not known the table's expression gives nothing either.
-            known = left or self.config.drain_while or any(there)
-            verdict = verdict._replace(left=left if known else NO_SERVER)
-        return verdict
+        return verdict._replace(left=self._left(targets, evaluation, drain))
+
+    def _left(
+        self, targets: Iterable[TargetStatus], evaluation: Evaluation, drain: bool
+    ) -> str | None:
+        if not drain or not self.drain_while:
+            return None
+        left = remaining(self.drain_while, targets, evaluation)
+        there = (select(s, evaluation) for s in find_selectors(self.drain_while))
+        # Of a server that is not known the table's expression gives nothing either.
+        known = left or self.config.drain_while or any(there)
+        return left if known else NO_SERVER
 
     def _consider(
         self, canary: Canary, latest: ProbeStatus, now: float, wall: float
@@ -5836,24 +5846,25 @@ class Notifier:
         self._update(verdict, now)
         if now < self._retry:
             return self._retry - now
+        if not self._send_due(verdict, now):
+            self._retry = now + RETRY
+            return RETRY
+        times = [notice.sent or now for notice in self._notices.values()]
+        return max(min(times) + RESEND - self._clock(), RETRY) if times else None
+
+    def _send_due(self, verdict: Verdict, now: float) -> bool:
         due = [n for n in self._notices.values() if _due(n, verdict, now)]
         for start in range(0, len(due), BATCH):
             batch = due[start : start + BATCH]
             if not self._post([self._payload(notice, verdict) for notice in batch]):
-                self._retry = now + RETRY
-                return RETRY
+                return False
             for notice in batch:
                 sent = _as_of(notice, verdict, now)
                 self._notices[notice.labels] = notice._replace(sent=sent)
-        times = [notice.sent or now for notice in self._notices.values()]
-        return max(min(times) + RESEND - self._clock(), RETRY) if times else None
+        return True
 
     def _update(self, verdict: Verdict, now: float) -> None:
-        total = sum(status.counts["firing"] for status in verdict.rules)
-        crowded, self._crowded = self._crowded, total > MAX_ALERTS
-        if self._crowded and not crowded:
-            text = f"{total} alerts fire: only {MAX_ALERTS} of them are sent"
-            log(logging.WARNING, text, alertmanager=self.target.url)
+        self._warn_if_crowded(sum(status.counts["firing"] for status in verdict.rules))
         firing, failures = self._choose(verdict), _failures(verdict.targets)
         for labels, (status, alert) in firing.items():
             old, started = self._notices.pop(labels, None), alert.fired or verdict.time
@@ -5862,16 +5873,25 @@ class Notifier:
             key = status.rule.name, alert.labels
             notice = Notice(labels, annotations, started, None, sent, key)
             self._notices[labels] = notice
+        self._retire(firing, verdict, now)
+
+    def _retire(
+        self, firing: Container[Labels], verdict: Verdict, now: float
+    ) -> None:
         for labels, notice in list(self._notices.items()):
-            if notice.ended is not None and (
-                labels in firing or now - notice.ended > RETENTION
-            ):
-                del self._notices[labels]
-            elif notice.ended is None and labels not in firing:
+            if notice.ended is None and labels not in firing:
                 self._notices[labels] = notice._replace(ended=verdict.time, sent=None)
+            elif notice.ended is not None and now - notice.ended > RETENTION:
+                del self._notices[labels]
         # Those that fire come last; the others end by themselves.
         for labels in list(self._notices)[: -2 * MAX_ALERTS]:
             del self._notices[labels]
+
+    def _warn_if_crowded(self, total: int) -> None:
+        crowded, self._crowded = self._crowded, total > MAX_ALERTS
+        if self._crowded and not crowded:
+            text = f"{total} alerts fire: only {MAX_ALERTS} of them are sent"
+            log(logging.WARNING, text, alertmanager=self.target.url)
 
     def _choose(self, verdict: Verdict) -> dict[Labels, tuple[RuleStatus, Alert]]:
         # Those that were told of, as ended too, and new ones while there is room; the
@@ -6042,21 +6062,31 @@ def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Ans
 
     A rule that is not there is unknown: a change of rules may restart no server.
     """
-    known = {status.rule.name: status for status in verdict.rules}
-    firing = tuple(n for n in names if n in known and known[n].state == "firing")
-    unknown = {name: _unknown(name, known.get(name), verdict) for name in names}
+    statuses = {status.rule.name: status for status in verdict.rules}
+    asked = {name: statuses.get(name) for name in names}
+    firing = tuple(n for n, status in asked.items() if status and status.fires)
+    unknown = {n: _unknown(n, status, verdict) for n, status in asked.items()}
     reasons = shorten(", ".join(dict.fromkeys(filter(None, unknown.values()))))
-    code, healthy = 503 if firing else 200, "Healthy"
-    healthy += f" (unknown: {reasons})" if reasons else ""
+    code, word = (503, "Unhealthy") if firing else (200, "Healthy")
+    unsure = f" (unknown: {reasons})" if reasons and not firing else ""
     if "verbose" not in _options(query):
-        return Answer(code, _escaped_line("Unhealthy" if firing else healthy))
-    lines = (
-        f"[?]{name} unknown: {unknown[name]}" if unknown[name] and name not in firing
-        else f"[{'+-'[name in firing]}]{name} {describe(known[name], verdict.time)}"
-        for name in names
-    )
-    last = f"Unhealthy: {name_some(firing)}" if firing else healthy
-    return Answer(code, _lines(lines, last))
+        return Answer(code, _escaped_line(word + unsure))
+    last = f"{word}: {name_some(firing)}" if firing else word + unsure
+    return Answer(code, _lines(_asked_lines(asked, unknown, verdict.time), last))
+
+
+def _asked_lines(
+    asked: Mapping[str, RuleStatus | None], unknown: Mapping[str, str], now: float
+) -> Iterator[str]:
+    for name, status in asked.items():
+        if status and (status.fires or not unknown[name]):
+            yield _rule_line(status, now, status.fires)
+        else:
+            yield f"[?]{name} unknown: {unknown[name]}"
+
+
+def _rule_line(status: RuleStatus, now: float, bad: bool, note: str = "") -> str:
+    return f"[{'-' if bad else '+'}]{status.rule.name}{note} {describe(status, now)}"
 
 
 def _unknown(name: str, status: RuleStatus | None, verdict: Verdict) -> str:
@@ -6101,30 +6131,27 @@ def _verbose_lines(
     verdict: Verdict, excluded: AbstractSet[str], *, window: bool
 ) -> Iterator[str]:
     for target in verdict.targets:
-        if target.reason:
-            yield f"[-]scrape of {target.instance} {_target_text(target, verdict.time)}"
-        if target.remark:
-            yield f"warn: {target.instance}: {target.remark}"
+        yield from _target_lines(target, verdict.time)
     for probe in verdict.probes:
         if probe.reason:
             yield f"[-]{describe_probe(probe)}"
     for status in verdict.rules:
-        sign = "+" if status.rule.name in excluded or not status.failing else "-"
-        note = " excluded:" if status.rule.name in excluded else ""
-        yield f"[{sign}]{status.rule.name}{note} {describe(status, verdict.time)}"
+        left_out = status.rule.name in excluded
+        note, bad = " excluded:" * left_out, status.failing and not left_out
+        yield _rule_line(status, verdict.time, bad, note)
         if window and status.last_words:
             yield f"   {status.last_words}"
     for name in sorted(excluded - {status.rule.name for status in verdict.rules}):
         yield f"warn: no rule {quote(name)} to exclude"
 
 
-def _target_text(target: TargetStatus, now: float) -> str:
+def _target_lines(target: TargetStatus, now: float) -> Iterator[str]:
     if target.reason:
         since = format_duration(int(now - target.since))
-        return f"failed for {since}: {target.reason}: {target.message}"
-    size = f"{target.series} series, {target.size} bytes"
-    remark = target.remark and f"; {target.remark}"
-    return f"ok: {size}, {target.seconds:.4f} s{remark}"
+        what = f"failed for {since}: {target.reason}: {target.message}"
+        yield f"[-]scrape of {target.instance} {what}"
+    if target.remark:
+        yield f"warn: {target.instance}: {target.remark}"
 
 
 def _health_json(verdict: Verdict, reason: str) -> Iterator[str]:
@@ -6232,9 +6259,7 @@ def _exposition(families: Iterable[Family]) -> Iterator[str]:
 def verdict_families(verdict: Verdict) -> Iterator[Family]:
     """Yield what the latest verdict says, as metrics."""
     rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
-    probes = [({"probe": p.probe, "target": p.instance}, p) for p in verdict.probes]
-    probes = [(labels, p) for labels, p in probes if p.sent > -math.inf]
-    return _families(
+    yield from _families(
         ("health_check_healthy", "Whether the latest verdict is Healthy.",
          [({}, verdict.healthy)] if verdict.sequence else ()),
         ("health_check_verdict_timestamp_seconds", "When it was reached.",
@@ -6248,10 +6273,27 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
          [(rule, s.value) for rule, s in rules if s.value is not None]),
         ("health_check_rule_limit", "Limit of a rule EXPR OP NUMBER.",
          [(rule, s.limit) for rule, s in rules if s.limit is not None]),
+    )  # fmt: skip
+    yield from _target_families(verdict)
+
+
+def _target_families(verdict: Verdict) -> Iterator[Family]:
+    targets = [({"target": target.instance}, target) for target in verdict.targets]
+    yield from _families(
         ("health_check_target_up", "Whether the last scrape succeeded.",
-         [({"target": t.instance}, not t.reason) for t in verdict.targets]),
+         [(labels, not target.reason) for labels, target in targets]),
         ("health_check_target_watched", "0 if no rule knows a metric of its page.",
-         [({"target": t.instance}, t.watched) for t in verdict.targets]),
+         [(labels, target.watched) for labels, target in targets]),
+    )  # fmt: skip
+    yield from _probe_families(verdict)
+
+
+def _probe_families(verdict: Verdict) -> Iterator[Family]:
+    probes = [
+        ({"probe": probe.probe, "target": probe.instance}, probe)
+        for probe in verdict.probes if probe.sent > -math.inf
+    ]  # fmt: skip
+    return _families(
         ("probe_success", "Whether a probe succeeded.",
          [(labels, p.success) for labels, p in probes if p.success is not None]),
         ("probe_http_status_code", "Status of the answer, 0 if there was none.",
@@ -6340,27 +6382,31 @@ def answer_page(verdict: Verdict, site: Site, query: str = "") -> Answer:
     """
     seconds = max(0, int(time.monotonic() - verdict.time))
     old = seconds > max(MAX_INTERVALS * site.interval, OLD_AGE)
-    age = format_duration(seconds)
-    word = "Healthy" if verdict.healthy else "Unhealthy"
-    word = f"Last verdict, {age} ago: {word}" if old else word
-    text = f"{word}: {verdict.reason}" if verdict.reason else word
-    shown = f"checked {age} ago, <time>{format_time(verdict.wall)}</time>"
-    state = "pass" if verdict.healthy else "fail"
-    if not verdict.sequence:
-        word = text = "Not checked yet"
-    head = PAGE_HEAD.format(
-        style=STYLE, refresh="" if "still" in _options(query) else REFRESH,
-        title=_escape(" ".join([f"{word}:", site.pod, *site.urls])),
-        state=state if verdict.sequence and not old else "old", verdict=_escape(text),
-        where=_escape(", ".join(filter(None, [site.pod, *site.urls.values()]))),
-        shown=shown if verdict.sequence else "",
-    )  # fmt: skip
+    head = _page_head(verdict, site, format_duration(seconds), old)
+    if "still" not in _options(query):
+        head = head.replace("</head>", f"{REFRESH}</head>")
     sections = _bounded(_sections(verdict, site), "<p>The rest is left out.</p>")
     status = 200 if verdict.healthy and not old else 503
     body = itertools.chain([head], sections, [PAGE_END])
     return Answer(status, body, "text/html; charset=utf-8", (
         ("Content-Security-Policy", POLICY), ("Referrer-Policy", "no-referrer")
     ))  # fmt: skip
+
+
+def _page_head(verdict: Verdict, site: Site, age: str, old: bool) -> str:
+    state = "old" if old else "pass" if verdict.healthy else "fail"
+    word = "Healthy" if verdict.healthy else "Unhealthy"
+    word = f"Last verdict, {age} ago: {word}" if old else word
+    text = f"{word}: {verdict.reason}" if verdict.reason else word
+    shown = f"checked {age} ago, <time>{format_time(verdict.wall)}</time>"
+    if not verdict.sequence:
+        state, word, text, shown = "old", "Not checked yet", "Not checked yet", ""
+    where = filter(None, [site.pod, *site.urls.values()])
+    return PAGE_HEAD.format(
+        style=STYLE, title=_escape(" ".join([f"{word}:", site.pod, *site.urls])),
+        state=state, verdict=_escape(text), where=_escape(", ".join(where)),
+        shown=shown,
+    )  # fmt: skip
 
 
 def _sections(verdict: Verdict, site: Site) -> Iterator[str]:
@@ -6534,7 +6580,7 @@ def _strip(states: Sequence[str]) -> str:
 
 
 SVG = '<svg viewBox="0 0 240 40" preserveAspectRatio="none" aria-hidden="true"'
-REFRESH = '<meta http-equiv="refresh" content="5">'
+REFRESH = '<meta http-equiv="refresh" content="5">\n'
 STYLE = """
 :root { color-scheme: light dark; --pass: #1a7f37; --warn: #9a6700; --fail: #cf222e;
   --line: #d0d7de; --soft: #59636e; }
@@ -6578,7 +6624,6 @@ PAGE_HEAD = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-{refresh}
 <title>{title}</title>
 <style>{style}</style>
 </head>
@@ -7047,9 +7092,10 @@ class Server:
         # vain: the kubelet goes on at either.
         monitor, quiet = self._monitor, 0
         end = time.monotonic() + monitor.config.drain_timeout
-        seen, why = monitor.verdict.sequence, "" if monitor.drain_while else NO_SERVER
-        if len(self._waiting[DRAIN]) >= MAX_DRAINING:
-            why = f"{MAX_DRAINING} callers wait already"
+        full = len(self._waiting[DRAIN]) >= MAX_DRAINING
+        why = f"{MAX_DRAINING} callers wait already" if full else ""
+        why = why if monitor.drain_while else NO_SERVER
+        seen = monitor.verdict.sequence
         left = "" if why else "nothing is known yet"
         while quiet < 2 and not why:
             monitor.request(monitor.verdict.sequence, drain=True)
@@ -7061,8 +7107,8 @@ class Server:
             why = self._why_in_vain(verdict, end)
         if quiet == 2:
             return Answer(200, "Drained\n")
-        text = f"{why}; {left}" if left not in ("", why) else why
-        return Answer(503, _escaped_line(f"Not drained: {text}"))
+        reasons = dict.fromkeys(filter(None, (why, left)))
+        return Answer(503, _escaped_line(f"Not drained: {'; '.join(reasons)}"))
 
     def _why_in_vain(self, verdict: Verdict, end: float) -> str:
         for status in verdict.rules:
