@@ -3840,11 +3840,11 @@ def fetch(
 
     Redirects within the origin are followed, for a POST those that keep the method.
     """
-    at, kind = target, {"Accept": ACCEPT}
+    at, headers = target, {"Accept": ACCEPT}
     if body is not None:
-        kind = {"Accept": "application/json", "Content-Type": "application/json"}
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
     for _ in range(MAX_REDIRECTS + 1):
-        request = urllib.request.Request(at.address, body, kind)
+        request = urllib.request.Request(at.address, body, headers)
         if target.authorization:
             request.add_header("Authorization", target.authorization)
         with _Translated():

@@ -1982,6 +1982,8 @@ class Config(unittest.TestCase):
             ("METRICS_ENDPOINT", urls.split(), "http://localhost:8000/metrics"),
             ("METRICS_ENDPOINT", strange, "http://localhost:8000/metrics"),
             ("ALERTMANAGER_URL", [*strange, *urls.split()], "expected a URL"),
+            ("HEALTH_ENDPOINT", [*strange, *urls.split()], "expected a URL"),
+            ("CANARY_URL", [*strange, *urls.split()], "expected a URL"),
             ("METRICS_ENDPOINT", ["http://[::1", "http://h/\u00e9", "http://:"], "URL"),
             ("METRICS_ENDPOINT", [",", " , ,"], "commas"),
             ("ALERTMANAGER_URL", [","], "commas"), ("ALERT_LABELS", [","], "commas"),
