@@ -3785,21 +3785,12 @@ def open_stream(
     """
     with fetch(target, deadline, credentials, None, overtime) as response:
         if response.status != 200:
-            problem = _refusal(response.status, target, credentials)
-            raise ScrapeError("http_status", problem)
+            phrase = http.client.responses.get(response.status, "")
+            see = ": see METRICS_BEARER_TOKEN_FILE" if response.status == 401 else ""
+            text = f"HTTP {response.status} {phrase}{see}".strip()
+            raise ScrapeError("http_status", text)
         body = reader_of(response, deadline)
         yield Stream(response.fields.get("content-type", ""), body)
-
-
-def _refusal(status: int, target: Target, credentials: Credentials) -> str:
-    text = f"HTTP {status} {http.client.responses.get(status, '')}".strip()
-    if status != 401:
-        return text
-    if credentials.token_file:
-        return f"{text}: it takes no token of METRICS_BEARER_TOKEN_FILE"
-    if target.authorization:
-        return f"{text}: it takes no user:password of METRICS_ENDPOINT"
-    return f"{text}: METRICS_BEARER_TOKEN_FILE is not set"
 
 
 def reader_of(response: Response, deadline: float) -> Callable[[memoryview], int]:
@@ -4097,22 +4088,17 @@ def _connected(
                 problem = error.errno or 0
                 continue
             trying[sock.fileno()] = sock
-        patience = NEXT_ADDRESS if untried else math.inf
-        for sock in _ended(trying, min(patience, _left(deadline))):
+        seconds = min(NEXT_ADDRESS if untried else math.inf, _left(deadline))
+        poller = poll()
+        for descriptor in trying:
+            poller.register(descriptor, POLLOUT)
+        for descriptor, _ in poller.poll(seconds * 1000):
+            sock = trying.pop(descriptor)
             problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if not problem:
                 return sock
             sock.close()
     raise OSError(problem, os.strerror(problem))
-
-
-def _ended(trying: dict[int, _Socket], seconds: float) -> Iterator[_Socket]:
-    # Those whose attempt has ended; each is given away as it is asked for.
-    poller = poll()
-    for descriptor in trying:
-        poller.register(descriptor, POLLOUT)
-    for descriptor, _ in poller.poll(seconds * 1000):
-        yield trying.pop(descriptor)
 
 
 def _begin(family: int, kind: int, protocol: int, _: str, address: Any) -> _Socket:
