@@ -7313,30 +7313,32 @@ def _run(arguments: Sequence[str]) -> int:
     path, text, awaited = map(options.get, ("probe", "query", "wait"))
     if path is not None:
         return probe(os.environ, path)
+    asked = text if awaited is None else awaited
     try:
         shown = DEMO_RULES if options.get("demo") else {}
         config = load_config({**shown, **os.environ})
-        expr = None if text is None else _parse_query(text, config)
-        over = None if awaited is None else _parse_query(awaited, config, VECTOR)
+        kind = "" if awaited is None else VECTOR
+        expr = None if asked is None else _parse_query(asked, config, kind)
     except (ConfigError, PromQLError) as error:
         say(f"health_check.py: {error}", error=True)
         return 2
     _log_to_stderr(config)
+    return _act(options, config, expr)
+
+
+def _act(options: Mapping[str, Any], config: Config, expr: Expr | None) -> int:
     if options.get("check_config"):
+        rules = map(describe_rule, config.rules)
         told = options["format"] == "prometheus"
-        say(
-            prometheus_rules(config.rules) if told
-            else "\n".join(map(describe_rule, config.rules))
-        )  # fmt: skip
+        say(prometheus_rules(config.rules) if told else "\n".join(rules))
         return 0
-    if over is not None:
-        timeout = options["timeout"]
-        return wait(config, over, WAIT_TIMEOUT if timeout is None else timeout)
-    if expr is not None:
+    if expr is None:
+        config = _start_demo(config) if options.get("demo") else config
+        return check_once(config) if options.get("once") else serve(config)
+    if options.get("wait") is None:
         return query(config, expr)
-    if options.get("demo"):
-        config = _start_demo(config)
-    return check_once(config) if options.get("once") else serve(config)
+    timeout = options["timeout"]
+    return wait(config, expr, WAIT_TIMEOUT if timeout is None else timeout)
 
 
 def _parse_query(text: str, config: Config, kind: str = "") -> Expr:
@@ -7370,11 +7372,7 @@ def serve(config: Config) -> int:
     server = Server(listener, monitor, notifiers, before)
     policy = ExitPolicy(config, server.stop, time.monotonic())
     monitor.listeners.append(policy.on_verdict)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
-    # A signal that comes just before the loop sleeps would not wake it otherwise.
-    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
-    try:
+    with _stopped_by_signals(server):
         for thread in threads:
             thread.start()
         _log_start(config, port)
@@ -7383,15 +7381,25 @@ def serve(config: Config) -> int:
         # So that nothing is said of a server that nobody has asked yet.
         monitor.request(0)
         server.run()
-    finally:
-        signal.set_wakeup_fd(-1)
-        server.close()
-    # Python restores what a signal does by default as it ends.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     for thread in threads:
         thread.stop()
     return policy.status
+
+
+@contextmanager
+def _stopped_by_signals(server: Server) -> Iterator[None]:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    # A signal that comes just before the loop sleeps would not wake it otherwise.
+    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        server.close()
+        # Python restores what a signal does by default as it ends.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _listener(config: Config) -> socket.socket | None:
@@ -7823,22 +7831,12 @@ class JSONFormatter(TextFormatter):
 def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     # The server, which needs neither, starts a tenth sooner.
     import argparse  # noqa: PLC0415
-    import textwrap  # noqa: PLC0415
 
-    width = max(len(setting.name) for setting in SETTINGS)
-    wrap = partial(
-        textwrap.fill, width=79, subsequent_indent=" " * (width + 4),
-        break_on_hyphens=False, break_long_words=False,
-    )  # fmt: skip
-    settings = "\n".join(
-        wrap(f"  {name:{width}}  {help}{f' (default {default})' if default else ''}")
-        for name, _, default, help in SETTINGS
-    )
     parser = argparse.ArgumentParser(
         prog="health_check.py", description=(__doc__ or "").partition("\n\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"settings, from the environment:\n{settings}{EXAMPLES}",
+        epilog=f"settings, from the environment:\n{_settings_help()}{EXAMPLES}",
     )  # fmt: skip
     modes = parser.add_mutually_exclusive_group()
     for flag, text in MODES:
@@ -7867,6 +7865,20 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         if options[name] and not options[mode]:
             parser.error(f"--{name} needs --{mode.replace('_', '-')}")
     return options
+
+
+def _settings_help() -> str:
+    import textwrap  # noqa: PLC0415
+
+    width = max(len(setting.name) for setting in SETTINGS)
+    wrap = partial(
+        textwrap.fill, width=79, subsequent_indent=" " * (width + 4),
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
+    return "\n".join(
+        wrap(f"  {name:{width}}  {help}{f' (default {default})' if default else ''}")
+        for name, _, default, help in SETTINGS
+    )
 
 
 # Half a minute of waiting is longer than anybody watches a demo.
