@@ -692,10 +692,7 @@ def format_name(name: str, colon: str = "") -> str:
 
 
 class Instruction(NamedTuple):
-    """A step of a program: goes on behind a character, or jumps, the likeliest first.
-
-    ``mark`` is where a group begins in the pattern, doubled, and 1 more at its end.
-    """
+    """Takes a character, or jumps, the likeliest first; ``mark`` is that of a group."""
 
     test: Callable[[str], object] | None = None
     anchor: str = ""
@@ -820,14 +817,9 @@ def _step(pattern: str, states: frozenset[int], character: str) -> frozenset[int
 def _closure(
     program: Program, starts: Iterable[int], anchors: str = ""
 ) -> frozenset[int]:
-    states, todo = set(), list(starts)
-    while todo:
-        state = todo.pop()
-        if state not in states:
-            states.add(state)
-            step = program[state]
-            if step.anchor in anchors:
-                todo.extend(state + jump for jump in step.jumps)
+    states: dict[int, dict[int, int]] = {}
+    for state in starts:
+        _follow(program, states, (state, {}), 0, anchors)
     return frozenset(states)
 
 
@@ -1073,15 +1065,11 @@ def matches(matcher: Matcher, value: str) -> bool:
 
 def count_matched(selector: Selector, evaluation: Evaluation) -> int:
     """Return how many series a selector finds."""
-    moment, known = moment_of(selector, evaluation), evaluation.selected
-    found = select(selector, evaluation).values()
-    if not selector.window:
-        return sum([series.sample_at(moment) is not None for series in found])
-    if selector not in known:
-        start = moment - selector.window
-        known[selector] = sum([series.time > start for series in found])
-    count: int = known[selector]
-    return count
+    moment = moment_of(selector, evaluation)
+    found, start = select(selector, evaluation).values(), moment - selector.window
+    if selector.window:
+        return sum([series.time > start for series in found])
+    return sum([series.sample_at(moment) is not None for series in found])
 
 
 def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
@@ -1145,22 +1133,14 @@ def operate(expr: Operation, left: Value, right: Value) -> Value:
     if expr.name in SET_OPERATORS:
         return _combine(expr, cast(Vector, left), cast(Vector, right))
     apply, filters = OPERATORS[expr.name], is_filter(expr)
-    if isinstance(right, float):
-        if isinstance(left, float):
-            return float(apply(left, right))
-        vector = cast(Vector, left)
-        if filters:
-            return {k: value for k, value in vector.items() if apply(value, right)}
-        return _nameless((k, float(apply(v, right))) for k, v in vector.items())
-    other = cast(Vector, right)
-    if isinstance(left, float):
-        if filters:
-            return {k: value for k, value in other.items() if apply(left, value)}
-        return _nameless((k, float(apply(left, v))) for k, v in other.items())
-    pairs = _pairs(expr, cast(Vector, left), other)
+    if isinstance(left, float) and isinstance(right, float):
+        return float(apply(left, right))
+    if filters and isinstance(right, float):  # as most rules do
+        return {k: v for k, v in cast(Vector, left).items() if apply(v, right)}
+    found = _pairs(expr, left, right)
     if filters:
-        return {p.labels: p.left for p in pairs if apply(p.left, p.right)}
-    return _distinct((p.labels, float(apply(p.left, p.right))) for p in pairs)
+        return {labels: kept for labels, kept, a, b in found if apply(a, b)}
+    return _distinct((labels, float(apply(a, b))) for labels, _, a, b in found)
 
 
 def is_filter(expr: Operation) -> bool:
@@ -1168,46 +1148,60 @@ def is_filter(expr: Operation) -> bool:
     return expr.name in COMPARISONS and not expr.returns_bool
 
 
-class Pair(NamedTuple):
-    """Two operands that belong together, and the labels that their result gets."""
+def _pairs(
+    expr: Operation, left: Value, right: Value
+) -> Iterable[tuple[Labels, float, float, float]]:
+    """Return what belongs together: labels, the value a filter keeps, two operands."""
+    dropped = () if is_filter(expr) else METADATA
+    vector = cast(Vector, left if isinstance(right, float) else right)
+    if isinstance(left, float) or isinstance(right, float):
+        items: Iterable[tuple[Labels, float]] = vector.items()
+        if dropped:
+            items = ((_filtered(k, False, dropped), v) for k, v in items)
+        if isinstance(right, float):
+            return [(k, v, v, right) for k, v in items]
+        return [(k, v, cast(float, left), v) for k, v in items]
+    return _matched_pairs(expr, cast(Vector, left), cast(Vector, right), dropped)
 
-    labels: Labels
-    left: float
-    right: float
 
+def _matched_pairs(
+    expr: Operation, left: Vector, right: Vector, dropped: Sequence[str]
+) -> Iterator[tuple[Labels, float, float, float]]:
+    """Yield the pairs of two vectors by their labels.
 
-def _pairs(expr: Operation, left: Vector, right: Vector) -> Iterator[Pair]:
-    """Yield what belongs together of two vectors.
-
-    One side has one series at most for each set of matched labels, and so has the
-    other, unless ``group_left`` or ``group_right`` says that it may have many.  Whether
-    it has is an error before any filter drops one, since Prometheus 3.9.
+    Each side has one series at most for each set of matched labels, unless
+    ``group_left`` or ``group_right`` lets it have many.  More are an error also where
+    a filter would drop them, since Prometheus 3.9.
     """
     swapped = bool(expr.group and expr.group.side == "right")
     many, one = (right, left) if swapped else (left, right)
-    partners: dict[Labels, tuple[Labels, float]] = {}
-    for labels, value in one.items() if many else ():
-        key = _signature(labels, expr.grouping)
-        if key in partners:
-            raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
-        partners[key] = labels, value
-    keys, dropped = set(), () if is_filter(expr) else METADATA
+    partners, keys = _partners(one if many else {}, expr.grouping), set()
     for labels, value in many.items():
-        key, result = _signature(labels, expr.grouping), labels
+        key = _signature(labels, expr.grouping)
         if key not in partners:
             continue
-        partner, other = partners[key]
-        if dropped:
-            result = _filtered(labels, False, dropped)
+        (partner, other), result = partners[key], _filtered(labels, False, dropped)
         if expr.group:
             result = key = _included(result, partner, expr.group.labels)
         elif expr.grouping:
             result = _filtered(result, *expr.grouping)
         if key in keys:
-            kind = "many-to-many" if expr.group else "many-to-one"
-            raise EvaluationError(f"{kind} matching, on {format_series(key)}")
+            raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
         keys.add(key)
-        yield Pair(result, *((other, value) if swapped else (value, other)))
+        a, b = (other, value) if swapped else (value, other)
+        yield result, a, a, b
+
+
+def _partners(
+    vector: Vector, grouping: Grouping | None
+) -> dict[Labels, tuple[Labels, float]]:
+    partners: dict[Labels, tuple[Labels, float]] = {}
+    for labels, value in vector.items():
+        key = _signature(labels, grouping)
+        if key in partners:
+            raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
+        partners[key] = labels, value
+    return partners
 
 
 def _included(labels: Labels, partner: Labels, names: Sequence[str]) -> Labels:
@@ -1267,9 +1261,6 @@ def _signature(labels: Labels, grouping: Grouping | None) -> Labels:
     return _filtered(labels, keep, names if keep else (*names, "__name__"))
 
 
-# Functions of numbers.
-
-
 def _divide(left: float, right: float) -> float:
     if right:
         return left / right
@@ -1317,11 +1308,6 @@ def _total(
     return total
 
 
-def _inverse_tanh(value: float) -> float:
-    pole = math.copysign(math.inf, value)
-    return pole if abs(value) == 1 else _total(math.atanh)(value)
-
-
 def _round(value: float, nearest: float = 1.0) -> float:
     inverse = _divide(1.0, nearest)
     return _divide(_whole(math.floor)(value * inverse + 0.5), inverse)
@@ -1336,9 +1322,6 @@ def _greater(left: float, right: float) -> float:
 
 def _less(left: float, right: float) -> float:
     return -_greater(-left, -right)
-
-
-# Reducers: numbers to one.
 
 
 def _sum(values: Sequence[float]) -> float:
@@ -1382,9 +1365,6 @@ def _changes(values: Sequence[float]) -> float:
     return float(sum(map(operator.ne, values, values[1:])) - alike)
 
 
-# Functions of the samples in a range.
-
-
 def _increase(
     points: Points, start: float, end: float, *, counter: bool = True
 ) -> float:
@@ -1421,9 +1401,6 @@ def _regression(points: Points, origin: float) -> tuple[float, float]:
     slope = _sum([a * (v - value) for a, v in zip(ages, values)])
     slope /= _sum([a * a for a in ages])
     return slope, value - slope * age
-
-
-# How a function is applied.
 
 
 def _each(function: Callable[..., float]) -> Callable[..., Vector]:
@@ -1489,14 +1466,6 @@ def _aggregate(function: Callable[..., float]) -> Callable[..., Vector]:
     }
 
 
-def _predict_linear(
-    expr: Operation, evaluation: Evaluation, ranged: Range, seconds: float
-) -> Vector:
-    # Seconds count from now, also where the range ends before.
-    ahead = seconds + evaluation.now - ranged.end
-    return _over_range(_predict, least=2)(expr, evaluation, ranged, ahead)
-
-
 def _predict(points: Points, _: float, end: float, ahead: float) -> float:
     slope, value = _regression(points, end)
     return slope * ahead + value
@@ -1511,10 +1480,9 @@ def _top(sign: float) -> Callable[..., Vector]:
     def apply(expr: Operation, _: Evaluation, most: float, vector: Vector) -> Vector:
         if not abs(most) < 2**63:
             raise EvaluationError(f"{expr.name} of {format_float(most)} series")
-        kept: Vector = {}
-        for group in _grouped(vector, expr.grouping).values():
-            kept.update(sorted(group.items(), key=order)[: max(0, int(most))])
-        return kept
+        groups = _grouped(vector, expr.grouping).values()
+        tops = (sorted(group.items(), key=order) for group in groups)
+        return dict(pair for top in tops for pair in top[: max(0, int(most))])
 
     return apply
 
@@ -1639,20 +1607,21 @@ def _bucket_fraction(
     total = counts[-1]
     if bounds[-1] != math.inf or not total or math.isnan(lower) or math.isnan(upper):
         return math.nan
+    low, high = (min(_below(bounds, counts, each), total) for each in (lower, upper))
+    return 0.0 if lower >= upper else (high - low) / total
 
-    def below(value: float) -> float:
-        # Within a bucket observations lie on a line; the first begins at 0 if it can.
-        place = bisect_left(bounds, value)
-        start = bounds[place - 1] if place else 0.0 if bounds[0] > 0 else -math.inf
-        before, count = counts[place - 1] if place else 0.0, counts[place]
-        if value <= start:
-            return min(before, total)
-        if value == bounds[place] or start == -math.inf:
-            return min(count, total)
-        share = (value - start) / (bounds[place] - start)
-        return min(before + (count - before) * share, total)
 
-    return 0.0 if lower >= upper else (below(upper) - below(lower)) / total
+def _below(bounds: Sequence[float], counts: Sequence[float], value: float) -> float:
+    """Return how many observations are less: in a bucket they lie on a line."""
+    place = bisect_left(bounds, value)
+    # The first bucket begins at 0 if it can.
+    start = bounds[place - 1] if place else 0.0 if bounds[0] > 0 else -math.inf
+    before, count = counts[place - 1] if place else 0.0, counts[place]
+    if value <= start:
+        return before
+    if value == bounds[place] or start == -math.inf:
+        return count
+    return before + (count - before) * ((value - start) / (bounds[place] - start))
 
 
 OPERATORS: dict[str, Callable[[float, float], float]] = {
@@ -1673,10 +1642,9 @@ REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 class Function(NamedTuple):
-    """A function: the types of its operands, what it does, the type of its result.
+    """A function: the types of its operands and of its result, and what it does.
 
-    Of the operands the last ``optional`` ones may be left out; if that is negative, the
-    last one may come any number of times.
+    The last ``optional`` operands may be left out; -1: the last may come often, or not.
     """
 
     operands: tuple[str, ...]
@@ -1687,13 +1655,10 @@ class Function(NamedTuple):
 
 
 def _rows(
-    operands: tuple[str, ...], wrap: Callable[..., Callable[..., Value]],
-    functions: Mapping[str, Callable[..., float]], **fields: Any,
+    operands: tuple[str, ...], wrap: Callable[..., Any], rows: Mapping[str, Any],
+    **fields: Any,
 ) -> dict[str, Function]:  # fmt: skip
-    return {
-        name: Function(operands, wrap(function), **fields)
-        for name, function in functions.items()
-    }
+    return {name: Function(operands, wrap(rows[name]), **fields) for name in rows}
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -1708,7 +1673,9 @@ FUNCTIONS: dict[str, Function] = {
         "asin": _total(math.asin), "acos": _total(math.acos), "atan": math.atan,
         "sinh": _total(math.sinh), "cosh": lambda value: _total(math.cosh)(abs(value)),
         "tanh": math.tanh, "asinh": math.asinh, "acosh": _total(math.acosh),
-        "atanh": _inverse_tanh,
+        "atanh": lambda value: (
+            _total(math.atanh)(value) if abs(value) != 1 else value * math.inf
+        ),
     }),
     **_rows((VECTOR, SCALAR), _each, {"round": _round}, optional=1),
     **_rows((VECTOR, SCALAR), _each, {"clamp_min": _greater, "clamp_max": _less}),
@@ -1748,7 +1715,10 @@ FUNCTIONS: dict[str, Function] = {
     **_rows((SCALAR, SCALAR, VECTOR), _of_buckets, {
         "histogram_fraction": _bucket_fraction,
     }),
-    "predict_linear": Function((RANGE, SCALAR), _predict_linear),
+    # Its seconds count from now, also where the range ends before.
+    "predict_linear": Function((RANGE, SCALAR), lambda expr, now, ranged, seconds: (
+        _over_range(_predict, 2)(expr, now, ranged, now.now - ranged.end + seconds)
+    )),
     "absent": Function((VECTOR,), _absent),
     "absent_over_time": Function((RANGE,), _absent),
     "clamp": Function((VECTOR, SCALAR, SCALAR), _clamp),
@@ -1856,14 +1826,14 @@ class Token(NamedTuple):
 
     def wrong(self) -> PromQLError:
         """Return the error for a character that no token begins with."""
-        if self.text in "\"'`":
-            return self.error("unterminated string")
-        if self.text.isalpha():
-            return self.error("a name is made of the letters A to Z, digits and _")
-        if self.text.isdigit():
-            return self.error("bad number or duration")
         hint = HINTS.get(self.text, "no operator")
-        return self.error(f"bad character {self.text!r}: {hint}")
+        return self.error(
+            "unterminated string" if self.text in "\"'`"
+            else "a name is made of the letters A to Z, digits and _"
+            if self.text.isalpha()
+            else "bad number or duration" if self.text.isdigit()
+            else f"bad character {self.text!r}: {hint}"
+        )  # fmt: skip
 
 
 def parse_expression(text: str) -> Expr:
@@ -1902,13 +1872,19 @@ def tokenize(text: str) -> Iterator[Token]:
         if kind == "newline" and depth <= 0:
             newline = token._replace(key="\n")
         elif kind not in ("newline", "blank"):
-            joins = key in JOINERS or (key == "(" and last in FUNCTIONS)
-            groups = key in ("by", "without") and _BRACKET.match(text, at)
-            if newline and not joins and not groups:
+            if newline and not _goes_on(token, last):
                 yield newline
             newline, last = None, key
             yield token
     yield Token("end", "", "", len(text), text)
+
+
+def _goes_on(token: Token, last: str) -> bool:
+    """Tell whether a token on a line of its own goes on with the line before."""
+    joins = token.key in JOINERS or (token.key == "(" and last in FUNCTIONS)
+    groups = token.key in ("by", "without")
+    behind = token.position + len(token.text)
+    return joins or (groups and bool(_BRACKET.match(token.source, behind)))
 
 
 class Parser:
@@ -2014,9 +1990,9 @@ class Parser:
     def _duration(self) -> float:
         """Return the seconds of a length of time, which may be computed."""
         start = self.token
-        if start.kind == "op" and start.key not in ("(", "-", "+"):
+        if start.key == "]":
             raise start.unexpected("a duration")
-        seconds = _constant(self._binary(PRECEDENCE["+"]), start)
+        seconds = _constant(self._binary(PRECEDENCE["+"]), start, "a duration")
         if not MIN_RANGE <= seconds < MAX_DURATION:
             raise start.error("a range must be longer than 0, and shorter than 292y")
         return seconds
@@ -2024,17 +2000,12 @@ class Parser:
     def _signed(self, expected: str) -> float:
         """Return a number or a duration, which in brackets may be computed."""
         start, sign = self.token, -1.0 if self.token.key == "-" else 1.0
-        if self.token.key in ("-", "+"):
+        if start.key in ("-", "+"):
             self.take()
-        if self.token.key == "(":
-            value = _constant(self._operand(), start)
-        elif self.token.kind == "number":
-            value = _number(self.take())
-        else:
-            raise self.token.unexpected(expected)
+        value = sign * _constant(self._operand(), start, expected)
         if not abs(value) < MAX_DURATION:
             raise start.error(f"expected {expected} of less than 292 years")
-        return sign * value
+        return value
 
     def _operand(self) -> Expr:
         token, following = self.token, self.following.key
@@ -2050,9 +2021,10 @@ class Parser:
             return self._call(token.key)
         if token.kind == "word" and following == "(":
             return self._call(token.text)
-        if token.key == "{" or (token.kind == "word" and token.key not in MODIFIERS):
-            return self._selector()
-        raise token.unexpected("an expression")
+        names = token.kind == "word" and token.key not in MODIFIERS
+        if not names and token.key != "{":
+            raise token.unexpected("an expression")
+        return self._selector()
 
     def _list(self, brackets: str, item: Callable[[], T]) -> list[T]:
         items: list[T] = []
@@ -2095,16 +2067,7 @@ class Parser:
         token, function = self.take(), FUNCTIONS[name]
         grouping = self._grouping("by", "without")
         operands = self._list("()", self._argument)
-        types, found = function.operands, tuple(map(type_of, operands))
-        if function.optional < 0:
-            types = types[:-1] + types[-1:] * max(0, len(found) - len(types) + 1)
-        elif len(found) < len(types):
-            types = types[: max(len(found), len(types) - function.optional)]
-        if found != types:
-            wanted, given = (" and ".join(t) or "nothing" for t in (types, found))
-            raise token.error(f"{name} takes {wanted}, not {given}")
-        if name == "label_replace":
-            _check_regex(cast(Text, operands[4]).value, token)
+        _check_operands(function, operands, token)
         if name in AGGREGATORS and not grouping:
             grouping = self._grouping("by", "without") or Grouping(True, ())
         return Operation(name, tuple(operands), grouping)
@@ -2144,23 +2107,39 @@ class Parser:
 
 
 def _check(expr: Operation, token: Token) -> None:
+    """Raise PromQLError if an operator and its operands do not go together."""
     types, comparison = set(map(type_of, expr.operands)), token.key in COMPARISONS
-    matched = set(expr.grouping.labels) if expr.grouping else set()
-    twice = matched.intersection(expr.group.labels) if expr.group else set()
+    keep, labels = expr.grouping or (False, ())
+    included = expr.group.labels if expr.group else ()
+    scalars, sets = SCALAR in types, token.key in SET_OPERATORS
     for wrong, problem in (
         (RANGE in types, f"{token.key!r} takes no range vector"),
         (STRING in types, f"{token.key!r} takes no string"),
-        (SCALAR in types and token.key in SET_OPERATORS,
-         f"{token.key!r} takes no scalar"),
-        (SCALAR in types and matched, "on and ignoring stand between two vectors"),
-        (expr.group and token.key in SET_OPERATORS, f"{token.key!r} has no group"),
-        (twice and cast(Grouping, expr.grouping).keep, "a label is in on and in group"),
+        (scalars and sets, f"{token.key!r} takes no scalar"),
+        (scalars and labels, "on and ignoring stand between two instant vectors"),
+        (expr.group and sets, f"{token.key!r} has no group"),
+        (keep and {*labels}.intersection(included), "a label is in on and in group"),
         (expr.returns_bool and not comparison, "bool stands after a comparison"),
         (comparison and types == {SCALAR} and not expr.returns_bool,
          "comparisons between scalars must use bool"),
     ):
         if wrong:
             raise token.error(problem)
+
+
+def _check_operands(
+    function: Function, operands: Sequence[Expr], token: Token
+) -> None:
+    types, found = function.operands, tuple(map(type_of, operands))
+    if function.optional < 0:
+        types = types[:-1] + types[-1:] * max(0, len(found) - len(types) + 1)
+    elif len(found) < len(types):
+        types = types[: max(len(found), len(types) - function.optional)]
+    if found != types:
+        wanted, given = (" and ".join(t) or "nothing" for t in (types, found))
+        raise token.error(f"{token.text} takes {wanted}, not {given}")
+    if token.text == "label_replace":
+        _check_regex(cast(Text, operands[4]).value, token)
 
 
 def _check_regex(pattern: str, token: Token) -> None:
@@ -2170,13 +2149,13 @@ def _check_regex(pattern: str, token: Token) -> None:
         raise token.error(str(error)) from None
 
 
-def _constant(expr: Expr, token: Token) -> float:
+def _constant(expr: Expr, token: Token, expected: str) -> float:
     """Return the value of an expression of numbers alone."""
     if isinstance(expr, Operation) and expr.name in OPERATORS:
-        left, right = (_constant(operand, token) for operand in expr.operands)
+        left, right = (_constant(each, token, expected) for each in expr.operands)
         return float(OPERATORS[expr.name](left, right))
     if not isinstance(expr, Number):
-        raise token.unexpected("a duration")
+        raise token.unexpected(expected)
     return expr.value
 
 
@@ -2266,41 +2245,48 @@ def format_expression(expr: Expr, floor: float = 0) -> str:
     >>> format_expression(parse_expression("a>1  OR (b)"))
     'a > 1 or b'
     """
-    if isinstance(expr, Selector):
-        name, matchers, window = expr[:3]
-        if name.lower() in NO_NAMES:
-            name, matchers = "", (Matcher("__name__", "=", name), *matchers)
-        length = f"[{format_duration(window)}]" if window else ""
-        return format_selector(name, matchers) + length + _format_moment(expr)
-    if isinstance(expr, Subquery):
-        length = f"[{format_duration(expr.window)}:{format_duration(expr.step)}]"
-        return format_expression(expr.expr, POWER + 1) + length + _format_moment(expr)
+    if isinstance(expr, (Selector, Subquery)):
+        return _format_looking_back(expr)
     if isinstance(expr, Text):
         return quote(expr.value)
+    level: float = POWER + 1
     if isinstance(expr, Number):
         text = format_float(expr.value)
-        level = SIGN if text.startswith("-") else POWER + 1
+        level = SIGN if text.startswith("-") else level
     elif expr.name in FUNCTIONS:
         operands = ", ".join(map(format_expression, expr.operands))
         grouping = _format_grouping(expr.grouping, "by", "without")
-        return f"{expr.name}{grouping and grouping + ' '}({operands})"
+        text = f"{expr.name}{grouping and grouping + ' '}({operands})"
     elif expr == _negative(expr.operands[1]):
         level, text = SIGN, "-" + format_expression(expr.operands[1], SIGN)
     else:
-        level, power = PRECEDENCE[expr.name], expr.name == "^"
-        left = format_expression(expr.operands[0], level + power)
-        right = format_expression(expr.operands[1], level + (not power))
-        modifiers = " bool" * expr.returns_bool
-        modifiers += _format_grouping(expr.grouping, "on", "ignoring")
-        if expr.group:
-            labels = ", ".join(map(format_name, expr.group.labels))
-            modifiers += f" group_{expr.group.side} ({labels})"
-        text = f"{left} {expr.name}{modifiers} {right}"
+        level, text = PRECEDENCE[expr.name], _format_operator(expr)
     return f"({text})" if level < floor else text
 
 
-def _format_moment(expr: Selector | Subquery) -> str:
-    text = "" if expr.at is None else f" @ {format_float(expr.at)}"
+def _format_operator(expr: Operation) -> str:
+    level, power = PRECEDENCE[expr.name], expr.name == "^"
+    left = format_expression(expr.operands[0], level + power)
+    right = format_expression(expr.operands[1], level + (not power))
+    modifiers = " bool" * expr.returns_bool
+    modifiers += _format_grouping(expr.grouping, "on", "ignoring")
+    if expr.group:
+        labels = ", ".join(map(format_name, expr.group.labels))
+        modifiers += f" group_{expr.group.side} ({labels})"
+    return f"{left} {expr.name}{modifiers} {right}"
+
+
+def _format_looking_back(expr: Selector | Subquery) -> str:
+    if isinstance(expr, Subquery):
+        text = format_expression(expr.expr, POWER + 1)
+        text += f"[{format_duration(expr.window)}:{format_duration(expr.step)}]"
+    else:
+        name, matchers, window = expr[:3]
+        if name.lower() in NO_NAMES:
+            name, matchers = "", (Matcher("__name__", "=", name), *matchers)
+        text = format_selector(name, matchers)
+        text += f"[{format_duration(window)}]" if window else ""
+    text += "" if expr.at is None else f" @ {format_float(expr.at)}"
     length = "-" * (expr.offset < 0) + format_duration(abs(expr.offset))
     return f"{text} offset {length}" if expr.offset else text
 
