@@ -1065,11 +1065,13 @@ def matches(matcher: Matcher, value: str) -> bool:
 
 def count_matched(selector: Selector, evaluation: Evaluation) -> int:
     """Return how many series a selector finds."""
-    moment = moment_of(selector, evaluation)
+    moment, known = moment_of(selector, evaluation), evaluation.selected
     found, start = select(selector, evaluation).values(), moment - selector.window
-    if selector.window:
-        return sum([series.time > start for series in found])
-    return sum([series.sample_at(moment) is not None for series in found])
+    if not selector.window:
+        return sum([series.sample_at(moment) is not None for series in found])
+    if selector not in known:
+        known[selector] = sum([series.time > start for series in found])
+    return cast(int, known[selector])
 
 
 def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
@@ -2341,7 +2343,8 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     Where it cannot be evaluated, the alerts stay as they were and ``error`` says why.
     """
     rule, part = before.rule, _part(before, evaluation)
-    evaluation = evaluation._replace(lazy=rule.builtin)
+    if rule.builtin:
+        evaluation = evaluation._replace(lazy=True)
     try:
         found, value, limit = _measure(part.expr, evaluation) if part.expr else NOTHING
         # An alert is known by the labels of its series without the name, and these
