@@ -469,22 +469,18 @@ class ProbeStatus(NamedTuple):
     about: frozenset[tuple[Labels, float]] = frozenset()
 
     def samples(self, labels: Labels) -> dict[Labels, float]:
-        """Return what rules see of it: nothing before it was first sent."""
-        values = {
-            "probe_success": self.success if self.stands else None,
-            "probe_http_status_code": self.code,
-            "probe_duration_seconds": self.seconds,
-        }  # fmt: skip
-        own = (("instance", self.instance), ("probe", self.probe), *labels)
-        found = [
-            ((("__name__", name), *own), value)
-            for name, value in values.items()
-            if value is not None and self.sent > -math.inf
+        """Return what rules see of it."""
+        found: list[tuple[Labels, float]] = [
+            ((("__name__", "probe_http_status_code"),), float(self.code)),
+            ((("__name__", "probe_duration_seconds"),), self.seconds),
         ]
+        if self.success is not None and self.stands:
+            found.append(((("__name__", "probe_success"),), float(self.success)))
         if self.reason:
             error = ("__name__", "probe_error"), ("reason", self.reason)
-            found.append(((*error, *own), 1))
-        return {tuple(sorted(series)): float(value) for series, value in found}
+            found.append((error, 1.0))
+        own = ("instance", self.instance), ("probe", self.probe), *labels
+        return {tuple(sorted((*name, *own))): value for name, value in found}
 
 
 class Verdict(NamedTuple):
@@ -2602,9 +2598,9 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     moving = [s for s in SERVERS if s.moving]
     gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in moving).split()
     moved = [_changed(server, "idelta({}[5m]) != 0") for server in moving]
-    busy = [f"last_over_time({gauge}[2m10s]) > 0" for gauge in gauges]
-    idle = [f"last_over_time({gauge}[2m10s]) == 0" for gauge in gauges]
-    asleep = [_sleeps(server) for server in SERVERS if server.asleep]
+    busy = map("last_over_time({}[2m10s]) > 0".format, gauges)
+    idle = map("last_over_time({}[2m10s]) == 0".format, gauges)
+    asleep = map(_sleeps, filter(operator.attrgetter("asleep"), SERVERS))
     nowhere = Grouping(True, ())
     quiet = Operation("unless", (_union(idle), _union([*busy, *asleep])), nowhere)
     known = parse_expression("sum_over_time(up[5m]) > 1")
@@ -4857,42 +4853,62 @@ COMPLETIONS = (
 )  # fmt: skip
 # With these it is the request that is wrong, or what it is sent with.
 NO_SIGN = ("dns", "tls", "redirect", "credentials")
+Finding = Tuple[Union[bool, None], str, str]
+"""Whether it is a success, and why not: in a word for rules, and for people."""
+SOUND: Finding = True, "", ""
 MEND = {401: "CANARY_BEARER_TOKEN_FILE", 403: "CANARY_BEARER_TOKEN_FILE",
         404: "CANARY_URL or CANARY_BODY", 405: "CANARY_URL"}  # fmt: skip
 
 
-def ask_health(
-    target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
-    overtime: float = 0.0,
-) -> ProbeStatus:
-    """Ask a server's own health route; 2xx is success, as to blackbox_exporter."""
-    started, code, reason, message = time.monotonic(), 0, "", ""
+def ask(
+    probe: str, target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
+    *, body: bytes | None = None, overtime: float = 0.0,
+) -> ProbeStatus:  # fmt: skip
+    """Ask a server; 2xx is success, as to blackbox_exporter.
+
+    With a ``body`` the answer must hold a completion.
+    """
+    started, code = time.monotonic(), 0
     try:
-        with fetch(target, deadline, credentials, None, overtime) as response:
+        with fetch(target, deadline, credentials, body, overtime) as response:
             code = response.status
-        if not 200 <= code < 300:
-            reason, message = "http_status", f"HTTP {code}"
+            # The body of a health route tells no more than its status.
+            found: Finding = (False, "http_status", f"HTTP {code}")
+            found = SOUND if 200 <= code < 300 else found
+            if body:
+                found = judge_completion(code, _read(response, deadline))
     except ScrapeError as error:
-        reason, message = error.reason, str(error)
+        success = None if body and error.reason in NO_SIGN else False
+        found = success, error.reason, str(error)
+    (success, reason, message), seconds = found, time.monotonic() - started
     return ProbeStatus(
-        "health", target.instance, not reason, code, reason, message,
-        time.monotonic() - started, started,
-    )  # fmt: skip
+        probe, target.instance, success, code, reason, message, seconds, started
+    )
+
+
+def ask_canary(config: Config, target: Target, model: str) -> ProbeStatus:
+    """Ask for a completion, of a model or of the first that the server names."""
+    deadline = time.monotonic() + config.canary_timeout
+    token_file, body = config.canary_bearer_token_file, config.canary_body
+    credentials = credentials_of(config)._replace(token_file=token_file)
+    if not body:
+        model = model or _served_model(target, deadline, credentials)
+        body = completion_request(target.url, model)
+    return ask("canary", target, deadline, credentials, body=body)
 
 
 class Canary:
     """Asks for a completion in a thread of its own, one request at a time.
 
-    The thread that checks calls ``latest`` and ``consider``; the lock guards all that
-    changes.
+    The thread that checks calls ``consider``, with the ``latest`` answer, which is
+    replaced as a whole; the lock guards the order to ask, and whether to stop.
     """
 
     def __init__(self, config: Config, target: Target) -> None:
         self._config, self._target = config, target
-        self._changed = threading.Condition()
+        self.latest = ProbeStatus("canary", target.instance)
         self._order: tuple[str, ProbeStatus] | None = None
-        self._latest = ProbeStatus("canary", target.instance)
-        self._stopped = False
+        self._changed, self._stopped = threading.Condition(), False
 
     def start(self) -> None:
         """Start the thread."""
@@ -4904,26 +4920,32 @@ class Canary:
             self._stopped = True
             self._changed.notify()
 
-    def latest(self) -> ProbeStatus:
-        """Return what the last answer was."""
-        with self._changed:
-            return self._latest
-
-    def consider(
-        self, since: float | None, now: float, about: frozenset[tuple[Labels, float]],
-        series: SeriesByName,
-    ) -> None:
-        """Send a request if one is due; ``since`` is when all began to stand still."""
-        with self._changed:
-            due = is_due(self._latest, since, now, self._config.canary_after)
-            if due and self._order is None:
-                sent = self._latest._replace(sent=now, about=about)
-                self._order = _model(series), sent
-                self._changed.notify()
-
     def answered(self) -> bool:
         """Tell whether no request is in flight."""
         return self._order is None
+
+    def consider(
+        self, latest: ProbeStatus, when: Iterable[RuleStatus],
+        stalls: Iterable[RuleStatus], evaluation: Evaluation,
+    ) -> ProbeStatus:  # fmt: skip
+        """Ask if that is due, and return what the latest answer says now.
+
+        ``when`` are the rules that ask for it, and ``stalls`` those it may answer.
+        """
+        now, after = evaluation.now, self._config.canary_after
+        alerts = itertools.chain.from_iterable(status.alerts for status in when)
+        firing = [alert for alert in alerts if alert.state == "firing"]
+        about = frozenset((alert.labels, alert.value) for alert in firing)
+        since = min((alert.since for alert in firing), default=None)
+        if is_due(latest, since, now, after) and self.answered():
+            with self._changed:
+                sent = latest._replace(sent=now, about=about)
+                self._order = _model(evaluation.history), sent
+                self._changed.notify()
+        # An engine for which another has answered goes on standing still.
+        older = any(a.since <= latest.sent for s in stalls for a in s.alerts)
+        same = about == latest.about and not older
+        return as_of(latest, since, now, after, same)
 
     def _run(self) -> None:
         while True:
@@ -4937,33 +4959,8 @@ class Canary:
             except Exception as error:
                 text, instance = report(error), self._target.instance
                 found = ProbeStatus("canary", instance, None, 0, "bug", text)
-            with self._changed:
-                self._latest = found._replace(sent=order.sent, about=order.about)
-                self._order = None
-
-
-def ask_canary(config: Config, target: Target, model: str) -> ProbeStatus:
-    """Ask for a completion, of a model or of the first that the server names."""
-    started, code = time.monotonic(), 0
-    deadline = started + config.canary_timeout
-    token_file = config.canary_bearer_token_file
-    credentials = credentials_of(config)._replace(token_file=token_file)
-    try:
-        body = config.canary_body
-        if not body:
-            model = model or _served_model(target, deadline, credentials)
-            body = completion_request(target.url, model)
-        with fetch(target, deadline, credentials, body) as response:
-            code = response.status
-            answer = _read(response, deadline)
-            success, reason, message = judge_answer(code, answer)
-    except ScrapeError as error:
-        success = None if error.reason in NO_SIGN else False
-        reason, message = error.reason, str(error)
-    seconds = time.monotonic() - started
-    return ProbeStatus(
-        "canary", target.instance, success, code, reason, message, seconds
-    )
+            self.latest = found._replace(sent=order.sent, about=order.about)
+            self._order = None
 
 
 def completion_request(url: str, model: str) -> bytes:
@@ -4982,8 +4979,8 @@ def completion_request(url: str, model: str) -> bytes:
     return json.dumps(request).encode()
 
 
-def judge_answer(code: int, body: bytes) -> tuple[bool | None, str, str]:
-    """Return whether an answer shows a sound engine; why not, in a word and for people.
+def judge_completion(code: int, body: bytes) -> Finding:
+    """Return whether an answer shows a sound engine, and why not.
 
     None where it shows nothing: a status below 500 says that the request is wrong.
     """
@@ -4992,15 +4989,14 @@ def judge_answer(code: int, body: bytes) -> tuple[bool | None, str, str]:
         if code >= 500:
             return False, "http_status", text
         return None, "refused_request", f"mend {MEND.get(code, 'CANARY_BODY')}: {text}"
-    try:
+    answer = None
+    with suppress(ValueError, RecursionError):
         answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return False, "no_completion", "200 without JSON"
     answer = answer[0] if isinstance(answer, list) and answer else answer
     answer = answer if isinstance(answer, dict) else {}
     found = any(answer.get(name) not in (None, [], {}) for name in COMPLETIONS)
     if found and not answer.get("error"):
-        return True, "", ""
+        return SOUND
     return False, "no_completion", f"200 with {redact(repr(body[:200]))}"
 
 
@@ -5038,9 +5034,9 @@ def _served_model(target: Target, deadline: float, credentials: Credentials) -> 
     base, version, _ = target.url.partition("/v1/")
     if version:
         models = target._replace(url=f"{base}/v1/models")
-        with fetch(models, deadline, credentials) as response:
-            answer = _read(response, deadline)
-        with suppress(LookupError, TypeError, ValueError, RecursionError):
+        with suppress(ScrapeError, LookupError, TypeError, ValueError, RecursionError):
+            with fetch(models, deadline, credentials) as response:
+                answer = _read(response, deadline)
             return str(json.loads(answer)["data"][0]["id"])
     return ""
 
@@ -5432,7 +5428,7 @@ class Scraper:
         # The token is for the metrics alone.
         credentials = credentials_of(self._config)._replace(token_file="")
         try:
-            return ask_health(route, job.deadline, credentials, overtime)
+            return ask("health", route, job.deadline, credentials, overtime=overtime)
         except Exception as error:
             return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 
@@ -5587,7 +5583,7 @@ class Monitor:
 
     def _judge(self) -> Verdict:
         # Before the scrape, which so has seen what an answer has moved.
-        latest = self.canary.latest() if self.canary else None
+        latest = self.canary.latest if self.canary else None
         with self._news:
             drain, self._drain_asked = self._drain_asked, False
         now, wall, scrapes, probes = self._scrape()
@@ -5598,7 +5594,8 @@ class Monitor:
         before = self.verdict.targets
         targets = record(scrapes, self.history, now, self.config, before)
         if self.canary and latest:
-            probes += (self._consider(self.canary, latest, now, wall),)
+            answer = self._consider(self.canary, latest, now, wall)
+            probes += (answer,) if answer.sent > -math.inf else ()
         record_probes(probes, self.history, now, self.config)
         self._scraped = self._scraped or not all(target.reason for target in targets)
         evaluation = self.history.evaluation(now, wall)
@@ -5628,17 +5625,9 @@ class Monitor:
         """Let the canary be sent where CANARY_WHEN asks for it."""
         evaluation = self.history.evaluation(now, wall)
         self._when = tuple(_judged(status, evaluation) for status in self._when)
-        alerts = itertools.chain.from_iterable(status.alerts for status in self._when)
-        firing = [alert for alert in alerts if alert.state == "firing"]
-        about = frozenset((alert.labels, alert.value) for alert in firing)
-        since = min((alert.since for alert in firing), default=None)
-        canary.consider(since, now, about, evaluation.history)
-        # An engine that another has answered for goes on standing still.
         names = "Stalling", "Stalled"
-        stuck = (s.alerts for s in self._statuses if s.rule.name in names)
-        older = any(a.since <= latest.sent for a in itertools.chain(*stuck))
-        same = about == latest.about and not older
-        return as_of(latest, since, now, self.config.canary_after, same)
+        stalls = [status for status in self._statuses if status.rule.name in names]
+        return canary.consider(latest, self._when, stalls, evaluation)
 
     def _scrape(
         self
@@ -6266,7 +6255,7 @@ def _target_families(verdict: Verdict) -> Iterator[Family]:
 def _probe_families(verdict: Verdict) -> Iterator[Family]:
     probes = [
         ({"probe": probe.probe, "target": probe.instance}, probe)
-        for probe in verdict.probes if probe.sent > -math.inf
+        for probe in verdict.probes
     ]  # fmt: skip
     return _families(
         ("probe_success", "Whether a probe succeeded.",
@@ -7227,11 +7216,13 @@ MAX_BACKLOG, FLUSH_TIME = 256 * 1024, 0.2
 # What the first line of the log has in a form of its own.
 TOLD = ("UNHEALTHY_WHEN", "APP_PORT", "METRICS_TIMEOUT", "SCRAPE_INTERVAL")
 MODES = (
-    ("--once", "check once; exit 0 if healthy, 1 if not"),
-    ("--check-config", "print the rules as understood; exit 2 if one is wrong"),
-    ("--demo", "serve against a simulated LLM server"),
+    ("--once", "", "check once; exit 0 if healthy, 1 if not"),
+    ("--check-config", "", "print the rules as understood; exit 2 if one is wrong"),
+    ("--demo", "", "serve against a simulated LLM server"),
+    ("--query", "EXPR", "print what EXPR gives now"),
+    ("--wait", "EXPR", "wait until EXPR gives nothing twice; exit 1 if not in time"),
 )
-ZERO, ONE, PROMETHEUS_STEP = Number(0), Number(1), 10.0
+PROMETHEUS_STEP = 10.0
 # What Prometheus does not have, or only from somewhere else.
 NOT_IN_PROMETHEUS = {
     "scrape_error": "is up == 0 there, which has no reason",
@@ -7419,13 +7410,13 @@ class ExitPolicy:
     def on_verdict(self, _: Verdict, verdict: Verdict) -> None:
         """Stop the program if a verdict asks for it; for the thread that checks."""
         self._was_healthy = self._was_healthy or verdict.healthy
-        wanted = [s for s in verdict.rules if s.rule.name in self._config.exit_when]
-        firing = [status for status in wanted if status.state == "firing"]
+        firing = [status for status in verdict.rules if status.state == "firing"]
+        fires = {status.rule.name: status.last_words for status in firing}
+        names = ", ".join(name for name in self._config.exit_when if name in fires)
         may = self._was_healthy and verdict.time >= self._earliest and not self.status
-        if firing and may:
+        if names and may:
             self.status = EXIT_STATUS
-            names = ", ".join(status.rule.name for status in firing)
-            text = f"exit status {EXIT_STATUS}: {names}; {firing[0].last_words}"
+            text = f"exit status {EXIT_STATUS}: {names}; {fires[names.split(',')[0]]}"
             log(logging.WARNING, text, rule=names)
             text = f"{format_time(verdict.wall)} {text}"
             _write_last_words(self._config.last_words, text)
@@ -7658,14 +7649,18 @@ def _as_in_prometheus(expr: Expr, *, counts: bool = False) -> Expr:
         counts = counts or expr.name not in ("and", "or", "unless")
         parts = (_as_in_prometheus(operand, counts=counts) for operand in expr.operands)
         return expr._replace(operands=tuple(parts))
-    if not isinstance(expr, Selector) or expr.name != "scrape_error":
-        return expr
+    if isinstance(expr, Selector) and expr.name == "scrape_error":
+        return _failed_scrape(expr, counts=counts)
+    return expr
+
+
+def _failed_scrape(expr: Selector, *, counts: bool) -> Expr:
     kept = tuple(matcher for matcher in expr.matchers if matcher.label != "reason")
     if expr.window:
-        ones = Operation("+", (Operation("==", (Selector("up", kept), ZERO)), ONE))
+        ones = _failed_scrape(Selector("up", kept), counts=True)
         return Subquery(ones, expr.window, PROMETHEUS_STEP, expr.offset, expr.at)
-    down = Operation("==", (expr._replace(name="up", matchers=kept), ZERO))
-    return Operation("+", (down, ONE)) if counts else down
+    down = Operation("==", (expr._replace(name="up", matchers=kept), Number(0)))
+    return Operation("+", (down, Number(1))) if counts else down
 
 
 def _needed_range(rule: Rule) -> str:
@@ -7828,8 +7823,9 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         epilog=f"settings, from the environment:\n{_settings_help()}{EXAMPLES}",
     )  # fmt: skip
     modes = parser.add_mutually_exclusive_group()
-    for flag, text in MODES:
-        modes.add_argument(flag, action="store_true", help=text)
+    for flag, value, text in MODES:
+        kind = {"metavar": value} if value else {"action": "store_true"}
+        modes.add_argument(flag, help=text, **kind)  # type: ignore[arg-type]
     modes.add_argument(
         "--probe", nargs="?", const="/health", metavar="PATH",
         help="ask the running program (default /health); exit 0 if 200, else 1; for"
@@ -7838,11 +7834,6 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--format", choices=("text", "prometheus"),
         help="how --check-config prints rules: prometheus is a rule group in YAML",
-    )  # fmt: skip
-    modes.add_argument("--query", metavar="EXPR", help="print what EXPR gives now")
-    modes.add_argument(
-        "--wait", metavar="EXPR",
-        help="wait until EXPR gives nothing in two checks in a row; exit 1 if too long",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=parse_duration, metavar="DURATION",

@@ -75,8 +75,8 @@ from health_check import (
     answer_metrics,
     answer_page,
     as_of,
+    ask,
     ask_canary,
-    ask_health,
     compile_regex,
     escape_controls,
     evaluate,
@@ -89,7 +89,7 @@ from health_check import (
     format_series,
     is_due,
     judge,
-    judge_answer,
+    judge_completion,
     last_words,
     listen,
     load_config,
@@ -2880,12 +2880,12 @@ class ProbeTest(NetworkTest):
             (503, "", False),
         ):
             with self.subTest(code=code, body=body[:60]):
-                found, reason, _ = judge_answer(code, body.encode(errors="replace"))
+                found, reason, _ = judge_completion(code, body.encode(errors="replace"))
                 self.assertIs(found, success)
                 self.assertEqual(bool(reason), not success)
         for code, setting in (401, "TOKEN_FILE"), (404, "URL"), (422, "BODY"):
-            self.assertIn("mend CANARY_", judge_answer(code, b"")[2])
-            self.assertIn(setting, judge_answer(code, b"")[2])
+            self.assertIn("mend CANARY_", judge_completion(code, b"")[2])
+            self.assertIn(setting, judge_completion(code, b"")[2])
 
     def test_a_canary_asks_for_one_token_of_the_model_that_is_there(self):
         for path, model, asked in (
@@ -2965,7 +2965,7 @@ class ProbeTest(NetworkTest):
         ):
             with self.subTest(code=code, reason=reason):
                 target = load_config({"CANARY_URL": self.metrics(piece).url}).canary_url
-                status = ask_health(target, time.monotonic() + 0.05)
+                status = ask("health", target, time.monotonic() + 0.05)
                 self.assertEqual(status[2:5], (success, code, reason))
 
     def succeeds(self, now):
@@ -3119,8 +3119,7 @@ class ProbeTest(NetworkTest):
         def broken(*_):
             raise KeyError("a bug")
 
-        names = {"ask_canary": broken, "ask_health": broken}
-        with mock.patch.multiple(health_check, **names):
+        with mock.patch.object(health_check, "ask", broken):
             monitor, _ = self.watched(
                 Clock(), lambda: [page(ANSWER)], CANARY_WHEN="x == 0",
                 HEALTH_ENDPOINT="http://localhost/health",
