@@ -1134,6 +1134,55 @@ class FromDownstream(AttackTest):
             self.assertLess(max(slow), 0.1 + SLACK)
             self.assertLess(after.peak - before.rss, 64 * MIB)
 
+    def test_those_who_drain_hold_up_nobody_and_are_answered(self) -> None:
+        busy = b"vllm:num_requests_running 3\nvllm:num_requests_waiting 0\n"
+        for name, expected in (
+            ("drained", "200 Drained"),
+            ("the server dies", "503 Not drained: it is too late; scrape of .*refused"),
+            ("SIGTERM", "503 Not drained: this program ends"),
+        ):
+            with self.subTest(name), Upstream(sends(page(busy))) as upstream, Checker(
+                upstream.url, METRICS_TIMEOUT="0.8", DRAIN_TIMEOUT="4"
+            ) as checker:
+                get(checker.port)
+                before = checker.begin()
+                callers = [self.drains(checker.port) for _ in range(17)]
+                # One more than 16 is refused at once, and one goes away.
+                with callers.pop() as refused:
+                    self.assertIn(b"16 callers wait", receive(refused))
+                callers.pop().close()
+                slow = [timed(checker.port, path)[1] for path in ("/livez", "/") * 50]
+                self.assertEqual(checker.usage().threads, before.threads)
+                started = time.monotonic()
+                if name == "drained":
+                    upstream.answer = sends(page(busy.replace(b"3", b"0")))
+                elif name == "SIGTERM":
+                    checker.process.terminate()
+                else:
+                    upstream.close()
+                for sock in callers:
+                    answer = receive(sock).decode()
+                    sock.close()
+                    head, _, body = answer.partition("\r\n\r\n")
+                    self.assertRegex(f"{head[9:12]} {body}", rf"\A{expected}.*\n\Z")
+                seconds = time.monotonic() - started
+                seen = f"{expected[:3]}; after {seconds:.1f} s"
+                if name == "SIGTERM":
+                    self.assertEqual(checker.process.wait(10), 0)
+                    self.assertLess(time.monotonic() - started, 0.5 + SLACK)
+                    after = before
+                else:
+                    after = checker.end(before)
+                    self.assertLess(seconds, 4.1 + SLACK)
+                    self.assertEqual(after[2:], before[2:])
+                self.note(f"16 drain: {name}", 1, seen, max(slow), before, after)
+                self.assertLess(max(slow), 0.1 + SLACK)
+
+    def drains(self, port: int) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", port), 20)
+        sock.sendall(b"GET /drain HTTP/1.1\r\nHost: a\r\n\r\n")
+        return sock
+
     def test_a_hostile_request_is_refused_in_plain_text(self) -> None:
         start, host = "GET /health HTTP/1.1\r\n", "Host: a\r\n"
         length = "Content-Length: "
