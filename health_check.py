@@ -4455,10 +4455,7 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
     known = {status.rule.name: status for status in before.rules}
     for status in after.rules:
         old = known.get(status.rule.name, RuleStatus(status.rule))
-        if (status.state, status.error) != (old.state, old.error):
-            level = logging.WARNING if status.failing else logging.INFO
-            fields = {"rule": status.rule.name, "state": status.state}
-            yield level, _transition(old, status, after.time), fields
+        yield from _rule_transition(old, status, after.time)
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
         word = "Healthy" if after.healthy else "Unhealthy"
         level = logging.INFO if after.healthy else logging.WARNING
@@ -4466,11 +4463,16 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
         yield level, message, {"verdict": word, "reason": after.reason}
 
 
-def _transition(old: RuleStatus, status: RuleStatus, now: float) -> str:
-    text = f"{status.rule.name}: {describe(status, now)}"
-    if status.last_words not in ("", old.last_words):
-        text += f"; {status.last_words}"
-    return shorten(text, MAX_LAST_WORDS)
+def _rule_transition(
+    old: RuleStatus, status: RuleStatus, now: float
+) -> Iterator[Message]:
+    if (status.state, status.error) != (old.state, old.error):
+        level = logging.WARNING if status.failing else logging.INFO
+        text = f"{status.rule.name}: {describe(status, now)}"
+        if status.last_words not in ("", old.last_words):
+            text += f"; {status.last_words}"
+        fields = {"rule": status.rule.name, "state": status.state}
+        yield level, shorten(text, MAX_LAST_WORDS), fields
 
 
 def last_words(rule: Rule, evaluation: Evaluation) -> str:
@@ -5102,19 +5104,12 @@ class History:
         tables = [table for name, table in self._tables.items() if name in names]
         for table in tables:
             table.begin_check(samples, now, self._epoch)
-        found = 0
         for labels, value in samples.items():
             series = self._known.get(labels) or self._new_series(labels)
             if series:
                 series.add(value)
-                found += 1
-        if found < sum(len(table.series) for table in tables):
-            for table in tables:
-                self._forget_series(table, samples, now)
         for table in tables:
-            old = table.outdated(now)
-            if old > SPARE + len(table.checks) // SPARE:
-                self._keep(table, old)
+            self._forget(table, samples, now)
         self._keep_to_limit()
 
     def evaluation(self, now: float, wall: float) -> Evaluation:
@@ -5133,12 +5128,15 @@ class History:
         series = table.series[labels] = self._known[labels] = Series(table.checks)
         return series
 
-    def _forget_series(
+    def _forget(
         self, table: Table, samples: Mapping[Labels, float], now: float
     ) -> None:
         for labels in table.series.keys() - samples.keys():
             if table.series[labels].time <= now - table.seconds:
                 self._drop(table, labels)
+        old = bisect_right(table.checks, now - table.seconds) if table.seconds else 0
+        if old > SPARE + len(table.checks) // SPARE:
+            self._keep(table, old)
 
     def _drop(self, table: Table, labels: Labels) -> None:
         del table.series[labels], self._known[labels]
@@ -5195,10 +5193,6 @@ class Table:
             self.checks[-1] = now
         else:
             self.checks.append(now)
-
-    def outdated(self, now: float) -> int:
-        """Return how many checks lie before all that is looked at."""
-        return bisect_right(self.checks, now - self.seconds) if self.seconds else 0
 
     def size(self) -> int:
         """Return the bytes that the samples take."""
@@ -5587,10 +5581,7 @@ class Monitor:
         with self._news:
             drain, self._drain_asked = self._drain_asked, False
         now, wall, scrapes, probes = self._scrape()
-        gap = max(MAX_GAP, MAX_INTERVALS * self.config.scrape_interval)
-        if self.verdict.sequence and now - self.verdict.time > gap:
-            self._statuses = tuple(map(restart_clocks, self._statuses))
-            self._when = tuple(map(restart_clocks, self._when))
+        self._restart_after_gap(now)
         before = self.verdict.targets
         targets = record(scrapes, self.history, now, self.config, before)
         if self.canary and latest:
@@ -5607,6 +5598,12 @@ class Monitor:
         verdict = Verdict(sequence, fault, now, wall, self._statuses, targets, probes)
         self._count(verdict)
         return verdict._replace(left=self._left(targets, evaluation, drain))
+
+    def _restart_after_gap(self, now: float) -> None:
+        gap = max(MAX_GAP, MAX_INTERVALS * self.config.scrape_interval)
+        if self.verdict.sequence and now - self.verdict.time > gap:
+            self._statuses = tuple(map(restart_clocks, self._statuses))
+            self._when = tuple(map(restart_clocks, self._when))
 
     def _left(
         self, targets: Iterable[TargetStatus], evaluation: Evaluation, drain: bool
@@ -5677,21 +5674,21 @@ def record(
     A scrape for whose series there is no room has failed.  ``before`` is how those of
     the check before went, for the time since when that has been so.
     """
-    known, statuses = {target.instance: target for target in before}, []
     samples: dict[Labels, float] = {}
-    room = history.room()
+    room, statuses = history.room(), []
     for scrape in scrapes:
         cost = history.cost(scrape.samples)
         taken = scrape if cost <= room else scrape.failed("too_large", NO_ROOM)
         room -= cost if taken is scrape else 0
-        samples.update(taken.synthetic())
-        samples.update(taken.samples)
-        old, status = known.get(taken.status.instance), taken.status
-        same = old and bool(old.reason) == bool(status.reason)
-        statuses.append(status._replace(since=old.since if old and same else now))
+        samples.update({**taken.synthetic(), **taken.samples})
+        statuses.append(taken.status)
     of_probes = frozenset(PROBED).intersection(reserved_names(config))
     history.record(samples, now, history.names - of_probes)
-    return tuple(statuses)
+    known = {(target.instance, bool(target.reason)): target.since for target in before}
+    return tuple(
+        status._replace(since=known.get((status.instance, bool(status.reason)), now))
+        for status in statuses
+    )
 
 
 def record_probes(
