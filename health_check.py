@@ -2549,9 +2549,9 @@ class KnownServer(NamedTuple):
     from these, where it does not fit.  Requests that end count as ``answered``,
     as ``failed``, or as ``abandoned`` by a client whom they may have answered or not;
     ``accepted`` changes when one reaches the engine.  ``own`` is there with no other
-    server, ``no_model`` has series where no model is loaded, and ``asleep`` is 0 where
-    the server sleeps on purpose.  ``ports`` are those that it needs besides.  Several
-    names are separated by blanks.
+    server, as those of ``known_by`` are.  ``no_model`` has series where no model is
+    loaded, ``asleep`` is 0 where the server sleeps on purpose.  ``ports`` are those
+    that it needs besides.  Several names are separated by blanks.
     """
 
     name: str
@@ -2571,6 +2571,7 @@ class KnownServer(NamedTuple):
     abandoned: str = ""
     accepted: str = ""
     own: str = ""
+    known_by: str = ""
     no_model: str = ""
     asleep: str = ""
     ports: str = ""
@@ -2686,12 +2687,10 @@ def drain_expression(expressions: Iterable[Expr]) -> Expr | None:
 
 def own_names(server: KnownServer) -> frozenset[str]:
     """Return the metrics by which a server is known."""
-    fields = (
-        server.waiting, server.running, server.moving, server.prefill, server.own,
-        server.no_model,
-    )  # fmt: skip
-    plain = re.sub(r"\{[^}]*\}", "", " ".join(fields))
-    return frozenset(re.findall(r"\w+[:_]\w+", plain)) - {"max_over_time"}
+    fields = server.waiting, server.running, server.moving, server.prefill, server.own
+    names = re.sub(r"\{[^}]*\}", "", " ".join(fields)).split()
+    backends = re.findall(r"\w+_worker_health", server.no_model)
+    return frozenset((*names, *backends, *server.known_by.split()))
 
 
 def _union(texts: Iterable[str]) -> Expr:
@@ -2829,6 +2828,7 @@ SERVERS: tuple[KnownServer, ...] = (
         open=f'sglang:http_requests_active{{endpoint=~"{GENERATE}|/generate"}}',
         answered=f'{_SGLANG_RESPONSES}~"2.."}}', failed=f'{_SGLANG_RESPONSES}~"5.."}}',
         abandoned="sglang:num_aborted_requests_total",
+        known_by="sglang:scheduler_idle_seconds_total",
     ),
     KnownServer(
         "TGI", ":80/metrics", "3.3, source",
@@ -2924,7 +2924,7 @@ SERVERS: tuple[KnownServer, ...] = (
         "Dynamo worker", ":9090/metrics", "1.6.1, run",
         "the names of its engine stand on the same page, and are what is asked",
         running='dynamo_component_inflight_requests{dynamo_endpoint="generate"}',
-        own="dynamo_component_request_bytes_total",
+        known_by="dynamo_component_request_bytes_total",
     ),
     KnownServer(
         "MAX", ":8001/metrics", "26.7, run",
@@ -2935,6 +2935,7 @@ SERVERS: tuple[KnownServer, ...] = (
         answered='maxserve_request_count_total{code=~"2.."}',
         failed='maxserve_request_count_total{code=~"5.."}',
         abandoned='maxserve_request_count_total{code="499"}',
+        known_by="maxserve_pipeline_load_total",
     ),
     KnownServer(
         "Ray Serve", ":8080/metrics", "2.60, run",
@@ -3000,6 +3001,7 @@ SERVERS: tuple[KnownServer, ...] = (
         "with metrics_mode=prometheus; has no gauge of requests: a stall is seen only"
         " while more come; 8081 is its management port",
         moving="ts_inference_latency_microseconds", own="ts_inference_requests_total",
+        known_by="WorkerLoadTime",
         stuck="changes(ts_inference_requests_total[2m10s]) > 0"
               " unless changes(ts_inference_latency_microseconds[2m10s]) > 0",
         answered="ts_inference_latency_microseconds", failed="Requests5XX",
@@ -3042,7 +3044,7 @@ SERVERS: tuple[KnownServer, ...] = (
     KnownServer(
         "KServe", ":8080/metrics", "0.21, run",
         "has no gauge of requests, and no rule; KServe's Hugging Face server has vLLM's"
-        " names; 8081 is its gRPC port", own="request_predict_seconds_count",
+        " names; 8081 is its gRPC port", known_by="request_predict_seconds_count",
         ports="8080 8081",
     ),
     KnownServer(
