@@ -3283,7 +3283,7 @@ class Absence(unittest.TestCase):
         self.assertIn(told, config.warnings[0])
         for url in "http://h:8080/metrics", "http://h:8082/m", "http://h:8000/metrics":
             self.assertEqual(load_config({"METRICS_ENDPOINT": url}).warnings, ())
-        (name,) = [s.own for s in health_check.SERVERS if s.name == "KServe"]
+        (name,) = [s.known_by for s in health_check.SERVERS if s.name == "KServe"]
         for port, count in ("8081", 1), ("8085", 0):
             lookout = Lookout(config.rules, load_config({"APP_PORT": port}))
             page_ = health_check.Page("h:1", [], frozenset({name}))
