@@ -1407,6 +1407,13 @@ def patched(before: str = "", after: str = "") -> tuple[str, ...]:
     return sys.executable, "-c", PREAMBLE.format(before=before, after=after)
 
 
+def read_all(descriptor: int) -> None:
+    """Read until the other end is closed, which a terminal says by an error."""
+    with contextlib.suppress(OSError):
+        while os.read(descriptor, 65536):
+            pass
+
+
 class FromItself(AttackTest):
     """A bug, the clock, the scheduler, a signal, a bare environment."""
 
@@ -1580,6 +1587,59 @@ class FromItself(AttackTest):
         process.terminate()
         log = process.communicate(timeout=20)[1]
         return process.returncode, log, time.monotonic() - started
+
+    def test_a_log_in_a_terminal_that_nobody_reads_delays_nothing(self) -> None:
+        """select() calls a terminal ready that takes a byte more, and write() waits."""
+        with Upstream(sends(page(FINE))) as upstream:
+            for level in ("info", "debug"):
+                slowest = {}
+                for read in (True, False):
+                    found = self.in_terminal(upstream.url, level, read=read)
+                    slowest[read], end = found
+                    self.assertLess(end, 0.5 + SLACK)
+                with_reader, without = (slowest[read] * 1000 for read in (True, False))
+                TABLE.append(
+                    f"1 KB of log left in a terminal, {level}: p99 of /health "
+                    f"{without:.1f} ms, with a reader {with_reader:.1f} ms; SIGTERM "
+                    f"{end * 1000:.0f} ms"
+                )
+                self.assertLess(slowest[False], 3 * slowest[True] + 0.05)
+
+    def in_terminal(self, url: str, level: str, *, read: bool) -> tuple[float, float]:
+        """Return the p99 of 300 answers, and how long the program took to end."""
+        main, terminal = os.openpty()
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM], stderr=terminal,
+            env={**os.environ, "APP_PORT": "0", "APP_HOST": "127.0.0.1",
+                 "METRICS_ENDPOINT": url, "LOG_LEVEL": level, "UNHEALTHY_WHEN": "Q: x"},
+        )  # fmt: skip
+        try:
+            text = ""
+            while "rules: " not in text:
+                text += os.read(main, 4096).decode()
+            port = int(re.findall(r"is up: port (\d+)", text)[0])
+            if read:
+                threading.Thread(target=read_all, args=(main,), daemon=True).start()
+            else:
+                filler = os.open(
+                    f"/proc/{process.pid}/fd/2",
+                    os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY,
+                )
+                with contextlib.suppress(BlockingIOError):
+                    while os.write(filler, b"\n"):
+                        pass
+                os.close(filler)
+                os.read(main, 1024)
+            times = sorted(timed(port)[1] for _ in range(300))
+            started = time.monotonic()
+            process.terminate()
+            self.assertEqual(process.wait(10), 0)
+            return times[296], time.monotonic() - started
+        finally:
+            process.kill()
+            process.wait()
+            os.close(terminal)
+            os.close(main)
 
     def test_no_option_of_Python_makes_it_warn(self) -> None:
         for options, environ in (
