@@ -2685,6 +2685,7 @@ def drain_expression(expressions: Iterable[Expr]) -> Expr | None:
     return parse_expression(" or ".join(texts)) if texts else None
 
 
+@lru_cache(maxsize=None)
 def own_names(server: KnownServer) -> frozenset[str]:
     """Return the metrics by which a server is known."""
     fields = server.waiting, server.running, server.moving, server.prefill, server.own
@@ -4795,7 +4796,7 @@ def thinned_ranges(
 
     ``thinned`` has the seconds between two samples of a metric that are kept.
     """
-    for rule in rules:
+    for rule in rules if thinned else ():
         for selector in find_selectors(rule.expr):
             if selector.window and selector.name in thinned:
                 text, apart = format_expression(selector), thinned[selector.name]
