@@ -412,6 +412,8 @@ def child_rules(url: str, rules: str, points: str) -> list[float]:
     """Return the seconds of checks whose ranges are full."""
     module = program()
     environ = {"METRICS_ENDPOINT": url, "METRICS_TIMEOUT": "9", "UNHEALTHY_WHEN": rules}
+    # These stand beside rules of one's own, which they did not in the build before.
+    environ["WITHOUT_RULES"] = "Stalling,Stalled,Unanswered,Failing,NoModel"
     now = 1000.0
     monitor = module.Monitor(
         module.load_config(environ), clock=lambda: now, wall=lambda: now
@@ -422,7 +424,8 @@ def child_rules(url: str, rules: str, points: str) -> list[float]:
     for _ in range(int(points) + 30):
         now += 1.0
         seconds.append(timed(monitor.check))
-    if monitor.verdict.reason or not all(s.matched for s in monitor.verdict.rules):
+    own = [s for s in monitor.verdict.rules if not s.rule.builtin]
+    if monitor.verdict.reason or not all(s.matched for s in own):
         raise WrongError(f"the rules find no series: {monitor.verdict.reason}")
     return seconds[int(points) :]
 
