@@ -5104,11 +5104,12 @@ class History:
 
         For each of them it is called once a check.
         """
-        tables = [table for name, table in self._tables.items() if name in names]
+        # Most are of servers that are not there: they cost nothing.
+        tables = [t for name, t in self._tables.items() if t.series and name in names]
         for table in tables:
             table.begin_check(samples, now, self._epoch)
         for labels, value in samples.items():
-            series = self._known.get(labels) or self._new_series(labels)
+            series = self._known.get(labels) or self._new_series(labels, now)
             if series:
                 series.add(value)
         for table in tables:
@@ -5123,10 +5124,12 @@ class History:
         there = frozenset(name for name, table in tables if table.series)
         return Evaluation(now, wall, series, {}, {}, there)
 
-    def _new_series(self, labels: Labels) -> Series | None:
+    def _new_series(self, labels: Labels, now: float) -> Series | None:
         table = self._tables.get(dict(labels)["__name__"])
         if not table:
             return None
+        if not table.series:
+            table.checks[:] = array("d", [now])
         self._labels_size += _size(labels)
         series = table.series[labels] = self._known[labels] = Series(table.checks)
         return series
