@@ -4482,10 +4482,12 @@ def last_words(rule: Rule, evaluation: Evaluation) -> str:
     """Return what is remembered of the series that a rule reads, in one line.
 
     A restart destroys it: the first and the last value, the least and the most, and for
-    how long the last has stood still.
+    how long the last has stood still.  A single sample tells no more than its alert.
     """
     told: dict[str, str] = {}
     for labels, points in _points_read(rule, evaluation):
+        if len(points.times) == 1:
+            continue
         series = format_series(labels)
         told[series] = f"{series} {_course(points, evaluation.now)}"
         # Labels can be long, and slow to show.
@@ -4523,7 +4525,7 @@ def _course(points: Points, now: float) -> str:
     moved = [at for at, value in enumerate(values[:-1]) if value != values[-1]]
     still = format_duration(int(now - points.times[moved[-1] + 1 if moved else 0]))
     if not moved:
-        return f"{last} for {still} or longer" if len(values) > 1 else last
+        return f"{last} for {still} or longer"
     first, least, most = map(format_float, (values[0], min(values), max(values)))
     return f"from {first} to {last}, least {least}, most {most}, still for {still}"
 
@@ -7414,7 +7416,7 @@ class ExitPolicy:
         """Stop the program if a verdict asks for it; for the thread that checks."""
         self._was_healthy = self._was_healthy or verdict.healthy
         firing = [status for status in verdict.rules if status.state == "firing"]
-        fires = {status.rule.name: status.last_words for status in firing}
+        fires = {s.rule.name: s.last_words or describe(s, verdict.time) for s in firing}
         names = ", ".join(name for name in self._config.exit_when if name in fires)
         may = self._was_healthy and verdict.time >= self._earliest and not self.status
         if names and may:
@@ -7864,8 +7866,13 @@ def _settings_help() -> str:
     )
 
 
-# Half a minute of waiting is longer than anybody watches a demo.
-DEMO_RULES = {"UNHEALTHY_WHEN": "QueueFull: vllm:num_requests_waiting > 10 for 5s"}
+# Minutes of waiting are longer than anybody watches a demo.
+DEMO_RULES = {
+    "UNHEALTHY_WHEN": "QueueFull: vllm:num_requests_waiting > 10 for 5s"
+    '; Unresponsive: probe_success{probe="canary"} == 0 for 5s',
+    "CANARY_URL": "http://localhost/v1/completions",
+}
+DEMO_AFTER, HANGS = 10.0, range(80, 140)
 SIMULATED = """\
 # TYPE vllm:num_requests_waiting gauge
 vllm:num_requests_waiting{{engine="0",model_name="demo"}} {}
@@ -7877,34 +7884,52 @@ vllm:generation_tokens_total{{engine="0",model_name="demo"}} {}
 
 
 class Simulation(http.server.BaseHTTPRequestHandler):
-    """The metrics of a vLLM-like server whose queue rises and falls in 40 seconds."""
+    """A vLLM-like server whose queue rises and falls; it hangs once while idle."""
 
     def do_GET(self) -> None:
         """Serve the metrics of this moment."""
-        now = time.monotonic()
-        waiting = max(0, round(30 * math.sin(2 * math.pi * (now % 40 / 40))))
-        text = SIMULATED.format(waiting, 8 if waiting else 3, int(now * 800))
+        seconds = time.time() - STARTED
+        hangs, wave = int(seconds) in HANGS, math.sin(2 * math.pi * seconds / 40)
+        waiting = 0 if hangs else max(0, round(30 * wave))
+        running = 0 if hangs else 8 if waiting else 3
+        tokens = int(800 * (HANGS.start if hangs else seconds))
+        self._reply(SIMULATED.format(waiting, running, tokens))
+
+    def do_POST(self) -> None:
+        """Answer with a completion, once it does not hang."""
+        while int(time.time() - STARTED) in HANGS:
+            time.sleep(0.1)
+        self._reply('{"choices": [{"text": " the"}]}')
+
+    def _reply(self, text: str) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; version=0.0.4")
         self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
+        # The canary has given up.
+        with suppress(ConnectionError):
+            self.end_headers()
+            self.wfile.write(text.encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the log is that of the checker."""
 
 
 def _start_demo(config: Config) -> Config:
-    simulated = http.server.HTTPServer(("127.0.0.1", 0), Simulation)
+    simulated = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Simulation)
     threading.Thread(target=simulated.serve_forever, daemon=True).start()
     say(
         "a simulated LLM server: its queue rises above 10 and falls, every 40 seconds\n"
+        f"  after {HANGS.start} seconds it is idle, and hangs for a minute\n"
         f"  curl -i localhost:{config.app_port}/health\n"
         f"  curl 'localhost:{config.app_port}/health?verbose'\n"
     )
-    target = _target(f"http://127.0.0.1:{simulated.server_port}/metrics")
-    interval = config.scrape_interval or 1.0
-    return config._replace(metrics_endpoint=(target,), scrape_interval=interval)
+    url = f"http://127.0.0.1:{simulated.server_port}"
+    return config._replace(
+        metrics_endpoint=(_target(f"{url}/metrics"),),
+        canary_url=_target(f"{url}/v1/completions"), canary_timeout=2.0,
+        canary_after=DEMO_AFTER, canary_when=canary_rules(DEMO_AFTER),
+        scrape_interval=config.scrape_interval or 1.0,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
