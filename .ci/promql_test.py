@@ -25,6 +25,7 @@ from array import array
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Tuple, Union
+from unittest import mock
 
 import health_check as hc
 
@@ -54,9 +55,8 @@ UNTIL_END_OF_INPUT = '"$@" & read -r _; kill $!; wait $!'
 
 
 def setUpModule() -> None:
-    """Start the one server, with the recordings of every seed, and its lookback."""
+    """Start the one server, with the recordings of every seed."""
     global SERVER  # noqa: PLW0603 - the fixture of this module
-    hc.LOOKBACK = float(LOOKBACK.rstrip("s"))
     if INSTALLED:
         SERVER = Prometheus([line for r in RECORDINGS for line in r.openmetrics()])
 
@@ -261,25 +261,27 @@ class Recording(NamedTuple):
         return False
 
 
-def remember(series: Series, now: int) -> History:
-    """Return the samples of the program's history at a time."""
+def remember(series: Series, now: int, checks: Iterable[int] = ()) -> History:
+    """Return the samples of the program's history at a time, of some checks or all."""
     history: History = {}
     for labels, points in series.items():
         seen = {at: value for at, value in points.items() if at <= now}
         if seen:
+            times = [at for at in checks or seen if at >= min(seen)]
             history.setdefault(labels[0][1], {})[labels] = stored(
-                [at / 1000 for at in seen], seen.values()
+                [at / 1000 for at in times], map(seen.get, times)
             )
     return history
 
 
-def stored(times: Iterable[float], values: Iterable[float]) -> hc.Series:
-    """Return samples as the program remembers them."""
+def stored(times: Iterable[float], values: Iterable[float | None]) -> hc.Series:
+    """Return samples as the program remembers them; None is a check without one."""
     series = hc.Series(array("d"))
     series.first = 0
     for at, value in zip(times, values):
         series.checks.append(at)
-        series.add(value)
+        if value is not None:
+            series.add(value)
     return series
 
 
@@ -786,7 +788,8 @@ def ours(
 ) -> Answer:
     """Return what the program answers."""
     last = recording.times[-1] if LATER_SAMPLES.search(text) else now
-    return answered(text, recording.evaluation(now, last, noise))
+    with mock.patch.object(hc, "LOOKBACK", float(LOOKBACK.rstrip("s"))):
+        return answered(text, recording.evaluation(now, last, noise))
 
 
 def answered(text: str, evaluation: hc.Evaluation) -> Answer:
@@ -1947,6 +1950,35 @@ TIMELINES: dict[str, Timeline] = {
         "{__name__='x'} > 1 or y > 1 for 10s",
         {"x{i='1'}": (2, 2, 2, 0, 0), "y{i='2'}": (0, 2, 2, 2, 2)},
     ),
+    "an offset": ("x > x offset 20s for 20s", {"x": (1, 1, 2, 3, 4, 5, 5, 5, 5, 1)}),
+    "an offset of what was gone": (
+        "x offset 10s > 1",
+        {"x": (2, GONE, 2, 2, 2, GONE, GONE, 2)},
+    ),
+    "a subquery": (
+        "min_over_time(x[35s:10s]) > 1 for 10s",
+        {"x": (2, 2, 0, 2, 2, 2, 2, 2, 2, 0, 2)},
+    ),
+    "a subquery of a comparison": (
+        "count_over_time((x > 1)[45s:10s]) > 2 for 10s keep_firing_for 10s",
+        {"x": (2, 0, 2, 2, 0, 0, 2, 2, 2, GONE, GONE, GONE, GONE, 2)},
+    ),
+    "a subquery of what was gone": (
+        "absent_over_time(x{i='1'}[25s:10s])",
+        {B: (1, 1, GONE, GONE, GONE, GONE, GONE, 1)},
+    ),
+    "a moment of the past in a subquery": (
+        "max_over_time(x[25s:10s] offset 20s) > 1 for 20s",
+        {"x": (2, 2, GONE, GONE, 2, 0, 0, 0, 2, 2, GONE, 2, 2, 2)},
+    ),
+    "joined to many": (
+        "x * on (i) group_left (k) y > 4 for 10s",
+        {
+            "x{i='1',j='1'}": (1, 2, 3, 3, 1, 1, 1),
+            "x{i='1',j='2'}": (9, 9, 9, GONE, GONE, 9, 9),
+            "y{i='1',k='a'}": (2, 2, 2, 2, 2, 2, 2),
+        },
+    ),
     "a rate": (
         "rate(x_total[35s]) > 0.5 for 10s keep_firing_for 10s",
         {"x_total": (1000, 1010, 1030, 1050, 1050, 1050, 1050, 1050, 7, 30, 50)},
@@ -1958,7 +1990,11 @@ def random_timeline(rng: random.Random) -> Timeline:
     """Return a rule and series that come and go."""
     durations = ("0s", "5s", "10s", "15s", "20s", "25s", "30s", "1m")
     text = rng.choice(
-        ("x > 1", "x != 2", "max_over_time(x[15s]) > 1", "sum by (i) (x) > 1")
+        (
+            *("x > 1", "x != 2", "max_over_time(x[15s]) > 1", "sum by (i) (x) > 1"),
+            *("x offset 20s > 1", "min_over_time(x[35s:10s]) > 1"),
+            *("count_over_time((x > 1)[45s:10s] offset 10s) > 2", "x >= x offset 10s"),
+        )
     )
     text += rng.choice(("", f" for {rng.choice(durations)}"))
     text += rng.choice(("", f" keep_firing_for {rng.choice(durations)}"))
@@ -1995,7 +2031,7 @@ def our_alerts(timeline: Timeline) -> Iterator[dict[Labels, str]]:
             for labels, values in columns.items()
         }
         now = step * STEP
-        history = remember(samples, now * 1000)
+        history = remember(samples, now * 1000, range(0, now * 1000 + 1, STEP * 1000))
         status = hc.judge(status, hc.Evaluation(now, now, history, {}, {}))
         if status.error:
             raise AssertionError(status.error)
@@ -2114,6 +2150,24 @@ THREE: dict[str, tuple[str, Samples, float]] = {
     "zero clamp after half": ("increase(x[10s])", {"x": {29: 10, 30: 20}}, 15),
     "zero clamp before half": ("increase(x[10s])", {"x": {29: 1, 30: 11}}, 11),
     "zero clamp of a rate": ("rate(x[10s])", {"x": {29: 10, 30: 20}}, 1.5),
+    "the first of a range": ("first_over_time(x[25s])", TENS, 2),
+    "a subquery is left-open": ("count_over_time(x[20s:10s])", TENS, 2),
+    "a lookback is left-open": ("count(x offset 5m) or vector(9)", {"x": {-570: 1}}, 9),
+    "no spread of no number": (
+        "stddev(x) or vector(9)",
+        {"x": {30: math.nan}},
+        math.nan,
+    ),
+    "nor of an infinity": ("stdvar(x)", {"x": {30: math.inf}}, math.nan),
+    "an offset is a number": ("x offset 10", TENS, 4),
+    "durations are computed": ("count_over_time(x[10s + 5s * 3])", TENS, 3),
+    "also those of steps": ("count_over_time(x[25s:(2 * 5s)] offset -(0s))", TENS, 3),
+    "atan2 drops the name": ("count by (__name__) (x atan2 1)", TENS, 1),
+    "a fraction of classic buckets": (
+        "histogram_fraction(0, 2, x)",
+        {"x{le=1}": {30: 2}, "x{le=3}": {30: 6}, "x{le=+Inf}": {30: 8}},
+        (2 + (6 - 2) / 2) / 8,
+    ),
     "a duration is a number": ("x > bool 5m", {"x": {30: 301}}, 1),
     "of milliseconds too": ("vector(1m500ms)", {}, 60.5),
     "a number is a duration": ("count_over_time(x[25])", TENS, 3),
@@ -2178,6 +2232,97 @@ class WhatPrometheusThreeDoesDifferently(unittest.TestCase):
                 values = list(answer.values()) if isinstance(answer, dict) else []
                 self.assertEqual(len(values), 1, answer)
                 self.assertTrue(agree(values[0], float(expected)), (values, expected))
+
+
+# -- 5. What looks back over hours ----------------------------------------------------
+
+# A rule of each shape that public mixins have, and how long its history is in hours.
+SHAPES = {
+    "joined to an info metric": ("x / on (pod) group_left (version) build_info > 0", 1),
+    "relabelled to join": (
+        'x * on (node) group_left label_replace(node, "node", "$1", "host", "(.*):.*")',
+        1,
+    ),
+    "predicted": ("predict_linear(free_bytes[6h], 4 * 3600) < 1e12", 7),
+    "compared with yesterday": (
+        "increase(c_total[1h]) / increase(c_total[1h] offset 1d)",
+        26,
+    ),
+    "a subquery": ("max_over_time((x > 0)[2h:1m])", 3),
+    "versions counted": ('count(count_values("version", build_info)) > 1', 1),
+    "the worst of each pod": ("topk by (pod) (1, x)", 1),
+    "a rate of a subquery": ("max_over_time(rate(c_total[5m])[1h:5m])", 2),
+    "a value of some days ago": ("x offset 1d", 25),
+}
+# How far the answer may be from that of all samples: a range of which one in many is
+# kept, and an offset that may see a sample a minute older.
+NEARLY = {
+    "predicted": 0.01,
+    "compared with yesterday": 0.01,
+    "a rate of a subquery": 0.01,
+    "a value of some days ago": 0.05,
+}
+
+
+def checks_of_hours(
+    rng: random.Random, every: float, hours: float, wanted: Iterable[str]
+) -> Iterator[tuple[float, dict[Labels, float]]]:
+    """Yield the times and samples of checks: a counter with resets, waves, an info."""
+    now, counts = 0.0, [0.0, 0.0]
+    while now < hours * 3600:
+        elapsed = rng.uniform(0.7, 1.3) * every
+        now += elapsed
+        found: dict[Labels, float] = {}
+        for i in (0, 1):
+            pod, wave = str(i), math.sin(now / 3600 + i)
+            counts[i] += elapsed * (5 + i + wave)
+            if rng.random() < elapsed / 40_000:
+                counts[i] = 0.0
+            version = f"1.{i}"
+            for labels, value in (
+                ({"__name__": "c_total", "pod": pod}, counts[i]),
+                ({"__name__": "x", "node": f"n{i}", "pod": pod}, 10 + 5 * wave),
+                ({"__name__": "x", "node": f"n{i}", "pod": "0"}, 7 + 5 * wave),
+                ({"__name__": "free_bytes", "pod": pod}, 1e9 - 1e4 * now),
+                ({"__name__": "node", "host": f"n{i}:9100"}, 1.0),
+                ({"__name__": "build_info", "pod": pod, "version": version}, 1.0 + i),
+            ):
+                if labels["__name__"] in wanted:
+                    found[tuple(sorted(labels.items()))] = value
+        yield now, found
+
+
+class WhatLooksBackOverHours(unittest.TestCase):
+    """The history that is kept beside one that keeps all samples."""
+
+    def test_each_shape_of_rule_at_each_pace_of_checks(self) -> None:
+        for (claim, (text, hours)), every in itertools.product(
+            SHAPES.items(), (1.0, 10.0, 60.0)
+        ):
+            with self.subTest(claim, text=text, every=every):
+                kept, whole = self.evaluations(text, hours, every)
+                expr = hc.parse_expression(text)
+                found, expected = hc.evaluate(expr, kept), hc.evaluate(expr, whole)
+                self.assertTrue(expected)
+                same = agree(dict(found), dict(expected), NEARLY.get(claim, 1e-9))
+                self.assertTrue(same, f"{found}, {expected}")
+
+    def evaluations(
+        self, text: str, hours: float, every: float
+    ) -> tuple[hc.Evaluation, hc.Evaluation]:
+        """Return the last moment of some hours of checks, by either history."""
+        wanted = hc.lookbacks([hc.parse_expression(text)])
+        history = hc.History(wanted, 1 << 24)
+        columns, everything = array("d"), {name: {} for name in wanted}
+        rng = random.Random(FIXED)
+        for now, samples in checks_of_hours(rng, every, hours, wanted):
+            history.record(samples, now, history.names)
+            kept = history.evaluation(now, EPOCH + now)
+            columns.append(now)
+            for labels, value in samples.items():
+                series = everything[labels[0][1]]
+                series.setdefault(labels, hc.Series(columns)).add(value)
+        return kept, kept._replace(history=everything, selected={}, computed={})
 
 
 if __name__ == "__main__":
