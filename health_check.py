@@ -3266,8 +3266,8 @@ def _fault(matcher: Matcher, known: Iterable[dict[str, str]], own: Labels) -> st
     if values:
         by = "METRICS_ENDPOINT" if label == "instance" else "TARGET_LABELS"
         by = f", by {by}" if label in ("instance", *dict(own)) else ""
-        shown = [f"{label}={quote(shorten(value))}" for value in values[:SHOWN_VALUES]]
-        return f"it has {', '.join(shown)}{by}"
+        shown = ", ".join(f"{label}={quote(v)}" for v in values[:SHOWN_VALUES])
+        return f"it has {shorten(shown)}{by}"
     text = text if op[0] == "=" and re.match(r"[\w./-]+\Z", text, re.ASCII) else "..."
     pairs = ",".join(f"{name}={value}" for name, value in (*own, (label, text)))
     setting = "" if label in ADDED_LABELS else f": set TARGET_LABELS={pairs}"
@@ -5440,7 +5440,7 @@ class Scraper:
 MAX_GAP, MAX_INTERVALS = 300.0, 3
 # How often its thread comes round if nobody asks, and how long that may take.
 ROUND, MAX_ROUND = 20.0, 60.0
-TREND = 120
+TREND, MAX_TOLD = 120, 5
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 MAX_LATE, PAUSE = 0.25, 1.0
 NO_SERVER = "whether a request runs is not known: set DRAIN_WHILE"
@@ -5657,7 +5657,9 @@ class Monitor:
         for level, text, fields in thinned_ranges(self.config.rules, thinned):
             log(level, text, **fields)
         pages = [scrape.page for scrape in scrapes if scrape.reading]
-        for level, text, fields in self._lookout.look(pages, evaluation):
+        # Names made to be alike are slow to compare: the rest is for the next check.
+        missing = self._lookout.look(pages, evaluation)
+        for level, text, fields in itertools.islice(missing, MAX_TOLD):
             log(level, text, **fields)
 
     def _count(self, verdict: Verdict) -> None:

@@ -3781,6 +3781,13 @@ class MonitorTest(NetworkTest):
         text = health_check.describe(monitor.verdict.rules[0], monitor.verdict.time)
         self.assertEqual(text, "ok (no series)")
 
+    def test_many_selectors_that_find_nothing_are_told_of_over_some_checks(self):
+        rules = "; ".join(f"R{number}: x{number} > 1" for number in range(12))
+        monitor = self.monitor(self.metrics(page("y 1\n")), UNHEALTHY_WHEN=rules)
+        for count in 5, 10, 12, 12:
+            monitor.check()
+            self.assertEqual(len(self.log), count)
+
     def test_a_page_of_which_no_rule_knows_a_metric_is_told_of_everywhere(self):
         server, clock = self.metrics(page()), Clock()
         monitor = self.monitor(server, clock=clock)
