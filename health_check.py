@@ -4736,11 +4736,12 @@ class Lookout:
                 state, due = state.advance(page.names, now)
                 self._unwatched[page.instance] = state
                 yield from [state.remark] if due else []
-        there = list(servers_there(page.names or ()))
+        if self._asked or page.names is None:
+            return
+        self._asked, there = True, list(servers_there(page.names))
         conflict = there and port_conflict(self._config.app_port, there)
-        if conflict and not self._asked:
+        if conflict:
             yield conflict
-        self._asked = self._asked or page.names is not None
 
 
 def describe_page(names: AbstractSet[str]) -> str:
