@@ -400,8 +400,9 @@ class RuleStatus(_RuleStatus):
         """
         if self.error:
             return "error"
-        states = (state for state in ("firing", "pending") if self.counts[state])
-        return next(states, "inactive")
+        if not self.alerts:
+            return "inactive"
+        return "firing" if self.counts["firing"] else "pending"
 
     @property
     def fires(self) -> bool:
@@ -5158,12 +5159,12 @@ class History:
         table.checks[:] = table.checks[start::step]
 
     def _keep_to_limit(self) -> None:
-        tables = self._tables.values()
+        tables = [table for table in self._tables.values() if table.series]
         # At most, as if each check had found each series, and less than before.
         most = sum(len(table.checks) * (8 + 12 * len(table.series)) for table in tables)
         room = self._limit - self._labels_size
         if most < room // 4:
-            for table in tables:
+            for table in self._tables.values():
                 table.stretch = 1.0
         while most > room:
             largest = max(tables, key=Table.size)
