@@ -1103,7 +1103,7 @@ class FromDownstream(AttackTest):
             checker = stack.enter_context(
                 Checker(
                     *urls, METRICS_TIMEOUT="8", SCRAPE_INTERVAL="10",
-                    UNHEALTHY_WHEN=rules,
+                    UNHEALTHY_WHEN=rules, HISTORY_LIMIT="64Mi",
                 )
             )  # fmt: skip
             self.assertTrue(until(lambda: get(checker.port)[0] == 503, 30))
