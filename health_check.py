@@ -708,7 +708,7 @@ _FLAGS = {"i": re.IGNORECASE, "s": re.DOTALL}
 _GROUP = re.compile(
     r"\((?:\?(?:P?<([A-Za-z_]\w*)>|([A-Za-z]*)(?:-([A-Za-z]+))?([:)]))|(?!\?))"
 )
-_REFERENCE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})", re.ASCII)
+_REFERENCE = re.compile(r"\$(\$|\w+|\{\w+\})", re.ASCII)
 _ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
 _INTEGER = r"(0|[1-9][0-9]*)"
 _REPEAT = re.compile(rf"(?:([*+?])|\{{{_INTEGER}(?:(,){_INTEGER}?)?\}})\??")
@@ -734,12 +734,12 @@ def compile_regex(pattern: str) -> Program:
     return (*program, END)
 
 
-def regex_groups(pattern: str, text: str) -> dict[str, str] | None:
-    """Return what the groups of a pattern match by number and by name, None if not all
-    of the text matches.
+def regex_expand(pattern: str, text: str, template: str) -> str | None:
+    """Return a template with what groups match in it, as Go's Regexp.Expand does; None
+    if not all of the text matches.
 
-    >>> regex_groups("(?P<host>.*):(.*)", "a:b:80")
-    {'0': 'a:b:80', '1': 'a:b', 'host': 'a:b', '2': '80'}
+    >>> regex_expand("(?P<host>.*):(.*)", "a:b:80", "$host-${2}x$$")
+    'a:b-80x$'
     """
     program = compile_regex(pattern)
     # What could match, best first: the next instruction, and where each mark was met.
@@ -754,25 +754,13 @@ def regex_groups(pattern: str, text: str) -> dict[str, str] | None:
                 _follow(program, threads, (state + 1, marks), place, anchors)
     if len(program) - 1 not in threads:
         return None
-    marks, groups = threads[len(program) - 1], {"0": text}
+    marks, groups = threads[len(program) - 1], {"$": "$", "0": text}
     begins = sorted({step.mark for step in program if step.mark and not step.mark % 2})
     for number, begin in enumerate(begins, 1):
         name = cast("re.Match[str]", _GROUP.match(pattern, begin // 2 - 1))[1]
         found = text[marks[begin] : marks[begin + 1]] if begin + 1 in marks else ""
         groups[str(number)] = groups[name or str(number)] = found
-    return groups
-
-
-def expand_groups(template: str, groups: Mapping[str, str]) -> str:
-    """Return a text with what stands for a group replaced, as Go's Regexp.Expand does.
-
-    >>> expand_groups("$1.${2}x$$", {"1": "a", "2": "b"})
-    'a.bx$'
-    """
-    return _REFERENCE.sub(
-        lambda match: groups.get(match[1] or match[2], "") if match[0] != "$$" else "$",
-        template,
-    )
+    return _REFERENCE.sub(lambda match: groups.get(match[1].strip("{}"), ""), template)
 
 
 def _follow(
@@ -1268,10 +1256,6 @@ def _divide(left: float, right: float) -> float:
     return math.copysign(math.inf, left) * math.copysign(1.0, right)
 
 
-def _modulo(left: float, right: float) -> float:
-    return math.nan if math.isinf(left) or right == 0 else math.fmod(left, right)
-
-
 def _power(left: float, right: float) -> float:
     odd = math.isfinite(right) and abs(math.fmod(right, 2)) == 1
     try:
@@ -1511,10 +1495,8 @@ def _label_replace(
     replacement, source, pattern = texts
 
     def replaced(labels: Labels) -> Labels:
-        groups = regex_groups(pattern, dict(labels).get(source, ""))
-        if groups is None:
-            return labels
-        return _relabeled(labels, label, expand_groups(replacement, groups))
+        text = regex_expand(pattern, dict(labels).get(source, ""), replacement)
+        return labels if text is None else _relabeled(labels, label, text)
 
     return _distinct((replaced(labels), value) for labels, value in vector.items())
 
@@ -1625,7 +1607,8 @@ def _below(bounds: Sequence[float], counts: Sequence[float], value: float) -> fl
 
 OPERATORS: dict[str, Callable[[float, float], float]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul,
-    "/": _divide, "%": _modulo, "^": _power, "atan2": math.atan2,
+    "/": _divide, "^": _power, "atan2": math.atan2,
+    "%": lambda a, b: math.nan if math.isinf(a) or b == 0 else math.fmod(a, b),
     "==": operator.eq, "<": operator.lt, "<=": operator.le,
     "!=": operator.ne, ">": operator.gt, ">=": operator.ge,
 }

@@ -213,8 +213,11 @@ TOKENS = [
     *"for keep_firing_for bool sum min max avg count group absent abs scalar".split(),
     *"vector time timestamp histogram_quantile clamp_min clamp_max round le".split(),
     *"offset @ group_left group_right label_replace topk quantile stddev".split(),
+    *"[5m:1m] [5m:] [1h:90s] predict_linear label_join count_values atan2".split(),
+    *"[5m+1m] (?i) alert: - step() histogram_fraction clamp hour </ 2.5d".split(),
     *"x vllm:x up Inf NaN 1 0 0.5 1e3 0x1f 5m 1h30m 30s [5m] Name: 1_000 .5 5.".split(),
     '"a"', "'b'", "`c`", '"\\n"', '"\\x41"', '"\\u00e9"', '"', "'", "\\", '{a="b"}',
+    '{a=~"(?i)b(?-i:c)(?P<d>e)"}',
     '{a=~"b|c"}', '{a=~"(a+)+"}', '{a!~"[^a-z]{2,3}?"}', '{a=~"("}', "\u2028", "\0",
 ]  # fmt: skip
 soup = st.lists(
@@ -248,6 +251,10 @@ groupings = st.builds(
 )
 
 
+PARAMETER, SIDES = ("topk", "bottomk", "quantile"), ("group_left", "group_right")
+replacements = st.sampled_from(["", "$$", "é", "\\n", "${1}"])
+
+
 def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     """Expressions of expressions; not all of them are of the right types."""
     sums = st.sampled_from("sum min max avg count group".split())
@@ -265,6 +272,12 @@ def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         st.builds("{}({}) {}".format, sums, inner, groupings),
         st.builds("{}({})".format, calls, inner),
         st.builds("clamp_max({}, {})".format, inner, numbers),
+        st.builds("max_over_time(({})[{}:{}])".format, inner, durations, durations),
+        st.builds("{}({}, {})".format, st.sampled_from(PARAMETER), numbers, inner),
+        st.builds("{} * on (a) {} (b) {}".format, inner, st.sampled_from(SIDES), inner),
+        st.builds(
+            'label_replace({}, "a", "$1{}", "b", "(.*)")'.format, inner, replacements
+        ),
         st.builds("histogram_quantile({}, {})".format, numbers, inner),
     )
 
@@ -272,7 +285,9 @@ def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 ranges = st.builds(
     "{}({}[{}])".format, st.sampled_from(FUNCTIONS), selectors, durations
 )
-expressions = st.recursive(selectors | ranges | numbers, larger, max_leaves=6)
+moments = st.sampled_from(["", "", " offset 5m", " offset -1h30m", " @ 1.5", " @ -3"])
+looking_back = st.builds("{}{}".format, selectors | ranges, moments)
+expressions = st.recursive(looking_back | numbers, larger, max_leaves=6)
 rules = st.builds(
     "{}{}{}{}".format,
     st.sampled_from(["", "Name: ", "_a9: "]),
