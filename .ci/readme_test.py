@@ -545,6 +545,7 @@ class Stranger:
             out, err = process.communicate(timeout=120)
         # curl's meter is for a terminal, and unittest's dots are not shown.
         quiet = command.startswith("curl") or "unittest" in command
+        quiet = quiet and process.returncode == 0
         return process.returncode, out if quiet else out + err
 
     def follow(self) -> list[str]:
