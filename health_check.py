@@ -2519,6 +2519,11 @@ DOWN = f"""scrape_error{{reason!="timeout"}}
     unless ignoring (reason) max_over_time(up[31s]) > 0
   or {LATE} unless ignoring (reason) max_over_time(up[10m]) > 0
 """
+# What is not 2xx counts at once, a time out when it has lasted 30 s.
+NOT_SERVING = """probe_success{probe="health"} == 0
+  unless on (instance) (probe_error{probe="health", reason="timeout"}
+    and on (instance) max_over_time(probe_success{probe="health"}[30s]) > 0)
+"""
 GENERATE = "/v1/(chat/)?completions|/v1/responses|/v1/messages"
 PROBES = "/livez|/readyz|/healthz"
 
@@ -2756,6 +2761,9 @@ BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], str]]] = {
     "Failing": ("for 30s", _failing),
     "NoModel": ("for 30s keep_firing_for 30s", lambda server, _: server.no_model),
     "Down": ("", lambda server, _: DOWN),
+    "NotServing": ("", lambda server, _: NOT_SERVING),
+    # At least two failures, as one is repeated within a minute.
+    "Unresponsive": ("for 2m", lambda server, _: 'probe_success{probe="canary"} == 0'),
 }
 # Gauges that stand still on a sound engine are no stall, and the server counts a canary
 # that gave up as a client that did.
@@ -3045,14 +3053,6 @@ SERVERS: tuple[KnownServer, ...] = (
 
 # --- 7. Config: environ -> Config ----------------------------------------------------
 
-# What is not 2xx counts at once, a time out when it has lasted 30 s.
-NOT_SERVING_RULE = """
-  NotServing: probe_success{probe="health"} == 0
-    unless on (instance) (probe_error{probe="health", reason="timeout"}
-      and on (instance) max_over_time(probe_success{probe="health"}[30s]) > 0)
-"""
-# At least two failures, as one is repeated within a minute.
-UNRESPONSIVE_RULE = 'Unresponsive: probe_success{probe="canary"} == 0 for 2m'
 DEFAULT_THRESHOLD = 10.0
 MAX_SHOWN = 60
 # A variable that begins so is meant for this program.
@@ -3399,36 +3399,31 @@ def _rules(config: Config) -> tuple[Rule, ...]:
     if config.metric_to_check is not None:
         expr = Operation(">", (config.metric_to_check, Number(threshold)))
         own = (Rule("AboveThreshold", expr), *own)
-    names = [name for name, why in left_out(config).items() if not why]
-    added = list(builtin_rules(names, threshold))
-    for text, wanted in (
-        (NOT_SERVING_RULE, config.health_endpoint),
-        (UNRESPONSIVE_RULE, config.canary_url),
-    ):  # fmt: skip
-        added += parse_rules(text, builtin=True) if wanted else ()
+    rules = builtin_rules(_in_force(config), threshold)
     if config.canary_url:
         match = ("instance",) if len(config.metrics_endpoint) > 1 else ()
-        added = [with_canary(rule, match) for rule in added]
-    taken = [*config.without_rules, *(rule.name for rule in own)]
-    return (*own, *(rule for rule in added if rule.name not in taken))
+        rules = (with_canary(rule, match) for rule in rules)
+    return (*own, *rules)
 
 
-def left_out(config: Config) -> dict[str, str]:
-    """Return by name why a built-in rule is not in force, empty if it is."""
+def _in_force(config: Config) -> list[str]:
+    """Return the built-in rules that no setting replaces or leaves out."""
     own = {rule.name for rule in config.unhealthy_when}
-    alone = config.metric_to_check is not None and not own
-    return {
-        name: "WITHOUT_RULES" if name in config.without_rules
-        else "METRIC_TO_CHECK stands alone" if alone and name != "Down"
-        else "a rule of yours" if name in own
-        else "UNHEALTHY_WHEN" if own and name == "QueueFull" else ""
-        for name in BUILTIN
-    }  # fmt: skip
+    gone = {*own, *config.without_rules}
+    if own:
+        gone.add("QueueFull")
+    elif config.metric_to_check is not None:
+        gone.update(BUILTIN.keys() - {"Down", "NotServing", "Unresponsive"})
+    if not config.health_endpoint:
+        gone.add("NotServing")
+    if not config.canary_url:
+        gone.add("Unresponsive")
+    return [name for name in BUILTIN if name not in gone]
 
 
 def _rule_names(text: str) -> tuple[str, ...]:
     for name in _items(text):
-        if name not in (*BUILTIN, "NotServing", "Unresponsive"):
+        if name not in BUILTIN:
             raise ValueError(f"{name} is no built-in rule: {', '.join(BUILTIN)}")
     return tuple(_items(text))
 
@@ -4925,10 +4920,7 @@ class Canary:
         ``when`` are the rules that ask for it, and ``stalls`` those it may answer.
         """
         now, after = evaluation.now, self._config.canary_after
-        alerts = itertools.chain.from_iterable(status.alerts for status in when)
-        firing = [alert for alert in alerts if alert.state == "firing"]
-        about = frozenset((alert.labels, alert.value) for alert in firing)
-        since = min((alert.since for alert in firing), default=None)
+        since, about = _standstill(when)
         if is_due(latest, since, now, after) and self.answered():
             with self._changed:
                 sent = latest._replace(sent=now, about=about)
@@ -5015,6 +5007,16 @@ def is_due(status: ProbeStatus, since: float | None, now: float, after: float) -
     """Tell whether to ask, when nothing has moved ``since``; None is that it moves."""
     fails = status.success is False and since is not None and since <= status.sent
     return since is not None and now - status.sent >= (REPEAT if fails else after)
+
+
+def _standstill(
+    when: Iterable[RuleStatus]
+) -> tuple[float | None, frozenset[tuple[Labels, float]]]:
+    """Return since when nothing moves, None if it does, and what stands still."""
+    alerts = itertools.chain.from_iterable(status.alerts for status in when)
+    firing = [alert for alert in alerts if alert.state == "firing"]
+    about = frozenset((alert.labels, alert.value) for alert in firing)
+    return min((alert.since for alert in firing), default=None), about
 
 
 def _model(series: SeriesByName) -> str:
@@ -7402,13 +7404,13 @@ class ExitPolicy:
     def on_verdict(self, _: Verdict, verdict: Verdict) -> None:
         """Stop the program if a verdict asks for it; for the thread that checks."""
         self._was_healthy = self._was_healthy or verdict.healthy
-        firing = [status for status in verdict.rules if status.state == "firing"]
-        fires = {s.rule.name: s.last_words or describe(s, verdict.time) for s in firing}
-        names = ", ".join(name for name in self._config.exit_when if name in fires)
-        may = self._was_healthy and verdict.time >= self._earliest and not self.status
-        if names and may:
-            self.status = EXIT_STATUS
-            text = f"exit status {EXIT_STATUS}: {names}; {fires[names.split(',')[0]]}"
+        wanted = [s for s in verdict.rules if s.rule.name in self._config.exit_when]
+        firing = [status for status in wanted if status.state == "firing"]
+        if firing and self._was_healthy and verdict.time >= self._earliest:
+            self._earliest = math.inf
+            self.status, names = EXIT_STATUS, ", ".join(s.rule.name for s in firing)
+            words = firing[0].last_words or describe(firing[0], verdict.time)
+            text = f"exit status {EXIT_STATUS}: {names}; {words}"
             log(logging.WARNING, text, rule=names)
             text = f"{format_time(verdict.wall)} {text}"
             _write_last_words(self._config.last_words, text)

@@ -5890,6 +5890,8 @@ class MainTest(NetworkTest):
             told = next(line for line in again.stderr if "the run before" in line)
             words = r"ended so: \d.*Z exit status 88: Stalled; firing for 0s: x\{.*\} 2"
             self.assertRegex(told, words)
+            again.terminate()
+            again.wait(10)
 
     def test_a_file_of_last_words_that_cannot_be_had_stops_no_exit(self):
         rule = parse_rules("Stalled: x > 1")[0]
