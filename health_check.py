@@ -4806,17 +4806,19 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 
 def _may_mean(name: str, other: str) -> bool:
-    """Tell whether names differ in typos, and at most one part more or less."""
+    """Tell whether names differ in typos, a suffix, and one part at their beginning."""
     one, two = (re.split(r"[:._]+", text.lower()) for text in (name, other))
     alike = different = 0
     matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)
     for word, start, end, first, last in matcher.get_opcodes():
         pairs = list(zip(one[start:end], two[first:last]))
-        if word == "replace" and not all(itertools.starmap(_may_be_typo, pairs)):
+        more = {*one[start + len(pairs) : end], *two[first + len(pairs) : last]}
+        other_thing = (start or first) and more - SUFFIXES
+        typos = word != "replace" or all(itertools.starmap(_may_be_typo, pairs))
+        if other_thing or not typos:
             return False
         alike += len(pairs)
-        more = (*one[start + len(pairs) : end], *two[first + len(pairs) : last])
-        different += sum(part not in SUFFIXES for part in more)
+        different += len(more - SUFFIXES)
     return different < 2 and different < alike
 
 

@@ -3244,7 +3244,7 @@ class Absence(unittest.TestCase):
         for name, near in (
             ("vllm:num_request_waiting", waiting), ("num_requests_waiting", waiting),
             ("vllm_num_requests_waiting", waiting),
-            ("vllm:requests_waiting", waiting), ("Vllm:Num_Requests_Waitng", waiting),
+            ("Vllm:Num_Requests_Waitng", waiting),
             ("vllm:gpu_cache_usage_perc", "vllm:kv_cache_usage_perc"),
             ("ttft_seconds", "ttft_seconds_bucket"), ("ttft_second", "ttft_seconds"),
             ("http_requests", "http_requests_total"), ("q_p50", "q_p50_seconds"),
@@ -3260,6 +3260,8 @@ class Absence(unittest.TestCase):
             ("sglang:num_queue_reqs", waiting), ("queue", "queue_time_seconds_wait"),
             ("http_requests_total", "process_open_fds"), ("x", "xs"),
             ("vllm:cache_usage", "vllm:cache_config_info"),
+            ("vllm:external_prefix_cache_hits", "vllm:prefix_cache_hits"),
+            ("vllm:requests_waiting", waiting),
         ):
             self.assertEqual(nearest_name(name, [other]), "", name)
 
