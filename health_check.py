@@ -907,6 +907,7 @@ SET_OPERATORS = ("and", "or", "unless")
 COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
 METADATA = ("__name__", "__type__", "__unit__")
 MAX_POINTS_OF_SUBQUERY = 1_000_000
+MAX_UNREAD = 200_000
 
 
 class EvaluationError(ValueError):
@@ -1018,7 +1019,7 @@ def _matched(
         for labels, series in evaluation.history.get(name, {}).items():
             values.setdefault(dict(labels).get(label, ""), {})[labels] = series
         known[name, label] = values
-    values, fits = known[name, label], _seen_values(name, matcher)
+    values, fits = known[name, label], _known_values(name, matcher)
     if len(fits) > 2 * len(values):
         fits.clear()
     matched: dict[Labels, Series] = {}
@@ -1031,8 +1032,8 @@ def _matched(
 
 
 @lru_cache(maxsize=256)
-def _seen_values(name: str, matcher: Matcher) -> dict[str, bool]:
-    """Return which label values a matcher of a metric has seen, and which fit."""
+def _known_values(*pattern: object) -> dict[str, Any]:
+    """Return what is known of label values; the caller keeps it as small as these."""
     return {}
 
 
@@ -1493,12 +1494,20 @@ def _label_replace(
     _: Operation, __: Evaluation, vector: Vector, label: str, *texts: str
 ) -> Vector:
     replacement, source, pattern = texts
-
-    def replaced(labels: Labels) -> Labels:
-        text = regex_expand(pattern, dict(labels).get(source, ""), replacement)
-        return labels if text is None else _relabeled(labels, label, text)
-
-    return _distinct((replaced(labels), value) for labels, value in vector.items())
+    known, unread, items = _known_values(texts), MAX_UNREAD, []
+    if len(known) > 2 * len(vector):
+        known.clear()
+    for labels, value in vector.items():
+        old = dict(labels).get(source, "")
+        if old not in known:
+            unread -= len(old)
+            if unread < 0:
+                raise EvaluationError(f"more than {MAX_UNREAD} letters to replace")
+            known[old] = regex_expand(pattern, old, replacement)
+        new = known[old]
+        kept = labels if new is None else _relabeled(labels, label, new)
+        items.append((kept, value))
+    return _distinct(items)
 
 
 def _label_join(

@@ -1365,8 +1365,21 @@ class Evaluate(unittest.TestCase):
         self.assertLess(again, first / 15)
         for check in range(50):
             evaluate(expr, history(f'x{{a="{check}"}} 1'))
-        seen = health_check._seen_values("x", expr.matchers[0])
+        seen = health_check._known_values("x", expr.matchers[0])
         self.assertLess(len(seen), 5)
+
+    def test_a_label_value_is_replaced_once_and_so_much_text_at_a_time(self):
+        expr = parse_expression('label_replace(x, "b", "$1", "a", "(.)(a|aa)*(.*)")')
+        series = "; ".join(f'x{{a="{i}{"a" * 1000}"}} 1' for i in range(9))
+        first, again = (steps(evaluate, expr, history(series)) for _ in "12")
+        self.assertLess(again, first / 20)
+        for check in range(50):
+            evaluate(expr, history(f'x{{a="{check}"}} 1'))
+        with mock.patch.object(health_check, "MAX_UNREAD", 5000):
+            with self.assertRaisesRegex(EvaluationError, "more than 5000 letters"):
+                evaluate(expr, history(series))
+            one = history(series.partition(";")[0])
+            self.assertIn('b="0"', shown(evaluate(expr, one)))
 
     def test_a_subquery_of_too_many_points_is_an_error(self):
         series = "; ".join(f'x{{a="{i}"}} 1 1' for i in range(9))
