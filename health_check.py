@@ -4563,11 +4563,17 @@ def describe(status: RuleStatus, now: float) -> str:
             value, limit = format_float(status.value), format_float(status.limit)
             return f"ok: {value} (limit {limit})"
         return "ok" if status.matched else "ok (no series)"
+    since, series = first_series(status, now)
+    return f"{status.state} for {since}: {series}"
+
+
+def first_series(status: RuleStatus, now: float) -> tuple[str, str]:
+    """Return since when a rule is pending or firing, and for what, in words."""
     first = next(a for a in status.alerts if a.state == status.state)
     others = status.counts[status.state] - 1
+    series = f"{shorten(format_series(first.labels))} {format_float(first.value)}"
     more = f" and {others} more" if others else ""
-    series = f"{shorten(format_series(first.labels))} {format_float(first.value)}{more}"
-    return f"{status.state} for {format_duration(int(now - first.began))}: {series}"
+    return format_duration(int(now - first.began)), series + more
 
 
 def remaining(
@@ -6418,33 +6424,26 @@ def _probe_html(probe: ProbeStatus) -> tuple[bool, str]:
 
 
 def _rule_html(status: RuleStatus, verdict: Verdict, site: Site) -> str:
-    state, text = _rule_words(status, verdict)
-    series = ""
-    if status.state in ("firing", "pending"):
-        alert = next(a for a in status.alerts if a.state == status.state)
-        others = status.counts[status.state] - 1
-        series = f"{shorten(format_series(alert.labels))} {format_float(alert.value)}"
-        series += f" and {others} more" if others else ""
-        series = f"<p>{_code(series)}</p>"
-    more, graph = series + _folded(_rule_body(status)), _figure(status, site)
-    return _section(state, status.rule.name, text, graph, more)
+    state, text, more = _rule_words(status, verdict)
+    more += _folded(_rule_body(status))
+    return _section(state, status.rule.name, text, _figure(status, site), more)
 
 
-def _rule_words(status: RuleStatus, verdict: Verdict) -> tuple[str, str]:
-    """Return the state of a rule, and what it found in a person's words."""
+def _rule_words(status: RuleStatus, verdict: Verdict) -> tuple[str, str, str]:
+    """Return the state of a rule, what it found in a person's words, and its series."""
     value = ""
     if status.value is not None and status.limit is not None:
         value = f"{_rounded(status.value)}, limit {_rounded(status.limit)}"
     if status.state == "error":
-        return "fail", f"cannot be evaluated: {status.error}"
+        return "fail", f"cannot be evaluated: {status.error}", ""
     if status.state == "inactive":
-        return _inactive_words(status, verdict, value)
-    first = next(a for a in status.alerts if a.state == status.state)
-    since = format_duration(int(verdict.time - first.began))
-    if status.state == "firing":
-        return "fail", f"{value or 'fires'}, for {since}"
+        return (*_inactive_words(status, verdict, value), "")
+    since, text = first_series(status, verdict.time)
+    series = f"<p>{_code(text)}</p>"
+    if status.fires:
+        return "fail", f"{value or 'fires'}, for {since}", series
     hold = format_duration(status.rule.hold)
-    return "warn", f"{value or 'would fire'}, for {since}: fires after {hold}"
+    return "warn", f"{value or 'would fire'}, for {since}: fires after {hold}", series
 
 
 def _inactive_words(
@@ -6615,7 +6614,7 @@ MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
 MAX_LINES = 102
 MAX_UNREAD = 2 << 20
-MAX_COUNTED, MAX_UNKNOWN = 256, 16
+MAX_UNKNOWN = 16
 MAX_DRAINING, DRAIN_PAUSE = 16, 1.0
 HUNG = ("Stalling", "Stalled")
 HOUR = 3600.0
@@ -6659,8 +6658,6 @@ _FIELDS = re.compile(rb"(?:%b:[^\0\r\n]*\r?\n)*\r?\n" % FIELD_NAME.encode())
 # The target of a request in origin form or, as for a proxy, in absolute form (RFC 9112
 # section 3.2); it matches any text.
 _TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?([^?#]*)\??([^#]*)")
-
-
 _DIGITS = re.compile(r"[0-9]+")
 _ENCODED = re.compile(r"%([0-9A-Fa-f]{2})")
 
@@ -7016,14 +7013,9 @@ class Server:
         LOG.debug("%s: %s %s", client, request.requestline, answer.status)
         yield from self._send(sock, request.respond(answer))
         # A connection that is closed while input is unread, or still comes, is reset,
-        # and the caller might never see its answer: a body is read past, to a bound.
+        # and the caller might never see its answer.
         sock.shutdown(socket.SHUT_WR)
-        unread = MAX_UNREAD
-        while unread > 0:
-            # Once a turn, or who sends without a pause would keep all others out.
-            yield LINGER
-            data = sock.recv(MAX_REQUEST)
-            unread = unread - len(data) if data else 0
+        yield from _read_past(sock, LINGER)
 
     def _send(self, sock: socket.socket, output: bytes) -> Conversation[None]:
         rest = memoryview(output)
@@ -7036,21 +7028,22 @@ class Server:
             self._unsent -= len(output)
 
     def _count(self, path: str, code: str) -> None:
+        # Callers choose the paths: one that is not there, or one of many, has no label.
         names = rules_of(path)
-        routes = (*self._routes, "/drain")
-        known = {*names} <= self._rules if names else path in routes
-        full = (path, code) not in self._requests and len(self._requests) > MAX_COUNTED
-        self._requests["other" if full or not known else path, code] += 1
+        there = {*names} <= self._rules if names else path in (*self._routes, "/drain")
+        path = "/health/..." if len(names) > 1 else path
+        self._requests[path if there else "other", code] += 1
 
     def _answer(self, request: Request, sock: socket.socket) -> Conversation[Answer]:
         if request.path == "/drain":
             return (yield from self._drain(sock))
         names = rules_of(request.path)
         route = self._routes.get(request.path)
-        route = partial(answer_rules, names) if names else route
+        if names:
+            route = partial(answer_rules, names)
         if not route:
             return Answer(404, "there is /health, /health/Rule, /livez, /drain\n")
-        for name in self._rules.union(names) - self._rules:
+        for name in set(names) - self._rules:
             self._warn_unknown(name)
         fresh = request.path.startswith("/health")
         verdict = (yield from self._fresh()) if fresh else self._monitor.verdict
@@ -7068,7 +7061,9 @@ class Server:
         left = "" if why else "nothing is known yet"
         while quiet < 2 and not why:
             monitor.request(monitor.verdict.sequence, drain=True)
-            yield from _pause(sock)
+            with suppress(TimeoutError):
+                yield from _read_past(sock, DRAIN)
+                raise ConnectionError("did not wait")
             verdict = monitor.verdict
             if verdict.sequence > seen and verdict.left is not None:
                 seen, left = verdict.sequence, verdict.left
@@ -7169,17 +7164,14 @@ def _build(parts: Iterator[str]) -> Conversation[str]:
             return "".join(built)
 
 
-def _pause(sock: socket.socket) -> Conversation[None]:
-    # Who hangs up meanwhile is not waited for; what is sent is read past.
+def _read_past(sock: socket.socket, phase: Phase) -> Conversation[None]:
+    """Read past what a caller sends until it hangs up, as a body, and to a bound."""
     unread = MAX_UNREAD
-    with suppress(TimeoutError):
-        while unread > 0:
-            yield DRAIN
-            data = sock.recv(MAX_REQUEST)
-            if not data:
-                raise ConnectionError("did not wait")
-            unread -= len(data)
-        raise ConnectionError("sent too much")
+    while unread > 0:
+        # Once a turn, or who sends without a pause would keep all others out.
+        yield phase
+        data = sock.recv(MAX_REQUEST)
+        unread = unread - len(data) if data else 0
 
 
 def _when(phase: Phase, action: Callable[[Any], T], argument: Any) -> Conversation[T]:

@@ -4953,16 +4953,9 @@ class ServeTest(NetworkTest):
         self.assertIn(f'\n{name}{{rule="Gone"}} 3\n', body)
         self.assertIn(f'\n{name}{{rule="and others"}} 15\n', body)
         self.assertIn('_requests_total{path="other", code="200"} 33\n', body)
-
-    def test_of_what_callers_ask_for_a_bounded_part_is_counted(self):
-        rules = ";".join(f"R{number}: x > 1" for number in range(20))
-        port = self.serve(self.running(self.metrics(page()), UNHEALTHY_WHEN=rules))
-        with mock.patch.object(health_check, "MAX_COUNTED", 10):
-            for number in range(20):
-                get(port, f"/health/R{number},Down")
-        body = get(port, "/metrics")[1]
-        self.assertIn('_total{path="/health/R3,Down", code="200"} 1\n', body)
-        self.assertLess(body.count("health_check_requests_total{"), 14)
+        self.assertEqual(get(port, "/health/Down,Stalled")[0], 200)
+        several = '_requests_total{path="/health/...", code="200"} 1\n'
+        self.assertIn(several, get(port, "/metrics")[1])
 
     def drained(self, *pieces, pause=0.02, **environ):
         """Return the port of a checker that looks often, and its server."""
@@ -5055,7 +5048,7 @@ class ServeTest(NetworkTest):
                 sock.sendall(b"a" * 100000)
                 self.assertEqual(receive(sock), "")
             sock.close()
-        self.assertTrue(wait_until(lambda: any("sent too much" in x for x in self.log)))
+        self.assertTrue(wait_until(lambda: any("did not wait" in x for x in self.log)))
 
     def test_a_drain_is_answered_as_the_program_ends(self):
         process = self.launch(
