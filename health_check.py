@@ -391,7 +391,7 @@ class RuleStatus(_RuleStatus):
         """How many alerts are pending and firing; there may be 20,000 to count."""
         return collections.Counter(alert.state for alert in self.alerts)
 
-    @property
+    @cached_property
     def state(self) -> str:
         """``error``, ``firing``, ``pending`` or ``inactive``: the worst there is.
 
@@ -981,8 +981,11 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
 
 
 def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
-    """Return the series of an expression that is an instant vector."""
-    return cast(Vector, evaluate(expr, evaluation))
+    """Return the series of an instant vector, found once for all rules that are it."""
+    key, computed = (expr, evaluation.lazy), evaluation.computed
+    if key not in computed:
+        computed[key] = evaluate(expr, evaluation)
+    return cast(Vector, computed[key])
 
 
 def moment_of(expr: Selector | Subquery, evaluation: Evaluation) -> float:
@@ -1051,12 +1054,14 @@ def matches(matcher: Matcher, value: str) -> bool:
 
 def count_matched(selector: Selector, evaluation: Evaluation) -> int:
     """Return how many series a selector finds."""
-    moment, known = moment_of(selector, evaluation), evaluation.selected
-    found, start = select(selector, evaluation).values(), moment - selector.window
-    if not selector.window:
-        return sum([series.sample_at(moment) is not None for series in found])
+    known = evaluation.selected
     if selector not in known:
-        known[selector] = sum([series.time > start for series in found])
+        moment, found = moment_of(selector, evaluation), select(selector, evaluation)
+        start = moment - selector.window
+        known[selector] = sum(
+            series.time > start if selector.window else bool(series.sample_at(moment))
+            for series in found.values()
+        )
     return cast(int, known[selector])
 
 
@@ -5081,11 +5086,17 @@ class History:
     """
 
     def __init__(self, wanted: Mapping[str, Lookback], limit: int) -> None:
-        self.names = frozenset(wanted)
-        self._tables = {name: Table(back) for name, back in wanted.items()}
+        # Of the metrics that are there: most are of other servers, and cost nothing.
+        self._tables: dict[str, Table] = {}
+        self._wanted = wanted
         self._known: dict[Labels, Series] = {}
         self._limit, self._labels_size = limit, 0
         self._epoch = 0.0
+
+    @property
+    def names(self) -> AbstractSet[str]:
+        """The metrics that are there."""
+        return self._tables.keys()
 
     def room(self) -> int:
         """Return the bytes that are left for new series; a quarter is for samples."""
@@ -5110,8 +5121,7 @@ class History:
 
         For each of them it is called once a check.
         """
-        # Most are of servers that are not there: they cost nothing.
-        tables = [t for name, t in self._tables.items() if t.series and name in names]
+        tables = [table for name, table in self._tables.items() if name in names]
         for table in tables:
             table.begin_check(samples, now, self._epoch)
         for labels, value in samples.items():
@@ -5125,17 +5135,16 @@ class History:
     def evaluation(self, now: float, wall: float) -> Evaluation:
         """Return what expressions are evaluated against, as of the latest record."""
         self._epoch = now - wall
-        tables = self._tables.items()
-        series = {name: table.series for name, table in tables}
-        there = frozenset(name for name, table in tables if table.series)
-        return Evaluation(now, wall, series, {}, {}, there)
+        series = {name: table.series for name, table in self._tables.items()}
+        return Evaluation(now, wall, series, {}, {}, frozenset(series))
 
     def _new_series(self, labels: Labels, now: float) -> Series | None:
-        table = self._tables.get(dict(labels)["__name__"])
-        if not table:
+        name = dict(labels)["__name__"]
+        if name not in self._wanted:
             return None
-        if not table.series:
-            table.checks[:] = array("d", [now])
+        table = self._tables.get(name)
+        if not table:
+            table = self._tables[name] = Table(name, self._wanted[name], now)
         self._labels_size += _size(labels)
         series = table.series[labels] = self._known[labels] = Series(table.checks)
         return series
@@ -5153,6 +5162,8 @@ class History:
     def _drop(self, table: Table, labels: Labels) -> None:
         del table.series[labels], self._known[labels]
         self._labels_size -= _size(labels)
+        if not table.series:
+            del self._tables[table.name]
 
     def _keep(self, table: Table, start: int, step: int = 1) -> None:
         for labels, series in list(table.series.items()):
@@ -5168,10 +5179,8 @@ class History:
         if most < room // 4:
             for table in self._tables.values():
                 table.stretch = 1.0
-        while most > room:
+        while most > room and sum(map(Table.size, tables)) > room:
             largest = max(tables, key=Table.size)
-            if sum(map(Table.size, tables)) <= room:
-                break
             largest.thin()
             self._keep(largest, (len(largest.checks) - 1) % 2, 2)
 
@@ -5184,13 +5193,13 @@ class Table:
     ``stretch`` times as much once the history had to be thinned.
     """
 
-    def __init__(self, lookback: Lookback) -> None:
-        self.seconds = seconds = lookback.seconds
-        self.checks = array("d")
+    def __init__(self, name: str, lookback: Lookback, now: float) -> None:
+        self.name, self.seconds = name, lookback.seconds
+        self.checks = array("d", [now])
         self.series: dict[Labels, Series] = {}
         self.least, self.step, self.stretch = lookback.least, lookback.step, 1.0
         # A short range beside a long one of the same metric needs points of its own.
-        wanted = min(seconds / POINTS_PER_RANGE, lookback.shortest / LEAST_POINTS)
+        wanted = min(self.seconds / POINTS_PER_RANGE, lookback.shortest / LEAST_POINTS)
         self.spacing = max(wanted, self.least)
 
     def begin_check(

@@ -3444,7 +3444,7 @@ class HistoryTest(unittest.TestCase):
             self.assertEqual((series.time, series.value), (now, now * 2.0))
             self.assertEqual(len(series.values), 1)
         history.record({}, 3, "x")
-        self.assertEqual(history.evaluation(3, 0.0).history, {"x": {}})
+        self.assertEqual(history.evaluation(3, 0.0).history, {})
 
 
 class MonitorTest(NetworkTest):
