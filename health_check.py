@@ -5451,6 +5451,7 @@ class Scraper:
 # --- 15. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
+MAX_DRAIN_PAUSE = 5.0
 # How often its thread comes round if nobody asks, and how long that may take.
 ROUND, MAX_ROUND = 20.0, 60.0
 TREND, MAX_TOLD = 120, 5
@@ -5491,6 +5492,7 @@ class Monitor:
         self.verdict_timeout = config.metrics_timeout + 2 * GRACE
         self._news = threading.Condition()
         self._asked, self._drain_asked, self._stopped = -1, False, False
+        self._drained = -math.inf
         self._came_round = clock()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         rules = (*config.rules, *config.canary_when)
@@ -5602,6 +5604,7 @@ class Monitor:
         with self._news:
             drain, self._drain_asked = self._drain_asked, False
         now, wall, scrapes, probes = self._scrape()
+        self._drained = now if drain else self._drained
         self._restart_after_gap(now)
         before = self.verdict.targets
         targets = record(scrapes, self.history, now, self.config, before)
@@ -5645,7 +5648,9 @@ class Monitor:
         self._when = tuple(_judged(status, evaluation) for status in self._when)
         names = "Stalling", "Stalled"
         stalls = [status for status in self._statuses if status.rule.name in names]
-        return canary.consider(latest, self._when, stalls, evaluation)
+        # Who drains asks each second, and the engine is asked for nothing more then.
+        when = self._when if now - self._drained > MAX_DRAIN_PAUSE else ()
+        return canary.consider(latest, when, stalls, evaluation)
 
     def _scrape(
         self

@@ -3100,6 +3100,18 @@ class ProbeTest(NetworkTest):
         threads = [t.name for t in threading.enumerate() if t.name == "canary"]
         self.assertEqual(len(threads), 1)
 
+    def test_no_canary_is_sent_while_the_server_drains(self):
+        clock = Clock()
+        monitor, server = self.watched(
+            clock, lambda: [page(ANSWER)], CANARY_WHEN="x == 0", DRAIN_WHILE="x > 0"
+        )
+        for drain in True, False, False:
+            monitor.request(-1, drain=drain)
+            monitor.check()
+            wait_until(monitor.canary.answered)
+            sent, clock.now = len(self.asking(server)), clock.now + 3.0
+            self.assertEqual(sent, int(clock.now > 1008.0))
+
     def test_a_canary_that_is_refused_decides_nothing_and_names_what_to_mend(self):
         clock, refused = Clock(), page("no such model", status="404 Not Found")
         monitor, _ = self.watched(clock, lambda: [refused], CANARY_WHEN="x == 0")
