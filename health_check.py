@@ -4943,7 +4943,8 @@ class Canary:
         """
         now, after = evaluation.now, self._config.canary_after
         since, about = _standstill(when)
-        if is_due(latest, since, now, after) and self.answered():
+        # An answer may have come since the one that is considered.
+        if self.answered() and is_due(self.latest, since, now, after):
             with self._changed:
                 sent = latest._replace(sent=now, about=about)
                 self._order = _model(evaluation.history), sent

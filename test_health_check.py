@@ -3100,6 +3100,27 @@ class ProbeTest(NetworkTest):
         threads = [t.name for t in threading.enumerate() if t.name == "canary"]
         self.assertEqual(len(threads), 1)
 
+    def test_an_answer_that_comes_during_a_scrape_is_asked_for_once(self):
+        clock, scraped = Clock(), threading.Event()
+
+        def answer(request):
+            if request.startswith(b"POST"):
+                scraped.wait(2)
+                return [page(ANSWER)]
+            if monitor.verdict.sequence:
+                scraped.set()
+                wait_until(monitor.canary.answered)
+            return [page('x{model_name="m"} 0')]
+
+        server = self.metrics(answer)
+        environ = {"CANARY_URL": f"http://{server.instance}/", "CANARY_WHEN": "x == 0"}
+        monitor = self.monitor(server, clock=clock, **environ)
+        monitor.canary.start()
+        for _ in range(3):
+            monitor.check()
+            clock.now += 10.0
+        self.assertEqual(len(self.asking(server)), 1)
+
     def test_no_canary_is_sent_while_the_server_drains(self):
         clock = Clock()
         monitor, server = self.watched(
