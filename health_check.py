@@ -2337,10 +2337,9 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     Where it cannot be evaluated, the alerts stay as they were and ``error`` says why.
     """
     rule, part = before.rule, _part(before, evaluation)
-    if rule.builtin:
-        evaluation = evaluation._replace(lazy=True)
     try:
-        found, value, limit = _measure(part.expr, evaluation) if part.expr else NOTHING
+        lazy = evaluation._replace(lazy=True) if rule.builtin else evaluation
+        found, value, limit = _measure(part.expr, lazy) if part.expr else NOTHING
         # An alert is known by the labels of its series without the name, and these
         # must differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
         samples = {unnamed(labels): Sample(labels, v) for labels, v in found.items()}
@@ -2408,20 +2407,14 @@ def prune(expr: Expr, names: Container[str]) -> Expr | None:
     """
     if isinstance(expr, Selector):
         return expr if expr.name in names else None
-    if isinstance(expr, (Number, Text)):
-        return expr
-    if isinstance(expr, Subquery):
-        inner = prune(expr.expr, names)
-        return expr._replace(expr=inner) if inner else None
-    if expr.name in SEE_ABSENCE:
+    if not isinstance(expr, Operation) or expr.name in SEE_ABSENCE:
         return expr
     operands = [prune(operand, names) for operand in expr.operands]
-    if expr.name in ("or", "unless") and None in operands:
-        left, right = operands
-        return left or (right if expr.name == "or" else None)
-    if None in operands:
-        return None
-    return expr._replace(operands=tuple(filter(None, operands)))
+    if None not in operands:
+        return expr._replace(operands=tuple(filter(None, operands)))
+    if expr.name == "or":
+        return operands[0] or operands[1]
+    return operands[0] if expr.name == "unless" else None
 
 
 def _part(status: RuleStatus, evaluation: Evaluation) -> Part:
@@ -2601,7 +2594,8 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     """
     moving = [s for s in SERVERS if s.moving]
     gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in moving).split()
-    moved = [_changed(server, "idelta({}[5m]) != 0") for server in moving]
+    forms = [_changed(server, "idelta({}[5m]) != 0") for server in moving]
+    moved = [*itertools.chain.from_iterable(forms)]
     busy = map("last_over_time({}[2m10s]) > 0".format, gauges)
     idle = map("last_over_time({}[2m10s]) == 0".format, gauges)
     asleep = map(_sleeps, filter(operator.attrgetter("asleep"), SERVERS))
@@ -2632,7 +2626,7 @@ def servers_there(names: Iterable[str]) -> Iterator[KnownServer]:
     ['vLLM']
     """
     there = set(names)
-    for server in SERVERS:
+    for server in SERVERS if there else ():
         if there.intersection(own_names(server)):
             yield server
 
@@ -2698,7 +2692,12 @@ def own_names(server: KnownServer) -> frozenset[str]:
 
 
 def _union(texts: Iterable[str]) -> Expr:
-    exprs = map(_parsed_once, dict.fromkeys(filter(None, texts)))
+    return _union_of(tuple(dict.fromkeys(filter(None, texts))))
+
+
+@lru_cache(maxsize=64)
+def _union_of(texts: tuple[str, ...]) -> Expr:
+    exprs = map(_parsed_once, texts)
     return reduce(lambda left, right: Operation("or", (left, right)), exprs)
 
 
@@ -2714,16 +2713,16 @@ def _queue_full(server: KnownServer, limit: str) -> str:
 
 
 def _stuck(server: KnownServer, _: str) -> str:
-    moved = _changed(server, "idelta({}[5m]) != 0")
     stuck = server.stuck
     for gauges, match in (
         (f"{server.running} {server.waiting}", server.match),
         (server.open, "on (instance)"),
     ):
-        names = dict.fromkeys(gauges.split()) if moved and not server.stuck else ()
+        names = dict.fromkeys(gauges.split()) if server.moving else ()
         busy = " or ".join(f"last_over_time({name}[2m10s]) > 0" for name in names)
-        if busy:
-            stuck += f"{stuck and ' or '}({busy}) unless {match} ({moved})"
+        if busy and not server.stuck:
+            moved = _unless(match, _changed(server, "idelta({}[5m]) != 0"))
+            stuck += f"{stuck and ' or '}({busy}){moved}"
     if server.asleep:
         stuck += f" unless ignoring (pid, sleep_state) {_sleeps(server)}"
     # From one sample nothing is known, whatever the rest says of it.
@@ -2737,8 +2736,9 @@ def _unanswered(server: KnownServer, _: str) -> str:
     # What moved counts for longer, so that a scrape may come between it and the end.
     moved = _changed(server, "changes({}[2m10s]) > 0", server.accepted)
     ended = f"sum by (instance) (increase({server.abandoned}[1m10s])) > 1.5"
-    sleeps = f" unless on (instance) {_sleeps(server)}" if server.asleep else ""
-    return f"{ended} unless on (instance) ({moved}){sleeps}{_only_with(server.own)}"
+    sleeps = [_sleeps(server)] if server.asleep else []
+    text = f"{ended}{_unless('on (instance)', [*moved, *sleeps])}"
+    return f"{text}{_only_with(server.own)}"
 
 
 def _failing(server: KnownServer, _: str) -> str:
@@ -2751,9 +2751,14 @@ def _failing(server: KnownServer, _: str) -> str:
     return text if server.failed else ""
 
 
-def _changed(server: KnownServer, form: str, more: str = "") -> str:
+def _changed(server: KnownServer, form: str, more: str = "") -> list[str]:
     names = f"{server.moving} {server.prefill} {more}".split()
-    return " or ".join(form.format(name) for name in dict.fromkeys(names))
+    return [form.format(name) for name in dict.fromkeys(names)]
+
+
+def _unless(match: str, texts: Iterable[str]) -> str:
+    # One after the other: mostly the first tells, and the others cost nothing then.
+    return "".join(f" unless {match} {text}" for text in texts)
 
 
 def _sleeps(server: KnownServer) -> str:
@@ -3407,9 +3412,9 @@ def _sparse(config: Config) -> Iterator[str]:
 
 
 def _rules(config: Config) -> tuple[Rule, ...]:
+    own = config.unhealthy_when
     limits = (config.metric_threshold, config.metrics_threshold, DEFAULT_THRESHOLD)
     threshold = next(limit for limit in limits if limit is not None)
-    own = config.unhealthy_when
     if config.metric_to_check is not None:
         expr = Operation(">", (config.metric_to_check, Number(threshold)))
         own = (Rule("AboveThreshold", expr), *own)
