@@ -175,6 +175,7 @@ class Container(ContainerTest):
         self.addCleanup(podman, "rm", "--force", NAME, fails=True)
         podman("run", "--detach", f"--name={NAME}", *limits(), "--network=host",
                "--env=APP_HOST=127.0.0.1", f"--env=APP_PORT={port}",
+               "--env=UNHEALTHY_WHEN=QueueFull: vllm:num_requests_waiting > 10",
                f"--env=METRICS_ENDPOINT=http://127.0.0.1:{server.server_port}/metrics",
                IMAGE)  # fmt: skip
         self.wait()
