@@ -981,8 +981,10 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
 
 
 def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
-    """Return the series of an instant vector, found once for all rules that are it."""
-    key, computed = (expr, evaluation.lazy), evaluation.computed
+    """Return the series of an instant vector, found once for all built-in rules."""
+    if not evaluation.lazy:
+        return cast(Vector, evaluate(expr, evaluation))
+    key, computed = ("lazy", expr), evaluation.computed
     if key not in computed:
         computed[key] = evaluate(expr, evaluation)
     return cast(Vector, computed[key])
