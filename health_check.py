@@ -952,8 +952,7 @@ Value = Union[float, str, Vector, Range]
 def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
     """Return what an expression gives at the moment of an evaluation.
 
-    Raises EvaluationError where Prometheus does: two series with the same labels in a
-    result, several partners for one series, or a parameter that is none.
+    Raises EvaluationError where Prometheus does.
     """
     if isinstance(expr, Operation):
         if evaluation.lazy and expr.name in ("and", "unless"):
@@ -1015,8 +1014,7 @@ def _matched(
 ) -> dict[Labels, Series]:
     """Return the series of a metric that one matcher lets through.
 
-    A value of a label is looked at once, however many series and selectors have it,
-    and a regular expression is not asked again about one that it has seen.
+    What a matcher said of a value is known to the next checks, too.
     """
     label, known = matcher.label, evaluation.selected
     if (name, label) not in known:
@@ -1121,10 +1119,7 @@ def _subquery(expr: Subquery, evaluation: Evaluation) -> Range:
 
 
 def operate(expr: Operation, left: Value, right: Value) -> Value:
-    """Return what an operator gives; series that a comparison filters keep their name.
-
-    Raises EvaluationError.
-    """
+    """Return what an operator gives; what a comparison filters keeps its name."""
     if expr.name in SET_OPERATORS:
         return _combine(expr, cast(Vector, left), cast(Vector, right))
     apply, filters = OPERATORS[expr.name], is_filter(expr)
@@ -1164,9 +1159,8 @@ def _matched_pairs(
 ) -> Iterator[tuple[Labels, float, float, float]]:
     """Yield the pairs of two vectors by their labels.
 
-    Each side has one series at most for each set of matched labels, unless
-    ``group_left`` or ``group_right`` lets it have many.  More are an error also where
-    a filter would drop them, since Prometheus 3.9.
+    Each side has one series of the same labels, unless a group lets it have many: more
+    are an error also where a filter would drop them, since Prometheus 3.9.
     """
     swapped = bool(expr.group and expr.group.side == "right")
     many, one = (right, left) if swapped else (left, right)
@@ -1285,9 +1279,7 @@ def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
 def _total(
     function: Callable[[float], float], at_zero: float = math.nan
 ) -> Callable[[float], float]:
-    """Return a function of ``math`` that answers as in C and Go where Python raises:
-    an infinity for what is too large, and NaN for what there is not."""
-
+    # Where Python raises, C and Go have an infinity or NaN.
     def total(value: float) -> float:
         try:
             return function(value)
@@ -1418,11 +1410,8 @@ def _of_time(part: Callable[[time.struct_time], float]) -> Callable[..., Vector]
 def _over_range(
     function: Callable[..., float], least: int = 1, named: bool = False, place: int = 0
 ) -> Callable[..., Vector]:
-    """Apply to the samples of each series that has enough of them in the range.
-
-    What a series gave is remembered: rules that differ in their matchers share it.
-    """
-
+    """Apply to the samples of each series that has enough of them in the range."""
+    # What a series gave is remembered for rules that differ in their matchers.
     dropped = () if named else METADATA
 
     def apply(expr: Operation, evaluation: Evaluation, *values: Any) -> Vector:
@@ -1759,6 +1748,7 @@ REFUSED = {
 HINTS = {
     "&": "write 'and'", "|": "write 'or'", "!": "write 'unless' or '!='",
     "=": "'==' compares", ":": "a rule's name stands right before its colon",
+    **dict.fromkeys("\"'`", "unterminated string"),
 }
 RULE_WORDS = ("for", "keep_firing_for")
 MODIFIERS = ("bool", "on", "ignoring", "group_left", "group_right", "atan2")
@@ -1824,14 +1814,11 @@ class Token(NamedTuple):
 
     def wrong(self) -> PromQLError:
         """Return the error for a character that no token begins with."""
-        hint = HINTS.get(self.text, "no operator")
-        return self.error(
-            "unterminated string" if self.text in "\"'`"
-            else "a name is made of the letters A to Z, digits and _"
-            if self.text.isalpha()
-            else "bad number or duration" if self.text.isdigit()
-            else f"bad character {self.text!r}: {hint}"
-        )  # fmt: skip
+        if self.text.isdigit():
+            return self.error("bad number or duration")
+        names = "a name is made of the letters A to Z, digits and _"
+        hint = HINTS.get(self.text, names if self.text.isalpha() else "no operator")
+        return self.error(f"bad character {self.text!r}: {hint}")
 
 
 def parse_expression(text: str) -> Expr:
