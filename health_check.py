@@ -3407,26 +3407,27 @@ def _rules(config: Config) -> tuple[Rule, ...]:
     if config.metric_to_check is not None:
         expr = Operation(">", (config.metric_to_check, Number(threshold)))
         own = (Rule("AboveThreshold", expr), *own)
-    rules = builtin_rules(_in_force(config), threshold)
+    gone = left_out(config)
+    rules = builtin_rules([name for name in BUILTIN if name not in gone], threshold)
     if config.canary_url:
         match = ("instance",) if len(config.metrics_endpoint) > 1 else ()
         rules = (with_canary(rule, match) for rule in rules)
     return (*own, *rules)
 
 
-def _in_force(config: Config) -> list[str]:
-    """Return the built-in rules that no setting replaces or leaves out."""
+def left_out(config: Config) -> dict[str, str]:
+    """Return which built-in rules are not in force, and the setting that says so."""
     own = {rule.name for rule in config.unhealthy_when}
-    gone = {*own, *config.without_rules}
-    if own:
-        gone.add("QueueFull")
-    elif config.metric_to_check is not None:
-        gone.update(BUILTIN.keys() - {"Down", "NotServing", "Unresponsive"})
-    if not config.health_endpoint:
-        gone.add("NotServing")
+    gone = {} if config.health_endpoint else {"NotServing": ""}
     if not config.canary_url:
-        gone.add("Unresponsive")
-    return [name for name in BUILTIN if name not in gone]
+        gone["Unresponsive"] = ""
+    if config.metric_to_check is not None and not own:
+        others = BUILTIN.keys() - {"Down", "NotServing", "Unresponsive"}
+        gone.update(dict.fromkeys(others, "METRIC_TO_CHECK"))
+    if own:
+        gone["QueueFull"] = "UNHEALTHY_WHEN"
+    gone.update(dict.fromkeys(own.intersection(BUILTIN), "UNHEALTHY_WHEN"))
+    return {**gone, **dict.fromkeys(config.without_rules, "WITHOUT_RULES")}
 
 
 def _rule_names(text: str) -> tuple[str, ...]:
@@ -7314,9 +7315,9 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _act(options: Mapping[str, Any], config: Config, expr: Expr | None) -> int:
     if options.get("check_config"):
-        rules = map(describe_rule, config.rules)
         told = options["format"] == "prometheus"
-        say(prometheus_rules(config.rules) if told else "\n".join(rules))
+        lines = describe_config(config) if not told else ()
+        say(prometheus_rules(config.rules) if told else "\n".join(lines))
         return 0
     if expr is None:
         config = _start_demo(config) if options.get("demo") else config
@@ -7604,15 +7605,38 @@ def _with_reason(path: str) -> str:
     return f"{path}{'&' if '?' in path else '?'}verbose"
 
 
-def describe_rule(rule: Rule) -> str:
-    """Return what --check-config says of a rule: its text, type, range and series."""
+def describe_config(config: Config) -> Iterator[str]:
+    """Yield what --check-config says: each rule, for the servers that answer now.
+
+    If none does, the table of servers that built-in rules are made from.
+    """
+    targets, evaluation = next(_checks(config.rules, config))[1:]
+    there = not all(target.reason for target in targets)
+    for rule in config.rules:
+        status = judge(RuleStatus(rule), evaluation)
+        names = {selector.name for selector in find_selectors(rule.expr)}
+        if there or not rule.builtin or names.issubset((*SYNTHETIC, *PROBED)):
+            yield describe_rule(rule, format_part(status))
+        else:
+            clauses = format_rule(rule).partition(format_expression(rule.expr))[2]
+            yield f"{rule.name}: made for each server that is there{clauses}"
+    for server in SERVERS if not there else ():
+        fields = ("waiting", "running", "moving", "prefill", "remark")
+        found = ((field, getattr(server, field)) for field in fields)
+        told = (f"{field}: {text}" for field, text in found if text)
+        yield f"{server.name} {server.at}\n    " + "\n    ".join(told)
+
+
+def describe_rule(rule: Rule, text: str) -> str:
+    """Return the text of a rule with its type, its range and what it reads."""
     names = sorted({selector.name for selector in find_selectors(rule.expr)})
     longest = _range_text([rule.expr]) or "no range"
     most = max((back.most for back in lookbacks([rule.expr]).values()), default=1)
     if most > 1:
         longest += f", up to {most} samples of 8 bytes a series"
     kind = "built in" if rule.builtin else "yours"
-    text = f"{format_rule(rule)}\n    {kind}; {longest}; reads {', '.join(names)}"
+    reads = "" if rule.builtin else f"; reads {', '.join(names)}"
+    text = f"{text}\n    {kind}; {longest}{reads}"
     for name in names:
         # A metric's prefix is seldom a capital, and a rule's name mostly has one.
         if re.match(r"[A-Z]\w*:", name):
@@ -7695,9 +7719,12 @@ def _log_start(config: Config, port: int) -> None:
     if config.exit_when:
         settings["EXIT_WHEN"] += " (for restartPolicyRules of Kubernetes 1.36)"
     shown = ", ".join(f"{name} {value or 'none'}" for name, value in settings.items())
-    rules = [format_rule(rule) for rule in config.rules]
-    message = f"health_check.py {__version__} is up: {shown}, rules: {'; '.join(rules)}"
-    log(logging.INFO, message, version=__version__, **settings, rules=rules)
+    rules = [r.name if r.builtin else format_rule(r) for r in config.rules]
+    gone = [f"not {name} ({why})" for name, why in left_out(config).items() if why]
+    told = "; ".join((*rules, *gone))
+    message = f"health_check.py {__version__} is up: {shown}, rules: {told}"
+    fields = {**settings, "rules": rules, "left_out": gone}
+    log(logging.INFO, message, version=__version__, **fields)
 
 
 def _log_to_stderr(config: Config) -> None:

@@ -1740,14 +1740,20 @@ class Replay:
         stream = Stream("text/plain", io.BytesIO(text.encode()).readinto)
         return scrape._replace(reading=read_samples(stream, format, {}))
 
-    def run(self, texts, every=10):
-        """Return when each rule began to fire, by name, and which fire at the end."""
-        since, firing, start = {}, set(), self.now
-        for text in texts:
-            firing = {name for name, _ in self.check([text], every)}
-            for name in firing - set(since):
-                since[name] = self.now - start
-        return since, firing
+    def run(self, rows, every=10):
+        """Return of each target when each rule began to fire, and which do at the end.
+
+        A row has the texts of a target, one a check.
+        """
+        since, firing, start = [{} for _ in rows], set(), self.now
+        for texts in zip(*rows):
+            firing = self.check(texts, every)
+            for rule, instance in firing:
+                since[int(instance)].setdefault(rule, self.now - start)
+        return [
+            (found, {rule for rule, instance in firing if int(instance) == n})
+            for n, found in enumerate(since)
+        ]
 
 
 def vllm(
@@ -1809,13 +1815,14 @@ SHORT = {
 
 class Servers(unittest.TestCase):
     def test_each_state_of_a_vllm_has_its_verdict_after_its_time(self):
-        busy, idle = [vllm(4, 3, n) for n in range(14)], [vllm()] * 14
-        other = [vllm(4, 3, n, engine=1) for n in range(60)]
+        idle, nothing = [vllm()] * 48, ["python_info 1\n"] * 48
+        busy = [vllm(4, 3, n) for n in range(48)]
+        other = [vllm(4, 3, n, engine=1) for n in range(48)]
         stall = {"Stalling": 100, "Stalled": 320}
-        for state, before, pages, expected in (
+        states = (
             ("idle", idle, idle, {}),
-            ("busy", busy, [vllm(4, 3, n) for n in range(20, 34)], {}),
-            ("full", busy, [vllm(64, 448, n) for n in range(20, 34)],
+            ("busy", busy, busy[14:], {}),
+            ("full", busy, [vllm(64, 448, n) for n in range(14, 48)],
              {"QueueFull": 40}),
             ("long prefill", busy, [vllm(1, 39, 30, n / 99) for n in range(34)],
              {"QueueFull": 40}),
@@ -1823,23 +1830,25 @@ class Servers(unittest.TestCase):
             ("its clients gone", busy, [vllm(50, 0, 99, ok=n) for n in range(34)],
              {**stall, "Unanswered": 130}),
             ("hung while idle", idle, [vllm()] * 34, {}),
-            ("one client gave up", idle, [vllm(ok=1)] * 14, {}),
+            ("one client gave up", idle, [vllm(ok=1)] * 34, {}),
             ("two clients gave up", idle, [vllm(ok=2)] * 34, {"Unanswered": 10}),
             ("one of two engines", [a + b for a, b in zip(busy, other)],
              [vllm(4, 3, 13) + page for page in other[14:48]],
              {"Stalling": 90, "Stalled": 310}),
             ("none runs, six wait", busy, [vllm(0, 6, 99)] * 34, stall),
-            ("metrics hang", busy, ["timeout"] * 14, {"Down": 40}),
-            ("refused", busy, ["refused"] * 2, {"Down": 10}),
-            ("no vllm: family", ["python_info 1\n"], ["python_info 1\n"] * 3, {}),
+            ("metrics hang", busy, ["timeout"] * 34, {"Down": 40}),
+            ("refused", busy, ["refused"] * 34, {"Down": 10}),
+            ("no vllm: family", nothing, nothing, {}),
             ("all fail", [vllm(1, 0, n, ok=n) for n in range(14)],
              [vllm(1, 0, n, ok=13, failed=n) for n in range(34)], {"Failing": 290}),
             ("asleep", idle, [vllm(0, 3, ok=n, awake=0) for n in range(34)], {}),
-        ):  # fmt: skip
+        )  # fmt: skip
+        replay = Replay()
+        for found in replay.run([before[:14] for _, before, _, _ in states]):
+            self.assertEqual(found, ({}, set()))
+        found = replay.run([pages for _, _, pages, _ in states])
+        for (state, _, _, expected), (since, firing) in zip(states, found):
             with self.subTest(state):
-                replay = Replay()
-                self.assertEqual(replay.run(before), ({}, set()))
-                since, firing = replay.run(pages)
                 self.assertEqual(since, expected)
                 self.assertEqual(firing, {*expected})
 
@@ -1872,33 +1881,31 @@ class Servers(unittest.TestCase):
             self.assertEqual(replay.check([*move, *rest], 30), set())
 
     def test_one_failed_scrape_is_no_news(self):
-        fields = ("Stalling", 80), ("Stalled", 300)
-        for every, lost in (*((10, n) for n in (60, 30, 18, 6)), (30, 6), (60, 6)):
-            for phase in 0, lost // 2:
+        for every, losses in (10, (60, 30, 18, 6)), (30, (18, 6)), (60, (18, 6)):
+            rows = []
+            for lost, phase in itertools.product(losses, (0, 3)):
                 hung = [vllm(50, 0, 99)] * (600 // every)
                 hung[phase::lost] = ["http_status"] * len(hung[phase::lost])
-                replay = Replay()
-                replay.run([vllm(50, 0, n) for n in range(14)], every)
-                since, firing = replay.run(hung, every)
-                with self.subTest(every=every, lost=lost, phase=phase):
-                    for name, hold in fields:
-                        most = 3 * every + hold
-                        self.assertLessEqual(since[name], most + -most % every)
-                        self.assertIn(name, firing)
+                rows.append([vllm(50, 0, n) for n in range(14)] + hung)
+            replay = Replay()
+            replay.run([row[:14] for row in rows], every)
+            for since, firing in replay.run([row[14:] for row in rows], every):
+                for name, hold in ("Stalling", 80), ("Stalled", 300):
+                    most = 3 * every + hold
+                    self.assertLessEqual(since[name], most + -most % every)
+                    self.assertIn(name, firing)
 
     def test_a_slow_answer_is_no_dead_server(self):
         page, late = vllm(), "timeout"
-        for every, after in (
-            (1, 30), (5, 30), (10, 30), (15, 30), (30, 30), (60, 60), (300, 300)
-        ):  # fmt: skip
+        for every, after in (1, 30), (10, 30), (15, 30), (30, 30), (60, 60), (300, 300):
             replay = Replay()
-            self.assertEqual(replay.run([page, late, page] * 4, every)[0], {})
-            since, _ = replay.run([late] * 32, every)
+            self.assertEqual(replay.run([[page, late, page] * 4], every)[0][0], {})
+            ((since, _),) = replay.run([[late] * (after // every + 1)], every)
             self.assertEqual(since["Down"], every + after, every)
-            self.assertEqual(replay.run([page], every)[1], set())
-        for reason in SCRAPE_REASONS:
-            if reason != late:
-                self.assertEqual(Replay().run([page, reason])[1], {"Down"}, reason)
+            self.assertEqual(replay.run([[page]], every)[0][1], set())
+        rows = [[page, reason] for reason in SCRAPE_REASONS if reason != late]
+        for _, firing in Replay().run(rows):
+            self.assertEqual(firing, {"Down"})
 
     def test_a_rule_of_the_table_is_what_the_servers_there_make_of_it(self):
         for text, expected in (
@@ -1915,7 +1922,7 @@ class Servers(unittest.TestCase):
     def test_what_people_see_is_what_concerns_the_servers_there(self):
         replay = Replay()
         self.assertIn("sglang:", format_part(replay.statuses[0]))
-        replay.run([vllm()])
+        replay.run([[vllm()]])
         shown = {s.rule.name: format_part(s) for s in replay.statuses}
         queue = "QueueFull: last_over_time(vllm:num_requests_waiting[1m]) > 10"
         self.assertEqual(shown["QueueFull"], f"{queue} for 30s keep_firing_for 30s")
@@ -5800,6 +5807,27 @@ class MainTest(NetworkTest):
             self.assertEqual(code, 1)
             self.assertRegex(out, r"\Aup\{instance=.*\} => 0 @")
             self.assertRegex(err, "\\A.*failed: http_status: HTTP 500 .*\n\\Z")
+
+    def test_check_config_shows_what_concerns_the_servers_there(self):
+        server = self.metrics(page(vllm()))
+        code, out, _ = self.run_main("--check-config", METRICS_ENDPOINT=server.url)
+        self.assertEqual(code, 0)
+        self.assertIn("QueueFull: last_over_time(vllm:num_requests_waiting[1m]) >", out)
+        self.assertIn("NoModel: no metric that it reads is there\n", out)
+        self.assertNotIn("sglang", out)
+        server.close()
+        _, out, _ = self.run_main("--check-config", METRICS_ENDPOINT=server.url)
+        self.assertIn("QueueFull: made for each server that is there for 30s keep", out)
+        self.assertIn("SGLang :30000/metrics\n    waiting: sglang:num_queue_r", out)
+
+    def test_the_start_line_says_which_rules_are_in_force_and_why(self):
+        rules = "A: x > 1; Stalled: y"
+        config = load_config({"UNHEALTHY_WHEN": rules, "WITHOUT_RULES": "Failing"})
+        health_check._log_start(config, 8081)
+        (line,) = self.log
+        self.assertIn("rules: A: x > 1; Stalled: y; Stalling; Unanswered; NoM", line)
+        for text in "QueueFull (UNHEALTHY_WHEN)", "Failing (WITHOUT_RULES)":
+            self.assertIn(f"; not {text}", line)
 
     def test_check_config_prints_the_rules_it_understood(self):
         code, out, err = self.run_main("--check-config", **MANIFEST)
