@@ -35,11 +35,14 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
 
+T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parent / "health_check.py"
 ORIGINAL = "Go program"
+# Of this repository; a clone that is shallow may lack it.
+BEFORE, BUILD_BEFORE = "build before", "ebc540e"
 GO = {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode", "CGO_ENABLED": "0"}
 KB, MB = 1000, 1000000
 KIB, MIB = 1024, 1048576
@@ -189,6 +192,27 @@ class Bench:
             yield it
 
     @contextlib.contextmanager
+    def build(self, file: str, url: str, **settings: str) -> Iterator[Process]:
+        """Run some build with no settings but these until it answers."""
+        command = [self.python, "-I", "-B", "-u", file]
+        with checker(command, {"METRICS_ENDPOINT": url, **settings}) as it:
+            yield it
+
+    def before(self, bytecode: bool = True) -> str:
+        """Return the file of the build before, whose source is in the history."""
+        source = self.dir / "before.py"
+        if not source.exists():
+            command = ["git", "-C", str(HERE), "show"]
+            try:
+                source.write_text(output([*command, f"{BUILD_BEFORE}:health_check.py"]))
+            except WrongError:
+                raise MissingError(f"{BUILD_BEFORE} in this clone") from None
+            compiled = "import py_compile, sys; py_compile.compile(*sys.argv[1:3])"
+            names = str(source), f"{source}c"
+            output([self.python, "-I", "-c", compiled, *names])
+        return f"{source}c" if bytecode else str(source)
+
+    @contextlib.contextmanager
     def original(self, url: str) -> Iterator[Process]:
         """Run the Go program until it answers."""
         settings = {"METRICS_ENDPOINT": url, **CHECKED}
@@ -321,9 +345,9 @@ def histogram(name: str, size: int, model: str) -> list[str]:
     return lines
 
 
-def in_turn(rounds: int, *sides: Callable[[], float]) -> list[list[float]]:
+def in_turn(rounds: int, *sides: Callable[[], T]) -> list[list[T]]:
     """Return what each side gives in each round; every other round goes backwards."""
-    results: list[list[float]] = [[] for _ in sides]
+    results: list[list[T]] = [[] for _ in sides]
     for number in range(rounds):
         order = range(len(sides))
         for side in order if number % 2 == 0 else reversed(order):
@@ -726,6 +750,59 @@ def rows_cpu(bench: Bench) -> Iterator[Row]:
         sides = in_turn(bench.rounds, lambda: cost(one), lambda: cost(two))
     limit = Limit("ours", "<=", 0.7)
     yield row("CPU of a check, 10 KB", "ms", sides[0], limit, ORIGINAL, sides[1])
+
+
+def rows_before(bench: Bench) -> Iterator[Row]:
+    """A check, a start and a process at rest against the build before."""
+    metric = {"METRIC_TO_CHECK": FOUR_NAMES[0], "METRIC_THRESHOLD": "10"}
+    with bench.nginx(10 * KB) as (url,):
+        yield from checks_before(bench, url, "default rules", {}, (0.55, 0.5))
+        yield from checks_before(bench, url, "one metric", metric, (0.75, 0.75))
+        for made, bytecode in (("byte-code", True), ("source", False)):
+            ours = bench.bytecode if bytecode else str(PROGRAM)
+            sides = [
+                partial(start_and_rest, bench, file, url)
+                for file in (ours, bench.before(bytecode))
+            ]
+            one, other = in_turn(bench.rounds, *sides)
+            for what, unit, place in (("start", "ms", 0), ("idle RSS", "MiB", 1)):
+                figures = [[both[place] for both in side] for side in (one, other)]
+                limit = Limit("ratio", "<=", 1)
+                text = f"{what}, {made}"
+                yield row(text, unit, figures[0], limit, BEFORE, figures[1])
+
+
+def start_and_rest(bench: Bench, file: str, url: str) -> tuple[float, float]:
+    """Return the milliseconds to the first 200, and the MiB half a second later."""
+    start = time.monotonic()
+    with bench.build(file, url) as process:
+        answered = (time.monotonic() - start) * 1000
+        time.sleep(0.5)
+        return answered, process.memory()
+
+
+def checks_before(
+    bench: Bench, url: str, what: str, settings: dict[str, str],
+    most: tuple[float, float],
+) -> Iterator[Row]:
+    """Ask for the same checks in turn: the median answer, and the CPU of one."""
+    count, far = 100 if bench.short else 500, {"METRICS_TIMEOUT": "9", **settings}
+    with bench.build(bench.bytecode, url, **far) as one, bench.build(
+        bench.before(), url, **far
+    ) as two:
+
+        def cost(process: Process) -> tuple[float, float]:
+            before = process.cpu()
+            result = bench.load(process, requests=count)
+            return float(result["p50"]), (process.cpu() - before) / count * 1000
+
+        cost(one), cost(two)
+        sides = in_turn(bench.rounds, lambda: cost(one), lambda: cost(two))
+    texts = f"/health, {what}, 10 KB, p50", f"CPU of a check, {what}, 10 KB"
+    for place, text in enumerate(texts):
+        figures = [[both[place] for both in side] for side in sides]
+        limit = Limit("ratio", "<=", most[place])
+        yield row(text, "ms", figures[0], limit, BEFORE, figures[1])
 
 
 def rows_day(bench: Bench) -> Iterator[Row]:
