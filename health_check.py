@@ -58,6 +58,7 @@ import json
 import logging
 import math
 import operator
+import queue
 import re
 import selectors
 import socket
@@ -5313,19 +5314,21 @@ class Scrape(NamedTuple):
 
 
 class Job(NamedTuple):
-    """The order to scrape all targets once, until a monotonic deadline."""
+    """The order to scrape all targets once, until a monotonic deadline.
 
-    sequence: int
+    Each worker puts its name and what it has found into ``results``.
+    """
+
     deadline: float
     list_names: bool
+    results: queue.SimpleQueue[tuple[str, Any]]
 
 
 class Scraper:
     """Asks all targets and health routes at once, a worker thread for each.
 
-    One thread at a time calls ``scrape``.  The lock guards the job, its results and
-    whether to stop: ``_ordered`` tells the workers of a new job, ``_finished`` tells
-    the caller of a result.  A worker that is late for its job is waited for no longer:
+    One thread at a time calls ``scrape``.  ``_orders`` has the newest job for each
+    worker, or None to end.  A worker that is late for its job is waited for no longer:
     it waits on for the same answer, and takes the newest job after it.  ``_known`` has
     the series of each target's last scrape, for its worker alone.
     """
@@ -5334,11 +5337,9 @@ class Scraper:
         self._config, self._targets = config, config.metrics_endpoint
         self._routes, self._names = config.health_endpoint, frozenset(names)
         self._known: list[dict[bytes, Labels]] = [{} for _ in self._targets]
-        lock = threading.Lock()
-        self._ordered = threading.Condition(lock)
-        self._finished = threading.Condition(lock)
-        self._job = Job(0, 0.0, False)
-        self._results: dict[str, Any] = {}
+        self._orders: list[queue.SimpleQueue[Job | None]] = [
+            queue.SimpleQueue() for _ in (*self._targets, *self._routes)
+        ]
         self._stopped = False
 
     def start(self) -> None:
@@ -5350,15 +5351,14 @@ class Scraper:
             workers[f"scrape {target.instance}"] = partial(self._scrape, index, format)
         for route in self._routes:
             workers[f"health {route.instance}"] = partial(self._ask, route)
-        for name, ask in workers.items():
-            work = partial(self._work, name, ask)
+        for (name, ask), orders in zip(workers.items(), self._orders):
+            work = partial(self._work, name, ask, orders)
             threading.Thread(target=work, name=name, daemon=True).start()
 
     def stop(self) -> None:
         """Ask the workers to end; a scrape that hangs ends with the process."""
-        with self._ordered:
-            self._stopped = True
-            self._ordered.notify_all()
+        self._stopped = True
+        self._order(None)
 
     def scrape(
         self, *, list_names: bool = False
@@ -5370,16 +5370,15 @@ class Scraper:
         """
         timeout = self._config.metrics_timeout
         deadline = time.monotonic() + timeout
-        workers = len(self._targets) + len(self._routes)
-        with self._finished:
-            sequence, self._results = self._job.sequence + 1, {}
-            self._job = Job(sequence, deadline, list_names)
-            self._ordered.notify_all()
-            # A worker that keeps the deadline says more than that it passed.
-            self._finished.wait_for(
-                lambda: len(self._results) == workers, timeout + GRACE
-            )
-            results = dict(self._results)
+        job = Job(deadline, list_names, queue.SimpleQueue())
+        results: dict[str, Any] = {}
+        self._order(job)
+        with suppress(queue.Empty):
+            while len(results) < len(self._orders):
+                # A worker that keeps the deadline says more than that it passed.
+                left = max(deadline + GRACE - time.monotonic(), 0.0)
+                name, result = job.results.get(timeout=left)
+                results[name] = result
         late = "timeout", f"no answer within {format_duration(timeout)}"
         scrapes = [
             results.get(f"scrape {target.instance}")
@@ -5397,22 +5396,25 @@ class Scraper:
         labels = (("instance", target.instance), *self._config.target_labels)
         return Scrape(TargetStatus(target.instance, seconds=seconds), labels)
 
-    def _work(self, name: str, ask: Callable[[Job, float], object]) -> None:
-        job, overtime = self._next_job(0), LEAST_OVERTIME
-        while job:
+    def _order(self, job: Job | None) -> None:
+        for orders in self._orders:
+            # What a worker was too late to take is of no use any more.
+            with suppress(queue.Empty):
+                orders.get_nowait()
+            orders.put(job)
+
+    def _work(
+        self, name: str, ask: Callable[[Job, float], object],
+        orders: queue.SimpleQueue[Job | None],
+    ) -> None:
+        overtime = LEAST_OVERTIME
+        for job in iter(orders.get, None):
             result = ask(job, overtime)
             given_up = time.monotonic() >= job.deadline + overtime
             overtime = min(2 * overtime, MOST_OVERTIME) if given_up else LEAST_OVERTIME
-            with self._finished:
-                if job is self._job:
-                    self._results[name] = result
-                    self._finished.notify()
-            job = self._next_job(job.sequence)
-
-    def _next_job(self, done: int) -> Job | None:
-        with self._ordered:
-            self._ordered.wait_for(lambda: self._stopped or self._job.sequence > done)
-            return None if self._stopped else self._job
+            job.results.put((name, result))
+            if self._stopped:
+                break
 
     def _scrape(
         self, index: int, format: Format, job: Job, overtime: float
