@@ -743,7 +743,21 @@ def regex_expand(pattern: str, text: str, template: str) -> str | None:
     'a:b-80x$'
     """
     program = compile_regex(pattern)
-    # What could match, best first: the next instruction, and where each mark was met.
+    marks = _match(program, text)
+    if marks is None:
+        return None
+    groups = {"$": "$", "0": text}
+    begins = sorted({step.mark for step in program if step.mark and not step.mark % 2})
+    for number, begin in enumerate(begins, 1):
+        name = cast("re.Match[str]", _GROUP.match(pattern, begin // 2 - 1))[1]
+        found = text[marks[begin] : marks[begin + 1]] if begin + 1 in marks else ""
+        groups[str(number)] = groups[name or str(number)] = found
+    return _REFERENCE.sub(lambda match: groups.get(match[1].strip("{}"), ""), template)
+
+
+def _match(program: Program, text: str) -> dict[int, int] | None:
+    """Return where each mark was met in the best match of a whole text."""
+    # What could match, best first: the next instruction, and the marks before it.
     threads: dict[int, dict[int, int]] = {}
     _follow(program, threads, (0, {}), 0, "^" if text else "^$")
     for place, character in enumerate(text, 1):
@@ -753,15 +767,7 @@ def regex_expand(pattern: str, text: str, template: str) -> str | None:
             test = program[state].test
             if test and test(character):
                 _follow(program, threads, (state + 1, marks), place, anchors)
-    if len(program) - 1 not in threads:
-        return None
-    marks, groups = threads[len(program) - 1], {"$": "$", "0": text}
-    begins = sorted({step.mark for step in program if step.mark and not step.mark % 2})
-    for number, begin in enumerate(begins, 1):
-        name = cast("re.Match[str]", _GROUP.match(pattern, begin // 2 - 1))[1]
-        found = text[marks[begin] : marks[begin + 1]] if begin + 1 in marks else ""
-        groups[str(number)] = groups[name or str(number)] = found
-    return _REFERENCE.sub(lambda match: groups.get(match[1].strip("{}"), ""), template)
+    return threads.get(len(program) - 1)
 
 
 def _follow(
@@ -871,15 +877,7 @@ def _atom(
 ) -> tuple[int, list[Instruction]]:
     group = _GROUP.match(pattern, at)
     if group and depth < MAX_DEPTH:
-        mark = 0 if group[4] else 2 * at + 2
-        inner = _flags(group, flags) if group[4] else flags
-        at, program = _alternatives(pattern, group.end(), depth + 1, inner)
-        if pattern[at : at + 1] != ")":
-            raise ValueError("missing ) in this regular expression")
-        if mark:
-            begin, end = (Instruction(None, "", (1,), mark + i) for i in (0, 1))
-            program = [begin, *program, end]
-        return at + 1, program
+        return _bracketed(pattern, group, depth, flags)
     match = _ATOM.match(pattern, at)
     if not match or _REPEAT.match(pattern, at) or _UNCOMMON.match(match[0]):
         raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
@@ -895,6 +893,20 @@ def _atom(
         return match.end(), [Instruction(re.compile(text, flags).match)]
     except re.error as error:
         raise ValueError(f"bad {text!r} in this regular expression: {error}") from None
+
+
+def _bracketed(
+    pattern: str, group: re.Match[str], depth: int, flags: int
+) -> tuple[int, list[Instruction]]:
+    flags = _flags(group, flags) if group[4] else flags
+    at, program = _alternatives(pattern, group.end(), depth + 1, flags)
+    if pattern[at : at + 1] != ")":
+        raise ValueError("missing ) in this regular expression")
+    if not group[4]:
+        mark = 2 * group.start() + 2
+        begin, end = (Instruction(None, "", (1,), mark + i) for i in (0, 1))
+        program = [begin, *program, end]
+    return at + 1, program
 
 
 # --- 3. Evaluate: Expr x History -> Vector -------------------------------------------
@@ -965,19 +977,23 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
             return function.apply(expr, evaluation, *values)
         return operate(expr, *values)
     if isinstance(expr, Selector):
-        moment, found = moment_of(expr, evaluation), select(expr, evaluation)
-        if expr.window:
-            return Range(found, moment - expr.window, moment)
-        return {
-            labels: sample[1]
-            for labels, series in found.items()
-            if (sample := series.sample_at(moment))
-        }
+        return _selected(expr, evaluation)
     if not isinstance(expr, Subquery):
         return expr.value
     if expr not in evaluation.computed:
         evaluation.computed[expr] = _subquery(expr, evaluation)
     return cast(Range, evaluation.computed[expr])
+
+
+def _selected(selector: Selector, evaluation: Evaluation) -> Vector | Range:
+    moment, found = moment_of(selector, evaluation), select(selector, evaluation)
+    if selector.window:
+        return Range(found, moment - selector.window, moment)
+    return {
+        labels: sample[1]
+        for labels, series in found.items()
+        if (sample := series.sample_at(moment))
+    }
 
 
 def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
@@ -1922,7 +1938,8 @@ class Parser:
             # Only the power is right-associative.
             right = self._binary(PRECEDENCE[token.key] + (token.key != "^"))
             left = Operation(token.key, (left, right), grouping, returns_bool, group)
-            _check(left, token)
+            _check_types(left, token)
+            _check_matching(left, token)
         return left
 
     def _unary(self) -> Expr:
@@ -2003,10 +2020,9 @@ class Parser:
             return Text(_unquote(self.take()))
         if token.kind == "number" or token.key in ("inf", "nan"):
             return Number(_number(self.take()))
-        if token.key in AGGREGATORS and following in ("(", "by", "without"):
-            return self._call(token.key)
-        if token.kind == "word" and following == "(":
-            return self._call(token.text)
+        aggregates = token.key in AGGREGATORS
+        if token.kind == "word" and following in ("(", *("by", "without") * aggregates):
+            return self._call(token.key if aggregates else token.text)
         names = token.kind == "word" and token.key not in MODIFIERS
         if not names and token.key != "{":
             raise token.unexpected("an expression")
@@ -2092,25 +2108,27 @@ class Parser:
         return matcher
 
 
-def _check(expr: Operation, token: Token) -> None:
-    """Raise PromQLError if an operator and its operands do not go together."""
+def _check_types(expr: Operation, token: Token) -> None:
     types, comparison = set(map(type_of, expr.operands)), token.key in COMPARISONS
+    for wrong in {RANGE, STRING}.intersection(types):
+        raise token.error(f"{token.key!r} takes no {wrong}")
+    if SCALAR in types and token.key in SET_OPERATORS:
+        raise token.error(f"{token.key!r} takes no scalar")
+    if expr.returns_bool and not comparison:
+        raise token.error("bool stands after a comparison")
+    if comparison and types == {SCALAR} and not expr.returns_bool:
+        raise token.error("comparisons between scalars must use bool")
+
+
+def _check_matching(expr: Operation, token: Token) -> None:
     keep, labels = expr.grouping or (False, ())
     included = expr.group.labels if expr.group else ()
-    scalars, sets = SCALAR in types, token.key in SET_OPERATORS
-    for wrong, problem in (
-        (RANGE in types, f"{token.key!r} takes no range vector"),
-        (STRING in types, f"{token.key!r} takes no string"),
-        (scalars and sets, f"{token.key!r} takes no scalar"),
-        (scalars and labels, "on and ignoring stand between two instant vectors"),
-        (expr.group and sets, f"{token.key!r} has no group"),
-        (keep and {*labels}.intersection(included), "a label is in on and in group"),
-        (expr.returns_bool and not comparison, "bool stands after a comparison"),
-        (comparison and types == {SCALAR} and not expr.returns_bool,
-         "comparisons between scalars must use bool"),
-    ):
-        if wrong:
-            raise token.error(problem)
+    if labels and SCALAR in map(type_of, expr.operands):
+        raise token.error("on and ignoring stand between two instant vectors")
+    if expr.group and token.key in SET_OPERATORS:
+        raise token.error(f"{token.key!r} has no group")
+    if keep and set(labels).intersection(included):
+        raise token.error("a label is in on and in group")
 
 
 def _check_operands(
