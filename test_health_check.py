@@ -3727,7 +3727,7 @@ class MonitorTest(NetworkTest):
             return [page("".join(f'q{{n="{next(count)}"}} 1\n' for _ in range(4000)))]
 
         server = self.metrics(answer)
-        rules = {"UNHEALTHY_WHEN": "Q: changes(q[1h]) > 1", "HISTORY_LIMIT": "12Mi"}
+        rules = {"UNHEALTHY_WHEN": "Q: changes(q[1h]) > 1", "HISTORY_LIMIT": "16Mi"}
         monitor = self.monitor(server, **rules)
         reasons = [monitor.check().targets[0].reason for _ in range(3)]
         self.assertEqual(reasons, ["", "", "too_large"])
@@ -5691,6 +5691,14 @@ class MainTest(NetworkTest):
             self.assertEqual((code, err.count("\n")), (0, 1))
             self.assertIn(words, err)
             self.assertEqual("warn: " in out, not more)
+
+    def test_once_that_could_decide_no_rule_says_so_and_is_no_success(self):
+        rules = parse_rules("C: changes(c[2m]) > 0")
+        config = self.config(self.metrics(page("c 1\n")))._replace(rules=rules)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(health_check.check_once(config), 1)
+        last = "no rule can be decided by one check\n"
+        self.assertRegex(out.getvalue(), rf"(?s)\[\?\]C undecided.*\n{last}\Z")
 
     def test_once_checks_once_and_names_what_it_cannot_decide(self):
         server = self.metrics(page("q 11\nc 3\n"))
