@@ -4991,14 +4991,11 @@ def completion_request(url: str, model: str) -> bytes:
     >>> completion_request("http://localhost/v1/completions", "")
     b'{"max_tokens": 1, "prompt": "Hi"}'
     """
-    request: dict[str, Any] = {"max_tokens": 1}
+    request: dict[str, Any] = {"max_tokens": 1, "prompt": "Hi"}
     if url.endswith("/chat/completions"):
-        request["messages"] = [{"role": "user", "content": "Hi"}]
-    else:
-        request["prompt"] = "Hi"
-    if model:
-        request["model"] = model
-    return json.dumps(request).encode()
+        message = {"role": "user", "content": "Hi"}
+        request = {"max_tokens": 1, "messages": [message]}
+    return json.dumps({**request, "model": model} if model else request).encode()
 
 
 def judge_completion(code: int, body: bytes) -> Finding:
@@ -7461,7 +7458,7 @@ def read_last_words(path: str) -> str:
 
 
 def _write_last_words(path: str, text: str) -> None:
-    if not path and os.path.exists(TERMINATION_LOG):  # noqa: PTH110
+    if not path and os.access(TERMINATION_LOG, os.W_OK):
         path = TERMINATION_LOG
     try:
         if path:
