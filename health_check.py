@@ -382,9 +382,9 @@ class RuleStatus(_RuleStatus):
     """What a check found for one rule; ``error`` if it could not be evaluated.
 
     ``value`` is the worst of the series where the rule is ``EXPR OP NUMBER``, and
-    ``limit`` the number; ``matched`` counts the series that its selectors found.
-    ``last_words`` is what they did before it began to fire, ``part`` what of the rule
-    has been evaluated, None before the first time.
+    ``limit`` the number; ``matched`` counts the series that its selectors found, of a
+    built-in rule the metrics.  ``last_words`` is what they did before it began to fire,
+    ``part`` what of the rule has been evaluated, None before the first time.
     """
 
     @cached_property
@@ -2366,7 +2366,12 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         # Those that were known go on, and so end in time and make room again.
         known = tuple(a for a in now_there if unnamed(a.labels) in alerts)
         return before._replace(alerts=known, error=problem, value=None, part=part)
-    matched = sum(count_matched(s, evaluation) for s in part.selectors)
+    # Of a built-in rule it is enough to know whether anything is there.
+    there = evaluation.names
+    matched = sum(
+        selector.name in there if rule.builtin else count_matched(selector, evaluation)
+        for selector in part.selectors
+    )
     return RuleStatus(rule, now_there, "", matched, value, limit, part=part)
 
 
@@ -2434,8 +2439,8 @@ def _part(status: RuleStatus, evaluation: Evaluation) -> Part:
         return Part(names, rule.expr, tuple(find_selectors(rule.expr)))
     shown = _visible(rule.expr, names)
     selectors = find_selectors(shown) if shown else ()
-    wanted = dict.fromkeys(selector._replace(window=0.0) for selector in selectors)
-    return Part(names, prune(rule.expr, names), tuple(wanted))
+    wanted = {selector.name: selector for selector in selectors}
+    return Part(names, prune(rule.expr, names), tuple(wanted.values()))
 
 
 def _visible(expr: Expr, names: frozenset[str]) -> Expr | None:
