@@ -3359,7 +3359,9 @@ def _hopeless(_: Given, values: Values) -> Iterator[str]:
     for name, expr in expressions:
         for problem in hopeless_selectors(expr, added, own) if expr else ():
             yield f"{name}: {problem}"
-    yield from unholdable([expr for _, expr in expressions if expr])
+    there = [(name, expr) for name, expr in expressions if expr]
+    told = [f"{name}: {text}" for name, expr in there for text in unholdable([expr])]
+    yield from told or unholdable([expr for _, expr in there])
 
 
 def _scrape_problems(given: Given, values: Values) -> Iterator[str]:

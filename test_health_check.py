@@ -2052,6 +2052,15 @@ class Config(unittest.TestCase):
                     self.assertTrue(problem.startswith(f"{name}="), problem)
                     self.assertIn(words, problem)
 
+    def test_what_no_history_can_hold_is_refused(self):
+        for rules, start in (
+            ("A: x offset 60d > 1", "the rule A: x is looked at 60d5m back: so far"),
+            ("A: x @ 5 > 1", "the rule A: x @ 5 is about a moment"),
+            ("rate(x[5m]) > 1; rate(x[60d]) > 1", "x is looked at 60d back: so far"),
+        ):
+            (problem,) = self.problems(UNHEALTHY_WHEN=rules)
+            self.assertTrue(problem.startswith(start), problem)
+
     def test_all_that_is_wrong_is_said_at_once(self):
         wrong = [setting.name for setting in SETTINGS if setting.parse is not str]
         problems = self.problems(**dict.fromkeys(wrong, "\u2603["))
@@ -5791,7 +5800,7 @@ class MainTest(NetworkTest):
                 ("scalar(r)", 0, "scalar: 1" + stamp),
                 ("q[1m]", 0, re.escape(q) + " =>\n8" + stamp + "9" + stamp),
                 ("delta(q[1m]) > bool 0", 0, re.escape(labels) + " => 1" + stamp),
-                ("q +", 2, ""),
+                ("q +", 2, ""), ("q @ 5", 2, ""),
                 ("topk(1, q)", 0, re.escape(q) + r" => \d+" + stamp),
                 ("vector(1)[1m:30s]", 0, "{} =>\n1" + stamp + "1" + stamp),
                 ("'q'", 0, 'string: "q"' + stamp),
