@@ -6268,12 +6268,20 @@ def _exposition(families: Iterable[Family]) -> Iterator[str]:
 
 def verdict_families(verdict: Verdict) -> Iterator[Family]:
     """Yield what the latest verdict says, as metrics."""
-    rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
     yield from _families(
         ("health_check_healthy", "Whether the latest verdict is Healthy.",
          [({}, verdict.healthy)] if verdict.sequence else ()),
         ("health_check_verdict_timestamp_seconds", "When it was reached.",
          [({}, verdict.wall)] if verdict.sequence else ()),
+    )  # fmt: skip
+    yield from _rule_families(verdict)
+    yield from _target_families(verdict)
+    yield from _probe_families(verdict)
+
+
+def _rule_families(verdict: Verdict) -> Iterator[Family]:
+    rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
+    return _families(
         ("health_check_rule_state", "1 for the state that a rule is in.",
          [({**rule, "state": s}, status.state == s) for rule, status in rules
           for s in reversed(SEVERITY)]),
@@ -6284,18 +6292,16 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
         ("health_check_rule_limit", "Limit of a rule EXPR OP NUMBER.",
          [(rule, s.limit) for rule, s in rules if s.limit is not None]),
     )  # fmt: skip
-    yield from _target_families(verdict)
 
 
 def _target_families(verdict: Verdict) -> Iterator[Family]:
     targets = [({"target": target.instance}, target) for target in verdict.targets]
-    yield from _families(
+    return _families(
         ("health_check_target_up", "Whether the last scrape succeeded.",
          [(labels, not target.reason) for labels, target in targets]),
         ("health_check_target_watched", "0 if no rule knows a metric of its page.",
          [(labels, target.watched) for labels, target in targets]),
     )  # fmt: skip
-    yield from _probe_families(verdict)
 
 
 def _probe_families(verdict: Verdict) -> Iterator[Family]:

@@ -4480,6 +4480,7 @@ class ServeTest(NetworkTest):
             ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
             ("\x16\x03\x01\x02\x00\x01", 400),
             ("\r\n\r\n", 400),
+            ("  \r\n\r\n", 400),
             ("GET /health HTTP/2.0\r\n\r\n", 505),
             ("GET /health HTTP/1.1\r\n" + "A: b\r\n" * 200 + "\r\n", 431),
             ("GET /health HTTP/1.1\r\nA: " + "b" * 20000 + "\r\n\r\n", 431),
