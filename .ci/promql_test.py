@@ -1316,7 +1316,6 @@ stdvar_over_time(x[5m])
 "a"
 'a'
 `a`
-("a")
 x{a=~"(?i)b"}
 x{a=~"(?s:b)|c"}
 x{a=~"(?P<n>b)"}
