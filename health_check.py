@@ -1779,8 +1779,9 @@ _TOKENS = (
     r"""(?P<blank>(?:[ \t\r]|\#[^\n]*)+)
     |(?P<newline>\n(?:[ \t\r\n]|\#[^\n]*)*)
     |(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`[^`]*`)
-    |(?P<number>(?:0x[0-9a-f]+|(?:\d+(?-i:ms|[smhdwy]))+
-        |(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)(?![\w.]))
+    |(?P<number>(?:0x(?:_?[0-9a-f])+|(?:\d+(?-i:ms|[smhdwy]))+
+        |(?:\d(?:_?\d)*(?:\.(?:\d(?:_?\d)*)?)?|\.\d(?:_?\d)*)
+         (?:e[+-]?\d(?:_?\d)*)?)(?![\w.]))
     |(?P<word>[a-z_:][\w:]*)
     |(?P<op>=~|!~|==|!=|<=|>=|</|>/|[-+*/%^<>=(){}\[\],;@:])
     |(?P<wrong>.)"""
@@ -2179,7 +2180,7 @@ def _negative(operand: Expr) -> Expr:
 
 
 def _number(token: Token) -> float:
-    text = token.text.lower()
+    text = token.text.lower().replace("_", "")
     try:
         if re.match(r"0(?:x|[0-7]+\Z)", text):
             number = int(text, 16 if "x" in text else 8)

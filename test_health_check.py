@@ -755,6 +755,7 @@ class PromQL(unittest.TestCase):
         for text, value in claims("""
             0x1F => 31     0X4 => 4     017 => 15     08 => 8     4e0 => 4     .5 => 0.5
             5. => 5     Inf => +Inf     -inf => -Inf     NAN => NaN     5m => 300
+            1_000 => 1000     0x_1_F => 31     1_0.2_5e0_1 => 102.5     0_17 => 15
         """):
             self.assertEqual(answer(text), value)
 
@@ -873,7 +874,8 @@ class PromQL(unittest.TestCase):
             x[«1e300] => shorter than 292y             x[«293y] => duration
             x[«5M] => duration                         x[«1.5m] => duration
             x[5m]«[5m] => only a selector              (x)«[5m] => only a selector
-            rate(x[5m])«[5m] => only a selector        «1_000 => bad number
+            rate(x[5m])«[5m] => only a selector        «1_000_ => bad number
+            «1__0 => bad number                        «1_.5 => bad number
             «1.2.3 => bad number                       x «$ =>
         """))
         self.refused(parse_expression, (

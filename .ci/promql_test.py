@@ -1521,7 +1521,8 @@ inf[5m]
 0x1.5
 0x1p3
 0x1ffffffffffffffffffff
-1_000
+1__000
+1_
 1x
 5x > 1
 0b1
@@ -1759,6 +1760,7 @@ ONLY_IN_THREE = {
         *("x > 5m", "1h30m", "vector(5m)", "time() - 1d", "round(x, 1m)", "-5s"),
         *("x > bool 100ms", "clamp_min(x, 1w)"),
     ),
+    "digits are grouped": ("x > 1_000", "0x_1F", "1_0.5_0e1_0", "x[1_000]"),
     "a number is a duration": (
         "x[300]",
         "rate(x[60])",
