@@ -2347,33 +2347,41 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     """
     rule, part = before.rule, _part(before, evaluation)
     try:
-        lazy = evaluation._replace(lazy=True) if rule.builtin else evaluation
-        found, value, limit = _measure(part.expr, lazy) if part.expr else NOTHING
-        # An alert is known by the labels of its series without the name, and these
-        # must differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
-        samples = {unnamed(labels): Sample(labels, v) for labels, v in found.items()}
-        if len(samples) < len(found):
-            raise EvaluationError("two series differ in nothing but their name")
+        samples, value, limit = _samples(rule, part, evaluation)
     except EvaluationError as error:
         return before._replace(error=str(error), value=None, part=part)
+    same = rule.builtin and part is before.part and value == before.value
+    if same and not (samples or before.alerts or before.error):
+        return before
     alerts = {unnamed(alert.labels): alert for alert in before.alerts}
-    advanced = (
-        _advance(rule, alerts.get(key), samples.get(key), evaluation.now)
-        for key in {**alerts, **samples}
-    )
-    now_there = tuple(filter(None, advanced))
+    now_there = _advanced(rule, alerts, samples, evaluation.now)
     if len(now_there) > MAX_FOUND:
         problem = f"more than {MAX_FOUND} alerts: label values change with each scrape"
         # Those that were known go on, and so end in time and make room again.
         known = tuple(a for a in now_there if unnamed(a.labels) in alerts)
         return before._replace(alerts=known, error=problem, value=None, part=part)
-    # Of a built-in rule it is enough to know whether anything is there.
-    there = evaluation.names
-    matched = sum(
-        selector.name in there if rule.builtin else count_matched(selector, evaluation)
-        for selector in part.selectors
-    )
+    matched = _count_found(rule, part, evaluation)
     return RuleStatus(rule, now_there, "", matched, value, limit, part=part)
+
+
+def _samples(
+    rule: Rule, part: Part, evaluation: Evaluation
+) -> tuple[dict[Labels, Sample], float | None, float | None]:
+    lazy = evaluation._replace(lazy=True) if rule.builtin else evaluation
+    found, value, limit = _measure(part.expr, lazy) if part.expr else NOTHING
+    # An alert is known by the labels of its series without the name, and these must
+    # differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
+    samples = {unnamed(labels): Sample(labels, v) for labels, v in found.items()}
+    if len(samples) < len(found):
+        raise EvaluationError("two series differ in nothing but their name")
+    return samples, value, limit
+
+
+def _count_found(rule: Rule, part: Part, evaluation: Evaluation) -> int:
+    # Of a built-in rule it is enough to know whether anything is there.
+    if rule.builtin:
+        return sum(selector.name in evaluation.names for selector in part.selectors)
+    return sum(count_matched(selector, evaluation) for selector in part.selectors)
 
 
 def unholdable(expressions: Sequence[Expr]) -> Iterator[str]:
@@ -2478,6 +2486,17 @@ def _measure(expr: Expr, evaluation: Evaluation) -> Measure:
     # With == and != the worst is neither the greatest nor the least.
     value = worst(list((found or measured).values())) if measured else None
     return Measure(found, value, right.value)
+
+
+def _advanced(
+    rule: Rule, alerts: Mapping[Labels, Alert], samples: Mapping[Labels, Sample],
+    now: float,
+) -> tuple[Alert, ...]:  # fmt: skip
+    found = (
+        _advance(rule, alerts.get(key), samples.get(key), now)
+        for key in {**alerts, **samples}
+    )
+    return tuple(filter(None, found))
 
 
 def _advance(
@@ -7655,11 +7674,15 @@ def describe_config(config: Config) -> Iterator[str]:
         else:
             clauses = format_rule(rule).partition(format_expression(rule.expr))[2]
             yield f"{rule.name}: made for each server that is there{clauses}"
-    for server in SERVERS if not there else ():
-        fields = ("waiting", "running", "moving", "prefill", "remark")
-        found = ((field, getattr(server, field)) for field in fields)
-        told = (f"{field}: {text}" for field, text in found if text)
-        yield f"{server.name} {server.at}\n    " + "\n    ".join(told)
+    yield from map(describe_server, () if there else SERVERS)
+
+
+def describe_server(server: KnownServer) -> str:
+    """Return a row of the table of servers, a line a field."""
+    fields = ("waiting", "running", "moving", "prefill", "remark")
+    found = ((field, getattr(server, field)) for field in fields)
+    told = (f"    {field}: {text}" for field, text in found if text)
+    return "\n".join((f"{server.name} {server.at}", *told))
 
 
 def describe_rule(rule: Rule, text: str) -> str:
