@@ -7291,8 +7291,9 @@ EXAMPLES = """
 
 answers on APP_PORT:
   /health       200 Healthy or 503 Unhealthy, for readiness; ?verbose says why
-  /health/NAME  503 only while that rule fires, for liveness
+  /health/NAME  503 only while that rule fires, for liveness; or several: A,B
   /livez        200 while this program works
+  /drain        200 once nothing runs or waits any more, for a preStop hook
   /metrics, /   its own metrics, and a page for people
 
 examples:
