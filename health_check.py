@@ -1258,7 +1258,7 @@ def _grouped(vector: Vector, grouping: Grouping | None) -> dict[Labels, Vector]:
 
 
 def _filtered(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
-    return tuple(pair for pair in labels if (pair[0] in names) == keep)
+    return tuple([pair for pair in labels if (pair[0] in names) == keep])
 
 
 def _signature(labels: Labels, grouping: Grouping | None) -> Labels:
@@ -5192,7 +5192,8 @@ class History:
     def _forget(
         self, table: Table, samples: Mapping[Labels, float], now: float
     ) -> None:
-        for labels in table.series.keys() - samples.keys():
+        # Not the difference of the keys, which looks at all samples for each table.
+        for labels in [labels for labels in table.series if labels not in samples]:
             if table.series[labels].time <= now - table.seconds:
                 self._drop(table, labels)
         old = bisect_right(table.checks, now - table.seconds) if table.seconds else 0
