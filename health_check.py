@@ -3439,11 +3439,15 @@ def _sparse(config: Config) -> Iterator[str]:
     if interval > MAX_INTERVAL:
         yield f"SCRAPE_INTERVAL={shown}: an answer can be three times as old"
     for rule in config.rules if interval else ():
-        windows = {selector.window for selector in find_selectors(rule.expr)}
-        for window in sorted(windows if not rule.builtin else ()):
-            if 0 < window < 2 * interval:
-                what = f"a range of {format_duration(window)} may have a single sample"
-                yield f"{rule.name}: {what} at SCRAPE_INTERVAL={shown}"
+        seen = {*find_selectors(rule.expr)}
+        if rule.builtin:  # Only what compares two samples needs more than one.
+            seen -= {*find_selectors(rule.expr, ("increase", "idelta"))}
+        for window in sorted({selector.window for selector in seen}):
+            what = f"{rule.name}: a range of {format_duration(window)}"
+            if rule.builtin and window <= interval:
+                yield f"{what} is too short for SCRAPE_INTERVAL={shown}: never fires"
+            elif 0 < window < 2 * interval and not rule.builtin:
+                yield f"{what} may have a single sample at SCRAPE_INTERVAL={shown}"
 
 
 def _rules(config: Config) -> tuple[Rule, ...]:

@@ -543,6 +543,7 @@ METRICS_TIMEOUT=1 second
 METRICS_TIMEOUT=1m1
 SCRAPE_INTERVAL=0.5
 SCRAPE_INTERVAL=5000
+SCRAPE_INTERVAL=5m
 SCRAPE_INTERVAL=1000
 SCRAPE_INTERVAL=10 s
 SCRAPE_INTERVAL=10sec
@@ -2175,10 +2176,18 @@ class Config(unittest.TestCase):
             "METRICS_ENDPOINT=http://u:p%40@h-1.x.:8000/m?a=b:c://d",
             "TARGET_LABELS=a=b c,d=e=f, g=\"h i\"", "METRIC_THRESHOLD=1e3",
             "METRICS_ENDPOINT=http://localhost:8081/|APP_HOST=127.0.0.2",
-            "UNHEALTHY_WHEN=rate(x[20s]) > 1|SCRAPE_INTERVAL=10", "SCRAPE_INTERVAL=5m",
+            "UNHEALTHY_WHEN=rate(x[20s]) > 1|SCRAPE_INTERVAL=10", "SCRAPE_INTERVAL=1m",
         ):
             environ = dict(pair.split("=", 1) for pair in row.split("|"))
             self.assertEqual(load_config(environ).warnings, ())
+
+    def test_built_in_rules_that_an_interval_is_too_long_for_are_told_of(self):
+        names = ["Stalling", "Stalled", "Unanswered", "Failing"]
+        for interval, expected in (
+            ("69s", []), ("70s", names[2:3]), ("4m30s", names[2:]), ("5m", names),
+        ):  # fmt: skip
+            told = load_config({"SCRAPE_INTERVAL": interval}).warnings
+            self.assertEqual([line.split(":")[0] for line in told], expected)
 
     def test_a_file_that_cannot_be_read_is_named_with_its_setting(self):
         gone = str(Path(PROGRAM).parent / "gone")
