@@ -4818,12 +4818,13 @@ def describe_missing(
     ``names`` are the metrics that are there, and ``own`` the labels of targets.
     """
     text = f"no series of {format_expression(selector)} is there"
-    text += " any more" if search.homes else ""
     there = evaluate_vector(Selector(selector.name), evaluation)
     near = nearest_name(selector.name, names)
+    if search.homes or not (there or near):
+        text += " any more" if search.homes else " yet"
     if there:
         return f"{text}: {find_fault(selector.matchers, there, own)}"
-    return f"{text}; {format_selector(near, ())} is" if near else f"{text} yet"
+    return f"{text}; {format_selector(near, ())} is" if near else text
 
 
 def homes_of(
