@@ -19,7 +19,9 @@ import argparse
 import ast
 import contextlib
 import http.server
+import importlib.util
 import io
+import itertools
 import json
 import os
 import platform
@@ -34,6 +36,7 @@ import tempfile
 import threading
 import time
 from functools import partial
+from importlib.machinery import SourcelessFileLoader
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
 
@@ -474,6 +477,32 @@ def child_alerts(count: str) -> list[float]:
     return seconds
 
 
+def child_ranges(file: str, url: str, seconds: str, checks: str) -> float:
+    """Return the most MiB that a build occupies in checks, a second apart, of a range.
+
+    Each second time all values fall, so that each check tells something.
+    """
+    loader = SourcelessFileLoader("health_check", file)
+    spec = importlib.util.spec_from_loader("health_check", loader)
+    assert spec
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules["health_check"] = module
+    loader.exec_module(module)
+    rules = f"R: rate(m_total[{seconds}s]) > 1e9"
+    environ = {"METRICS_ENDPOINT": url, "METRICS_TIMEOUT": "9", "UNHEALTHY_WHEN": rules}
+    now = 1000.0
+    monitor = module.Monitor(
+        module.load_config(environ), clock=lambda: now, wall=lambda: now
+    )
+    getattr(monitor, "scraper", monitor).start()
+    for _ in range(int(checks)):
+        now += 1.0
+        monitor.check()
+    if monitor.verdict.reason or not monitor.verdict.rules[0].matched:
+        raise WrongError(f"the rule finds no series: {monitor.verdict.reason}")
+    return memory("self", "VmHWM")
+
+
 # --- The rows ------------------------------------------------------------------------
 
 
@@ -859,6 +888,25 @@ def rows_rules(bench: Bench) -> Iterator[Row]:
                 other.append(statistics.median(seconds) * 1000)
         text = f"a check of 50 rates {what}"
         yield row(text, "ms", ours, Limit("ours", "<=", most), "a scrape alone", other)
+
+
+def rows_ranges(bench: Bench) -> Iterator[Row]:
+    """What thousands of series take while their range is full, and beyond the limit."""
+    for series, seconds, checks, most in (4000, 360, 740, 45), (5000, 2048, 600, 48):
+        numbers = itertools.count()
+
+        def body(series: int = series, numbers: Iterator[int] = numbers) -> bytes:
+            up = next(numbers) % 2
+            lines = (f'm_total{{model="model-{n}"}} {n + up}\n' for n in range(series))
+            return "".join(lines).encode()
+
+        count = 40 if bench.short else checks
+        builds = [bench.bytecode, bench.before()][: 2 if series == 4000 else 1]
+        with metrics_server(body) as url:
+            found = [[bench.child("ranges", f, url, seconds, count)] for f in builds]
+        text = f"peak RSS, {series} series in a range of {seconds} checks"
+        against = (BEFORE, found[1]) if found[1:] else ()
+        yield row(text, "MiB", found[0], Limit("ours", "<=", most), *against)
 
 
 def rows_alerts(bench: Bench) -> Iterator[Row]:
