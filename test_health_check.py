@@ -5032,7 +5032,7 @@ class ServeTest(NetworkTest):
         patch = mock.patch.object(health_check, "DRAIN_PAUSE", pause)
         patch.start()
         self.addCleanup(patch.stop)
-        environ = {"DRAIN_TIMEOUT": "0.15", **environ}
+        environ = {"DRAIN_TIMEOUT": "0.1", **environ}
         return self.serve(self.running(server, **environ)), server
 
     def test_a_drain_ends_when_nothing_runs_in_two_good_checks(self):
@@ -5071,14 +5071,12 @@ class ServeTest(NetworkTest):
         for pieces, environ, why in (
             ([run], {}, r"it is too late; vllm:num_requests_running\{.*\} 3"),
             ([run], {"DRAIN_WHILE": "x > 0"}, "Drained"),
-            ([gone], {"DRAIN_WHILE": "x > 0"}, r"it is too late; x\{.*\} 1"),
             ([gone], {}, ".*set DRAIN_WHILE"),
             ([gone], {"METRIC_TO_CHECK": "x", "METRIC_THRESHOLD": "5"},
              ".*set DRAIN_WHILE"),
             ([run], {"UNHEALTHY_WHEN": f"{hangs} > 0"}, "Stalling fires, so .* 3"),
             ([page("", status="500 E")], {}, "it is too late; scrape of .*: HTTP 500"),
-            ([0.3, run], {"DRAIN_TIMEOUT": "0.1"}, "it is too late; nothing is known"),
-            ([page("x NaN\n")], {"DRAIN_WHILE": "x"}, r"it is too late; x\{.*\} NaN"),
+            ([0.2, run], {}, "it is too late; nothing is known"),
         ):  # fmt: skip
             with self.subTest(why):
                 port, _ = self.drained(*pieces, **environ)
