@@ -3054,7 +3054,7 @@ SERVERS: tuple[KnownServer, ...] = (
     ),
     KnownServer(
         "LiteLLM", ":4000/metrics", "1.106, run",
-        'with callbacks: ["prometheus"]; a proxy: hangs on what is behind it',
+        'with callbacks: ["prometheus"]; a proxy; who has left counts until answered',
         running="litellm_in_flight_requests", moving=_LITELLM,
         queue="last_over_time(litellm_in_flight_requests[1m]) - 1",
         # The scrape counts as one.
