@@ -5018,9 +5018,7 @@ class ServeTest(NetworkTest):
         self.assertEqual(len(told), 17)
         self.assertLess(max(map(len, told)), 1200)
         body = get(port, "/metrics")[1]
-        name = "health_check_unknown_rule_requests_total"
-        self.assertIn(f'\n{name}{{rule="Gone"}} 3\n', body)
-        self.assertIn(f'\n{name}{{rule="and others"}} 15\n', body)
+        self.assertIn("\nhealth_check_unknown_rule_requests_total 33\n", body)
         self.assertIn('_requests_total{path="other", code="200"} 33\n', body)
         self.assertEqual(get(port, "/health/Down,Stalled")[0], 200)
         several = '_requests_total{path="/health/...", code="200"} 1\n'

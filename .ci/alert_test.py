@@ -242,6 +242,11 @@ class Program:
         """All that it has written."""
         return (self._folder / "log").read_text("utf-8")
 
+    def wait_for_log(self, pattern: str) -> None:
+        """Wait until the log, which a thread of its own writes, has a pattern."""
+        if not wait_for(lambda: re.search(pattern, self.log)):
+            raise AssertionError(f"not logged: {pattern}")
+
     def get(self, path: str = "/health") -> tuple[int, str]:
         """Return the status and the body of an answer."""
         status, body, _ = self.ask(path)
@@ -430,7 +435,7 @@ class AlertmanagerTest(ProcessTest):
         ):
             print(f"{name}: checked {at - moment:.2f} s, told {told - moment:.2f} s on")
             self.assertLess(-0.01, at - moment)
-            self.assertLess(told - moment, 5)
+            self.assertLess(told - moment, PATIENCE)
 
     def test_one_of_two_series_resolves(self) -> None:
         self.watch()
@@ -582,8 +587,8 @@ class AlertmanagerTest(ProcessTest):
             lines[name] = p50, p99, max(times[program])
             text = ", ".join(f"{1000 * seconds:.2f} ms" for seconds in lines[name])
             print(f"Alertmanager {name}: p50, p99, max of /health: {text}")
-        self.assertLess(lines["frozen"][0], 2 * lines["none"][0])
-        self.assertLess(lines["frozen"][1], 0.5)
+        # Who waited for it would wait for ten seconds.
+        self.assertLess(lines["frozen"][2], hc.SEND_TIMEOUT / 2)
         self.queue(3)
         frozen.probe()
         time.sleep(1)
@@ -596,7 +601,9 @@ class AlertmanagerTest(ProcessTest):
         wait_for(lambda: len(self.receiver.record) >= len(HOSTILE))
         told = [notification.labels["name"] for notification in self.receiver.record]
         self.assertEqual(sorted(told), sorted(HOSTILE))
-        self.assertEqual(self.receiver.told("_0__b_"), ["firing 1"] * len(HOSTILE))
+        # As Prometheus escapes a name for those who do not know UTF-8 in one.
+        name = "U___30__2e__3c_b_3e_"
+        self.assertEqual(self.receiver.told(name), ["firing 1"] * len(HOSTILE))
 
 
 # -- 2. The real Prometheus -----------------------------------------------------------
@@ -622,8 +629,12 @@ FAMILIES = {
     "health_check_scrapes": {"target", "outcome"},
     "health_check_scrape_duration_seconds": {"le"},
     "health_check_requests": {"path", "code"},
+    "health_check_unknown_rule_requests": set(),
     "health_check_notifications_sent": {"alertmanager"},
     "health_check_notifications_failed": {"alertmanager"},
+    "probe_success": {"probe", "target"},
+    "probe_http_status_code": {"probe", "target"},
+    "probe_duration_seconds": {"probe", "target"},
     "health_check_build_info": {"version", "python"},
     "process_start_time_seconds": set(),
     "process_cpu_seconds": set(),
@@ -642,6 +653,7 @@ class PrometheusTest(ProcessTest):
             self.server,
             UNHEALTHY_WHEN="Busy: q > 10; Soon: q > 10 for 1h; Odd: rate(q[1m]) > q",
             ALERTMANAGER_URL=f"http://127.0.0.1:{free_port()}/api/v2/alerts",
+            HEALTH_ENDPOINT=self.server.url,
         )
         self.checker.get()
 
@@ -710,7 +722,8 @@ class PrometheusTest(ProcessTest):
         time.sleep(2.5)
         wanted = self.exposed()
         found: set[hc.Labels] = set()
-        for result in ask('{job="checker", __name__=~"health_check.*|process.*"}'):
+        names = "(health_check|probe|process).*"
+        for result in ask(f'{{job="checker", __name__=~"{names}"}}'):
             labels = result["metric"]
             self.assertEqual(labels.pop("job"), "checker")
             self.assertEqual(labels.pop("instance"), f"127.0.0.1:{self.checker.port}")
@@ -778,7 +791,7 @@ class PageTest(ProcessTest):
     def page(self, program: Program) -> Any:
         """Return the tree of the page; AssertionError if it is not valid or safe."""
         status, text, headers = program.ask("/")
-        self.assertEqual(status, 200)
+        self.assertEqual(status, 200 if "<h1>Healthy" in text else 503)
         self.assertEqual(headers["Content-Type"], "text/html; charset=utf-8")
         policy = headers["Content-Security-Policy"]
         self.assertRegex(policy, "default-src 'none'; style-src 'sha256-[^' ]+=';")
@@ -787,13 +800,15 @@ class PageTest(ProcessTest):
         tree = html5lib.HTMLParser(TREE, strict=True).parse(text)
         known = set(
             "html head meta title style body header h1 h2 p time main section code svg"
-            " path footer".split()
+            " path footer br a figure figcaption details summary".split()
         )
         for element in tree.iter():
             self.assertIn(element.tag.rpartition("}")[2], known)
             for attribute in element.attrib:
                 self.assertFalse(attribute.startswith("on"), attribute)
-                self.assertNotIn(attribute, ("src", "href", "style"))
+                self.assertNotIn(attribute, ("src", "style"))
+        links = {e.attrib["href"] for e in tree.iter() if "href" in e.attrib}
+        self.assertEqual(links, {"health?verbose", "metrics", "?still"})
         (refresh,) = (m for m in tree.iter(f"{XHTML}meta") if "http-equiv" in m.attrib)
         self.assertEqual(refresh.attrib, {"http-equiv": "refresh", "content": "5"})
         return tree
@@ -805,14 +820,13 @@ class PageTest(ProcessTest):
         server = self.metrics("q 3\n")
         rules = "Busy: q > 10 for 2s; Even: q > 10 and q < 30"
         program = self.program(server, UNHEALTHY_WHEN=rules)
-        self.assertIn("not checked yet", self.text(self.page(program)))
         for body, seconds, expected in (
-            ("q 3\n", 0.0, ("Healthy", "ok: 3 (limit 10)", "ok: 1 series, 4 bytes")),
-            ("q 40\n", 0.0, ("Healthy", "pending for 0s: q{", "q > 10 for 2s")),
-            ("q 40\n", 2.0, ("Unhealthy: Busy", "firing for 0s: q{")),
+            ("q 3\n", 0.0, ("Healthy", "3, limit 10", "1 series, 4 bytes in")),
+            ("q 40\n", 0.0, ("40, limit 10, for 0s: fires after 2s", "q > 10 for 2s")),
+            ("q 40\n", 2.0, ("Unhealthy: Busy", "40, limit 10, for 0s", "q{instance=")),
             ("q 23\n", 0.0, ("Unhealthy: Busy, Even", "q > 10 and q < 30")),
-            ("q 3\nq\n", 0.0, ("Down", "bad_line", f"scrape of {server.instance}")),
-            ("", 0.0, ("Healthy", "ok (no series)", "ok: 0 series, 0 bytes")),
+            ("q 3\nq\n", 0.0, ("Down", "not a sample", f"scrape of {server.instance}")),
+            ("", 0.0, ("Healthy", "no series of it is there", "0 series, 0 bytes in")),
         ):
             with self.subTest(expected):
                 server.body = body
@@ -826,8 +840,8 @@ class PageTest(ProcessTest):
                 pattern = r"health_check_scrape_duration_seconds_count (\d+)"
                 counts = re.findall(pattern, before + program.get("/metrics")[1])
                 self.assertEqual(counts[0], counts[1])
-        limits = [p for p in tree.iter() if p.attrib.get("class") == "limit"]
-        self.assertEqual(len(limits), 2)
+        # Busy alone is compared with a number.
+        (_,) = (p for p in tree.iter() if p.attrib.get("class") == "limit")
 
     def test_at_most_120_checks_are_drawn(self) -> None:
         server = self.metrics("q 3\n")
@@ -835,10 +849,11 @@ class PageTest(ProcessTest):
         for number in range(130):
             server.body = f"q {number}\n"
             program.get()
-        (graph, _) = (e for e in self.page(program).iter() if "aria-label" in e.attrib)
-        label = "values, limit 10, last 120 checks"
-        self.assertEqual(graph.attrib["aria-label"], label)
-        (line,) = (e for e in graph if "class" not in e.attrib)
+        busy = next(self.page(program).iter(f"{XHTML}figure"))
+        caption = "".join(busy.itertext())
+        self.assertRegex(caption, r"\Ahighest 129, limit 10, last \d+s\Z")
+        paths = [e for e in busy.iter() if e.tag.endswith("}path")]
+        (line,) = (e for e in paths if "class" not in e.attrib)
         self.assertEqual(len(re.findall("[ML]", line.attrib["d"])), 120)
         self.assertTrue(line.attrib["d"].startswith("M0 "), line.attrib)
 
@@ -856,14 +871,16 @@ class PageTest(ProcessTest):
         lines = {
             "page": self.text(self.page(program)).split("\n"),
             "verbose": program.get("/health?verbose")[1].split("\n"),
-            "log": program.log.split("\n"),
         }
+        program.wait_for_log("Unhealthy: R0")
+        lines["log"] = program.log.split("\n")
         for place, found in lines.items():
             for value in written:
                 with self.subTest(place, value=value):
-                    (line,) = (x for x in found if value in x and "firing" in x)
+                    (line,) = (x for x in found if value in x)
                     self.assertIn('{"0.<b>"="1", instance="127.0.0.1:', line)
-        self.assertEqual(len(lines["verbose"]), len(HOSTILE) + len(["Down", "", ""]))
+        known = [*hc.load_config({"UNHEALTHY_WHEN": rules}).rules, "Unhealthy", ""]
+        self.assertEqual(len(lines["verbose"]), len(known))
         for line in lines["log"][:-1]:
             self.assertRegex(line, r"\A\d{4}-\d\d-\d\dT\S+ (INFO|WARNING) ")
             self.assertEqual(line, hc.escape_controls(line))
@@ -903,7 +920,6 @@ class FailuresTest(ProcessTest):
             ("a scrape fails", "the same", "scrape_error", "scrapes_total"),
             ("a rule cannot be evaluated", "as if it fired", "no alert"),
             ("the configuration is wrong", "stderr", "exit status 2"),
-            ("a selector matches nothing", "log", "no series", "rule_series"),
             ("an Alertmanager takes nothing", "log", "notifications_failed_total"),
             ("the checker itself fails", "traceback", "verbose", "bug", "/livez"),
         )
@@ -914,18 +930,19 @@ class FailuresTest(ProcessTest):
                 self.assertIn(part, where)
 
     def assert_read(
-        self, program: Program, reason: str, in_json: str, in_log: str, metric: str
-    ) -> None:
+        self, program: Program, reason: str, in_page: str, in_json: str, *,
+        log: str, metric: str,
+    ) -> None:  # fmt: skip
         """Assert that a reason is in all the places of the first line but the alert."""
-        log, (_, metrics) = program.log, program.get("/metrics")
+        program.wait_for_log(f"WARNING {log}")
+        _, metrics = program.get("/metrics")
         page = html.unescape(program.get("/")[1])
         status, body = program.get("/health?format=json")
         document = json.loads(body)
         self.assertEqual((status, document["status"]), (503, "fail"))
         self.assertRegex(json.dumps(document["checks"]), in_json)
         self.assertRegex(program.get("/health?verbose")[1], rf"(?m)^\[-\].*{reason}")
-        self.assertRegex(page, reason)
-        self.assertRegex(log, f"WARNING {in_log}")
+        self.assertRegex(page, in_page)
         self.assertIn(f"\n{metric} 1\n", metrics)
 
     def alerting(self, *targets: Metrics, **environ: str) -> tuple[Program, Receiver]:
@@ -940,7 +957,8 @@ class FailuresTest(ProcessTest):
         state = 'health_check_rule_state{rule="Busy", state="firing"}'
         series = r'q\{instance="[^"]+", name="x"\} 23'
         reason = f"firing for 0s: {series}"
-        self.assert_read(program, reason, '"value": 23', f"Busy: {reason}", state)
+        log = f"Busy: {reason}"
+        self.assert_read(program, reason, series, '"value": 23', log=log, metric=state)
         self.assertTrue(wait_for(lambda: receiver.record))
         annotations = receiver.record[0].alert["annotations"]
         self.assertRegex(annotations["description"], f"q > 10 fires for {series}")
@@ -952,7 +970,8 @@ class FailuresTest(ProcessTest):
         self.assertEqual(program.get(), (503, "Unhealthy\n"))
         state = 'health_check_rule_state{rule="Odd", state="error"}'
         reason = "many-to-many"
-        self.assert_read(program, reason, reason, f"Odd: error: {reason}", state)
+        log = f"Odd: error: {reason}"
+        self.assert_read(program, reason, reason, reason, log=log, metric=state)
         self.assertEqual(receiver.record, [])
 
     def test_a_scrape_fails(self) -> None:
@@ -965,7 +984,8 @@ class FailuresTest(ProcessTest):
         reason = "http_status: HTTP 500"
         log = f"{server.instance}: scrape failed: {reason}"
         state = 'health_check_rule_state{rule="Why", state="firing"}'
-        self.assert_read(program, reason, reason, log, state)
+        shown = f"{server.url} answers: HTTP 500"
+        self.assert_read(program, reason, shown, reason, log=log, metric=state)
         outcome = f'{{target="{server.instance}", outcome="http_status"}}'
         self.assertIn(f"scrapes_total{outcome} ", program.get("/metrics")[1])
         self.assertTrue(wait_for(lambda: len(receiver.record) == 2))
@@ -973,7 +993,8 @@ class FailuresTest(ProcessTest):
             self.assertIn(reason, told.alert["annotations"]["description"])
         server.status = 200
         self.assertEqual(program.get(), (200, "Healthy\n"))
-        self.assertIn(f"INFO {server.instance}: scraped again", program.log)
+        again = f"INFO {server.instance}: scraped again"
+        program.wait_for_log(again)
 
     def test_the_configuration_is_wrong(self) -> None:
         wrong = {"APP_PORT": "x", "UNHEALTHY_WHEN": "q >", "ALERTMANAGER_URL": "x"}
@@ -994,7 +1015,9 @@ class FailuresTest(ProcessTest):
         self.assertEqual([program.get()[0] for _ in range(3)], [200] * 3)
         self.assertIn("[+]Busy ok (no series)\n", program.get("/health?verbose")[1])
         self.assertIn('rule_series{rule="Busy"} 0', program.get("/metrics")[1])
-        self.assertEqual(program.log.count("no series of queu is there; queue is"), 1)
+        told = "no series of queu is there; queue is"
+        program.wait_for_log(told)
+        self.assertEqual(program.log.count(told), 1)
 
     def test_an_Alertmanager_takes_nothing(self) -> None:
         receivers = [self.metrics(status=status) for status in (200, 400)]
@@ -1032,8 +1055,8 @@ class FailuresTest(ProcessTest):
                 self.addCleanup(program.close)
                 self.assertEqual(program.get(), (503, "Unhealthy\n"))
                 self.assertIn(reason, program.get("/health?verbose")[1])
-                self.assertIn(log, program.log)
-                self.assertIn("Traceback (most recent call last):", program.log)
+                program.wait_for_log(re.escape(log))
+                program.wait_for_log("Traceback ")
                 alive = 503 if reason == stuck else 200
                 self.assertEqual(program.get("/livez")[0], alive)
 
@@ -1045,9 +1068,10 @@ class QuietTest(ProcessTest):
     def test_10000_probes_of_a_healthy_server_log_nothing_after_the_start(self) -> None:
         server, lines = self.metrics("q 3\n"), []  # type: tuple[Metrics, list[str]]
         clock = [1000.0]
-        config = hc.load_config(
-            {"METRICS_ENDPOINT": server.url, "UNHEALTHY_WHEN": "Busy: q > 10 for 1m"}
-        )
+        config = hc.load_config({
+            "METRICS_ENDPOINT": server.url, "UNHEALTHY_WHEN": "Busy: q > 10 for 1m",
+            "METRICS_TIMEOUT": "30",
+        })  # fmt: skip
         monitor = hc.Monitor(config, clock=lambda: clock[0])
         published = threading.Event()
         monitor.listeners[:] = [hc.log_transitions, lambda *_: published.set()]
