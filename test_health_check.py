@@ -3479,17 +3479,19 @@ class HistoryTest(unittest.TestCase):
     def test_what_is_remembered_keeps_to_its_limit_and_says_what_it_cost(self):
         history = History({"x": Lookback(2e4, 2e4), "y": Lookback(50.0, 50.0)}, 1 << 20)
         names = [(("__name__", "x"), ("s", str(number))) for number in range(500)]
-        y = (("__name__", "y"),)
+        y, once = (("__name__", "y"),), names[:4]
         for count in range(300):
             now = 1000.0 + 100 * count
-            history.record({y: 1.0, **dict.fromkeys(names, count % 7)}, now, "xy")
+            seen = [*names[4:], *once[count : count + 1]]
+            history.record({y: 1.0, **dict.fromkeys(seen, count % 7)}, now, "xy")
             tables = history._tables.values()
             size = sum(table.size() for table in tables) + history._labels_size
             self.assertLessEqual(size, 1 << 20)
         self.assertEqual(list(history.thinned()), ["x"])
         apart = history.thinned()["x"]
-        found = history.evaluation(now, 0.0).history["x"][names[0]]
-        times = found.window(now - 2e4, now).times
+        found = history.evaluation(now, 0.0).history["x"]
+        self.assertNotIn(once[0], found)
+        times = found[names[4]].window(now - 2e4, now).times
         self.assertAlmostEqual(times[-1], now)
         self.assertTrue(2e4 / apart / 2 <= len(times) <= 2 * 2e4 / apart)
         history.record({y: 1.0}, now + 1e6, "xy")
