@@ -920,7 +920,7 @@ SET_OPERATORS = ("and", "or", "unless")
 COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
 METADATA = ("__name__", "__type__", "__unit__")
 MAX_POINTS_OF_SUBQUERY = 1_000_000
-MAX_UNREAD = 200_000
+MAX_REPLACED = 200_000
 
 
 class EvaluationError(ValueError):
@@ -1507,7 +1507,7 @@ def _label_replace(
     _: Operation, __: Evaluation, vector: Vector, label: str, *texts: str
 ) -> Vector:
     replacement, source, pattern = texts
-    known, unread, items = _known_values(texts), MAX_UNREAD, []
+    known, unread, items = _known_values(texts), MAX_REPLACED, []
     if len(known) > 2 * len(vector):
         known.clear()
     for labels, value in vector.items():
@@ -1515,7 +1515,7 @@ def _label_replace(
         if old not in known:
             unread -= len(old)
             if unread < 0:
-                raise EvaluationError(f"more than {MAX_UNREAD} letters to replace")
+                raise EvaluationError(f"more than {MAX_REPLACED} letters to replace")
             known[old] = regex_expand(pattern, old, replacement)
         new = known[old]
         kept = labels if new is None else _relabeled(labels, label, new)
@@ -3106,7 +3106,7 @@ SERVERS: tuple[KnownServer, ...] = (
 # --- 7. Config: environ -> Config ----------------------------------------------------
 
 DEFAULT_THRESHOLD = 10.0
-MAX_SHOWN = 60
+MAX_VALUE_SHOWN = 60
 # A variable that begins so is meant for this program.
 OWN_PREFIXES = (
     "METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_", "CANARY_",
@@ -3516,7 +3516,7 @@ def _shown(name: str, text: str) -> str:
     if name.endswith(("_ENDPOINT", "_URL")):
         # A password ends at the last @, and a query may hold a token.
         text = re.sub(r"(?s)\?.*", "?***", re.sub(r"(?s).*@", "***@", text))
-    return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
+    return repr(shorten(text, MAX_VALUE_SHOWN))
 
 
 def _items(text: str) -> list[str]:
@@ -4900,7 +4900,7 @@ def _may_be_typo(part: str, other: str) -> bool:
 # stand still look the same whether it hangs or its clients left.  Only a request tells;
 # the metrics say when it is needed, so that it is almost never sent.
 
-MAX_ANSWER = 64 * 1024
+MAX_COMPLETION = 64 * 1024
 REPEAT, MODEL_LABEL = 60.0, "model_name"
 # Where the text is: by OpenAI, TGI, SGLang, llama-server, Triton, KServe, Ollama.
 COMPLETIONS = (
@@ -5103,13 +5103,13 @@ def _served_model(target: Target, deadline: float, credentials: Credentials) -> 
 
 
 def _read(response: Response, deadline: float) -> bytes:
-    buffer, size, readinto = bytearray(MAX_ANSWER), 0, reader_of(response, deadline)
-    while size < MAX_ANSWER:
+    buffer, size, readinto = bytearray(MAX_COMPLETION), 0, reader_of(response, deadline)
+    while size < MAX_COMPLETION:
         count = readinto(memoryview(buffer)[size:])
         if not count:
             return bytes(buffer[:size])
         size += count
-    raise ScrapeError("too_large", f"an answer of {MAX_ANSWER} bytes or more")
+    raise ScrapeError("too_large", f"an answer of {MAX_COMPLETION} bytes or more")
 
 
 # --- 13. History: samples of each check -> what expressions are evaluated against ----

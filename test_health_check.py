@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import calendar
 import contextlib
@@ -583,6 +584,16 @@ class Documentation(unittest.TestCase):
         failed, attempted = doctest.testmod(health_check)
         self.assertEqual(failed, 0)
         self.assertGreater(attempted, 10)
+
+    def test_no_two_sections_give_one_name_to_two_things(self):
+        names = []
+        for node in ast.parse(Path(health_check.__file__).read_text()).body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            stored = (n for t in targets if t for n in ast.walk(t))
+            names += [n.id for n in stored if isinstance(n, ast.Name)]
+            names += [node.name] if hasattr(node, "name") else []
+        self.assertGreater(len(names), 500)
+        self.assertEqual({n for n in names if names.count(n) > 1}, set())
 
 
 class Vocabulary(unittest.TestCase):
@@ -1378,7 +1389,7 @@ class Evaluate(unittest.TestCase):
         self.assertLess(again, first / 20)
         for check in range(50):
             evaluate(expr, history(f'x{{a="{check}"}} 1'))
-        with mock.patch.object(health_check, "MAX_UNREAD", 5000):
+        with mock.patch.object(health_check, "MAX_REPLACED", 5000):
             with self.assertRaisesRegex(EvaluationError, "more than 5000 letters"):
                 evaluate(expr, history(series))
             one = history(series.partition(";")[0])
