@@ -3439,15 +3439,19 @@ def _sparse(config: Config) -> Iterator[str]:
     if interval > MAX_INTERVAL:
         yield f"SCRAPE_INTERVAL={shown}: an answer can be three times as old"
     for rule in config.rules if interval else ():
-        seen = {*find_selectors(rule.expr)}
-        if rule.builtin:  # Only what compares two samples needs more than one.
-            seen -= {*find_selectors(rule.expr, ("increase", "idelta"))}
-        for window in sorted({selector.window for selector in seen}):
+        for window in _windows(rule):
             what = f"{rule.name}: a range of {format_duration(window)}"
             if rule.builtin and window <= interval:
                 yield f"{what} is too short for SCRAPE_INTERVAL={shown}: never fires"
-            elif 0 < window < 2 * interval and not rule.builtin:
+            elif window < 2 * interval and not rule.builtin:
                 yield f"{what} may have a single sample at SCRAPE_INTERVAL={shown}"
+
+
+def _windows(rule: Rule) -> list[float]:
+    seen = {*find_selectors(rule.expr)}
+    if rule.builtin:  # Only what compares two samples needs more than one.
+        seen -= {*find_selectors(rule.expr, ("increase", "idelta"))}
+    return sorted({selector.window for selector in seen} - {0})
 
 
 def _rules(config: Config) -> tuple[Rule, ...]:
@@ -3499,12 +3503,25 @@ def _misspelt(given: Iterable[str]) -> Iterator[str]:
                 yield f"{name} is no setting: --help lists them"
 
 
+# Settings that change what another one asks for.
+BESIDE = {
+    "EXIT_AFTER": "EXIT_WHEN",
+    "LAST_WORDS": "EXIT_WHEN",
+    "ALERT_LABELS": "ALERTMANAGER_URL",
+    "ALERTMANAGER_BEARER_TOKEN_FILE": "ALERTMANAGER_URL",
+    "ALERTMANAGER_CA_FILE": "ALERTMANAGER_URL",
+}
+
+
 def _doubtful(given: Mapping[str, str]) -> Iterator[str]:
     for name in ("TARGET_LABELS", "ALERT_LABELS"):
         for label in re.findall(r"(\w+)=\s*(?=,|\Z)", given.get(name, "")):
             yield f"{name}: {label} has no value, so it is left out"
     if given.get("METRICS_TLS_SKIP_VERIFY", "").lower() == "true":
         yield "METRICS_TLS_SKIP_VERIFY: ANYBODY can pose as the target"
+    for name in sorted(BESIDE.keys() & given.keys()):
+        if BESIDE[name] not in given:
+            yield f"{name} does nothing without {BESIDE[name]}"
     # A manifest has "$(NAME)" as it is where NAME is not defined before it.
     for name in sorted({setting.name for setting in SETTINGS}.intersection(given)):
         found = re.search(r"\$\(\w+\)|\$\{\w+\}", given[name])
@@ -4715,18 +4732,18 @@ class Lookout:
     One thread at a time may use it.  Times are monotonic.
     """
 
-    def __init__(self, rules: Sequence[Rule], config: Config) -> None:
+    def __init__(
+        self, rules: Sequence[Rule], config: Config, others: Iterable[Rule] = ()
+    ) -> None:
         added, self._config = reserved_names(config), config
-        found = [(rule, s) for rule in rules for s in find_selectors(rule.expr)]
-        wanted = [(rule, Selector(*s[:2])) for rule, s in found if s.name not in added]
-        self._searches = {
-            (rule.name, s): Search() for rule, s in wanted if not rule.builtin
-        }
+        users = [rule for rule in rules if not rule.builtin]
+        self._searches = _searches_for(users, added)
         # Of other names that built-in rules read it does not follow which server it is.
         watched = (s for s in SERVERS if s.waiting or s.running or s.moving)
         self._names = frozenset().union(*map(own_names, watched))
         # A rule of a user's own that finds nothing is told of by itself.
-        self._builtin = bool(wanted) and not self._searches
+        self._builtin = not self._searches and bool(_searches_for(rules, added))
+        self._searches.update(_searches_for(others, added))
         self._unwatched: dict[str, Unwatched] = {}
         self._asked = False
 
@@ -4787,6 +4804,22 @@ class Lookout:
         conflict = there and port_conflict(self._config.app_port, there)
         if conflict:
             yield conflict
+
+
+def _searches_for(
+    rules: Iterable[Rule], added: Container[str]
+) -> dict[tuple[str, Selector], Search]:
+    found = [(rule.name, s) for rule in rules for s in find_selectors(rule.expr)]
+    wanted = [(name, s) for name, s in found if s.name not in added]
+    return {(name, Selector(*s[:2])): Search() for name, s in wanted}
+
+
+def rules_of_settings(config: Config) -> Iterator[Rule]:
+    """Yield what settings ask beside the rules, each as a rule of that name."""
+    if config.drain_while:
+        yield Rule("DRAIN_WHILE", config.drain_while)
+    for rule in config.canary_when if "CANARY_WHEN" in config.given else ():
+        yield rule._replace(name="CANARY_WHEN")
 
 
 def describe_page(names: AbstractSet[str]) -> str:
@@ -5554,7 +5587,7 @@ class Monitor:
         url = config.canary_url
         self.canary = Canary(config, url) if url else None
         self._scraped = False
-        self._lookout = Lookout(config.rules, config)
+        self._lookout = Lookout(config.rules, config, rules_of_settings(config))
         self._reserved: set[str] = set()
         self._thinned: dict[str, float] = {}
         self.scrapes: Counter[tuple[str, str]] = collections.Counter()
@@ -7563,7 +7596,10 @@ def wait(config: Config, expr: Expr, timeout: float) -> int:
     Prints each ten seconds what it waits for.
     """
     quiet, told, end = 0, -math.inf, time.monotonic() + timeout
-    for _, targets, evaluation in _checks([Rule("Wait", expr)], config):
+    rules = [Rule("Wait", expr)]
+    lookout = Lookout(rules, config)
+    for scrapes, targets, evaluation in _checks(rules, config):
+        _say_missing(lookout, scrapes, evaluation)
         left = remaining(expr, targets, evaluation)
         quiet = 0 if left else quiet + 1
         if quiet == 2:
@@ -7584,10 +7620,16 @@ def _scrape_for(
     checks = itertools.islice(_checks(rules, config), 1 + again)
     *_, (scrapes, targets, evaluation) = checks
     lookout = Lookout(rules, config)
+    _say_missing(lookout, scrapes, evaluation)
+    return tuple(map(lookout.remark, targets)), evaluation
+
+
+def _say_missing(
+    lookout: Lookout, scrapes: Iterable[Scrape], evaluation: Evaluation
+) -> None:
     pages = [scrape.page for scrape in scrapes if scrape.reading]
     for _, text, _ in lookout.look(pages, evaluation):
         say(f"warning: {text}", error=True)
-    return tuple(map(lookout.remark, targets)), evaluation
 
 
 def _checks(

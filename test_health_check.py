@@ -523,6 +523,11 @@ TARGET_LABELS=reason=a
 TARGET_LABELS=probe=a
 TARGET_LABELS=pod=$(POD_NAME)
 TARGET_LABELS=pod={{ .Values.pod }}
+EXIT_AFTER=5m
+LAST_WORDS=/tmp/last
+ALERT_LABELS=severity=critical
+ALERTMANAGER_BEARER_TOKEN_FILE=/dev/null
+ALERTMANAGER_CA_FILE=/dev/null
 ALERT_LABELS=value={{ $value }}
 ALERT_LABELS=alertname=X
 ALERT_LABELS=severity
@@ -2059,7 +2064,9 @@ class Config(unittest.TestCase):
             ("LOG_LEVEL", ["loud"], "debug, info, warning, error"),
             ("LOG_FORMAT", ["xml"], "text, json"),
         ):
-            beside = {"METRIC_THRESHOLD": "1"} if name == "METRIC_TO_CHECK" else {}
+            beside = {"ALERTMANAGER_URL": "http://a:9093"}
+            if name == "METRIC_TO_CHECK":
+                beside["METRIC_THRESHOLD"] = "1"
             for text in texts:
                 with self.subTest(name, text=text):
                     (problem,) = self.problems(**{**beside, name: text})
@@ -3868,6 +3875,17 @@ class MonitorTest(NetworkTest):
                     self.assertIn(words, line)
         text = health_check.describe(monitor.verdict.rules[0], monitor.verdict.time)
         self.assertEqual(text, "ok (no series)")
+
+    def test_what_settings_ask_beside_the_rules_is_told_of_if_it_finds_nothing(self):
+        server, url = self.metrics(page("y 1\n")), "http://127.0.0.1:1/v1/completions"
+        environ = {"DRAIN_WHILE": "y + x > 0", "CANARY_WHEN": "z", "CANARY_URL": url}
+        monitor = self.monitor(server, **environ)
+        monitor.check()
+        told = "no series of {} is there yet"
+        self.assertIn("DRAIN_WHILE: " + told.format("x"), self.log)
+        self.assertIn("CANARY_WHEN: " + told.format("z"), self.log)
+        self.assert_any("nothing is watched", self.log)
+        self.assertFalse(any("series of y" in line for line in self.log))
 
     def test_a_metric_is_not_there_yet_or_not_any_more(self):
         for homes, ending in ("", "yet"), ("a", "any more"):
@@ -5927,7 +5945,8 @@ class MainTest(NetworkTest):
         pages = iter([page("x 2\n"), page("x 0\n"), bad, *[page("x 0\n")] * 2])
         environ = {"METRICS_ENDPOINT": self.metrics(lambda _: [next(pages)]).url}
         with mock.patch.multiple(health_check, QUERY_PAUSE=0, WAIT_TOLD_EACH=0):
-            code, out, _ = self.run_main("--wait", "x > 0", **environ)
+            code, out, err = self.run_main("--wait", "x > 0", **environ)
+        self.assertEqual(err, "")
         lines = out.splitlines()
         self.assertEqual((code, len(lines), next(pages, "no more")), (0, 2, "no more"))
         self.assertRegex(lines[0], r"waiting for x\{.*\} 2")
@@ -5942,6 +5961,10 @@ class MainTest(NetworkTest):
             self.assertEqual((code, out.count("waiting for")), (1, 1))
             self.assertIn(left, out)
             self.assertEqual(err, "not over within 10ms\n")
+        with mock.patch.object(health_check, "QUERY_PAUSE", 0):
+            code, out, err = self.run_main("--wait", "z > 0", **environ)
+        told = "warning: Wait: no series of z is there yet\n"
+        self.assertEqual((code, out, err), (0, "", told))
         for argv in (
             ["--wait", "x >"], ["--wait", ""], ["--wait", "1"], ["--wait", "x[1m]"],
             ["--wait", "x", "--timeout", "soon"], ["--timeout", "1"],
