@@ -4555,18 +4555,11 @@ def last_words(rule: Rule, evaluation: Evaluation) -> str:
 def _points_read(
     rule: Rule, evaluation: Evaluation
 ) -> Iterator[tuple[Labels, Points]]:
-    now = evaluation.now
-    for selector in _read_by(rule):
-        for labels, series in select(selector, evaluation).items():
-            points = series.window(now - (selector.window or LOOKBACK), now)
-            if points.times:
-                yield labels, points
-
-
-def _read_by(rule: Rule) -> Iterator[Selector]:
+    now, selectors = evaluation.now, dict.fromkeys(find_selectors(rule.expr))
     # Those over a range tell most.
-    selectors = dict.fromkeys(find_selectors(rule.expr))
-    return iter(sorted(selectors, key=lambda selector: -selector.window))
+    for selector in sorted(selectors, key=lambda selector: -selector.window):
+        start = now - (selector.window or LOOKBACK)
+        yield from Range(select(selector, evaluation), start, now).windows()
 
 
 def _course(points: Points, now: float) -> str:
