@@ -3373,15 +3373,14 @@ def _hopeless(_: Given, values: Values) -> Iterator[str]:
         return
     added, own = added_series(values), values["target_labels"]
     rules = (*values.get("unhealthy_when", ()), *values.get("canary_when", ()))
-    expressions = [(f"the rule {rule.name}", rule.expr) for rule in rules]
-    singles = "METRIC_TO_CHECK", "DRAIN_WHILE"
-    expressions += [(name, values.get(name.lower())) for name in singles]
-    for name, expr in expressions:
-        for problem in hopeless_selectors(expr, added, own) if expr else ():
+    named = [(f"the rule {rule.name}", rule.expr) for rule in rules]
+    singles = ((n, values.get(n.lower())) for n in ("METRIC_TO_CHECK", "DRAIN_WHILE"))
+    named += [(name, expr) for name, expr in singles if expr]
+    for name, expr in named:
+        for problem in hopeless_selectors(expr, added, own):
             yield f"{name}: {problem}"
-    there = [(name, expr) for name, expr in expressions if expr]
-    told = [f"{name}: {text}" for name, expr in there for text in unholdable([expr])]
-    yield from told or unholdable([expr for _, expr in there])
+    told = [f"{name}: {text}" for name, expr in named for text in unholdable([expr])]
+    yield from told or unholdable([expr for _, expr in named])
 
 
 def _scrape_problems(given: Given, values: Values) -> Iterator[str]:
