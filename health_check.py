@@ -4267,7 +4267,7 @@ def read_samples(
     # Each line starts with a newline: what is kept of a chunk begins with one, too.
     buffer[0], filled, final = NEWLINE, 1, False
     while not final:
-        count = _fill(view[filled:-1], stream)
+        count = _fill(view[filled:-1], stream.readinto)
         filled, reading.size = filled + count, reading.size + count
         final = filled < len(view) - 1
         cut = final and buffer[filled - 1] != NEWLINE
@@ -4283,10 +4283,10 @@ def read_samples(
     return reading
 
 
-def _fill(view: memoryview, stream: Stream) -> int:
+def _fill(view: memoryview, readinto: Callable[[memoryview], int]) -> int:
     filled = 0
     while filled < len(view):
-        count = stream.readinto(view[filled:])
+        count = readinto(view[filled:])
         if not count:
             break
         filled += count
@@ -5128,13 +5128,11 @@ def _served_model(target: Target, deadline: float, credentials: Credentials) -> 
 
 
 def _read(response: Response, deadline: float) -> bytes:
-    buffer, size, readinto = bytearray(MAX_COMPLETION), 0, reader_of(response, deadline)
-    while size < MAX_COMPLETION:
-        count = readinto(memoryview(buffer)[size:])
-        if not count:
-            return bytes(buffer[:size])
-        size += count
-    raise ScrapeError("too_large", f"an answer of {MAX_COMPLETION} bytes or more")
+    buffer = bytearray(MAX_COMPLETION)
+    size = _fill(memoryview(buffer), reader_of(response, deadline))
+    if size == MAX_COMPLETION:
+        raise ScrapeError("too_large", f"an answer of {MAX_COMPLETION} bytes or more")
+    return bytes(buffer[:size])
 
 
 # --- 13. History: samples of each check -> what expressions are evaluated against ----
