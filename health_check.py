@@ -1160,14 +1160,12 @@ def _pairs(
 ) -> Iterable[tuple[Labels, float, float, float]]:
     """Return what belongs together: labels, the value a filter keeps, two operands."""
     dropped = () if is_filter(expr) else METADATA
-    vector = cast(Vector, left if isinstance(right, float) else right)
-    if isinstance(left, float) or isinstance(right, float):
-        items: Iterable[tuple[Labels, float]] = vector.items()
-        if dropped:
-            items = ((_filtered(k, False, dropped), v) for k, v in items)
-        if isinstance(right, float):
-            return [(k, v, v, right) for k, v in items]
-        return [(k, v, cast(float, left), v) for k, v in items]
+    if isinstance(right, float):
+        items = cast(Vector, left).items()
+        return [(_filtered(k, False, dropped), v, v, right) for k, v in items]
+    if isinstance(left, float):
+        items = cast(Vector, right).items()
+        return [(_filtered(k, False, dropped), v, left, v) for k, v in items]
     return _matched_pairs(expr, cast(Vector, left), cast(Vector, right), dropped)
 
 
