@@ -2603,6 +2603,11 @@ class KnownServer(NamedTuple):
     asleep: str = ""
     ports: str = ""
 
+    @property
+    def watched(self) -> bool:
+        """Whether a rule asks what its requests do."""
+        return bool(self.waiting or self.running or self.moving)
+
 
 def builtin_rules(names: Iterable[str], limit: float) -> Iterator[Rule]:
     """Yield the built-in rules of these names; the limit is that of QueueFull.
@@ -2663,7 +2668,7 @@ def servers_there(names: Iterable[str]) -> Iterator[KnownServer]:
 
 
 def nearest_server(names: Iterable[str]) -> KnownServer | None:
-    """Return the known server whose metrics are most like these, None if none's are.
+    """Return the server that rules know with metrics most like these, None if none has.
 
     >>> nearest_server(["sglang_num_queue_reqs", "python_info"]).name
     'SGLang'
@@ -2671,7 +2676,7 @@ def nearest_server(names: Iterable[str]) -> KnownServer | None:
     plain = {name.replace(":", "_") for name in names}
     words = {name.partition("_")[0] for name in plain}
     best: tuple[int, KnownServer | None] = 0, None
-    for server in SERVERS:
+    for server in (server for server in SERVERS if server.watched):
         own = [name.replace(":", "_") for name in own_names(server)]
         alike = sum(any(name in other for other in plain) for name in own)
         related = words.intersection(name.partition("_")[0] for name in own)
@@ -4729,7 +4734,7 @@ class Lookout:
         users = [rule for rule in rules if not rule.builtin]
         self._searches = _searches_for(users, added)
         # Of other names that built-in rules read it does not follow which server it is.
-        watched = (s for s in SERVERS if s.waiting or s.running or s.moving)
+        watched = (server for server in SERVERS if server.watched)
         self._names = frozenset().union(*map(own_names, watched))
         # A rule of a user's own that finds nothing is told of by itself.
         self._builtin = not self._searches and bool(_searches_for(rules, added))
@@ -7174,7 +7179,7 @@ class Server:
     def _warn_unknown(self, name: str) -> None:
         # Callers choose the names, so there is a bound on how many are remembered.
         full = name not in self._unknown and len(self._unknown) >= MAX_UNKNOWN
-        name = "and others" if full else shorten(name)
+        name = "NAME of others" if full else shorten(name)
         self._unknown[name] += 1
         if self._unknown[name] == 1:
             text = f"/health/{name} is answered 200: there is no rule of that name"

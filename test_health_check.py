@@ -1960,6 +1960,7 @@ class Servers(unittest.TestCase):
         for name, expected in (
             ("sglang_num_queue_reqs", "SGLang"), ("vllm:num_preemptions_total", "vLLM"),
             ("tgi_request_count", "TGI"), ("python_info", None), ("", None),
+            ("request_processing_time_sum", None),
         ):
             server = nearest_server([name, "process_cpu_seconds_total"])
             self.assertEqual(server and server.name, expected)
