@@ -87,7 +87,6 @@ from typing import (
     Iterable,
     Iterator,
     Mapping,
-    Match,
     NamedTuple,
     Sequence,
     Tuple,
@@ -6774,7 +6773,7 @@ def normalise_path(path: str) -> str:
     return "/".join(["", *kept, last])
 
 
-def _decoded(match: Match[str]) -> str:
+def _decoded(match: re.Match[str]) -> str:
     # Only what means the same with and without its percent sign, and the comma.
     char = chr(int(match[1], 16))
     return char if char in UNRESERVED else match[0]
@@ -7627,7 +7626,7 @@ def _say_missing(
 
 def _checks(
     rules: Sequence[Rule], config: Config
-) -> Generator[tuple[list[Scrape], tuple[TargetStatus, ...], Evaluation], None, None]:
+) -> Iterator[tuple[list[Scrape], tuple[TargetStatus, ...], Evaluation]]:
     """Scrape what rules read, again and again, with a pause."""
     wanted = lookbacks(rule.expr for rule in rules)
     scraper, history = Scraper(config, wanted), History(wanted, config.history_limit)
