@@ -2827,7 +2827,6 @@ ANSWERED_BY_CANARY = {
 }
 
 
-
 def _like_vllm(prefix: str, name: str, at: str, seen: str, **more: str) -> KnownServer:
     """Return the row of a server that has vLLM's names behind a prefix of its own."""
     prefill = "prompt_tokens_total", "kv_cache_usage_perc", "gpu_cache_usage_perc"
@@ -7414,7 +7413,7 @@ def _act(options: Mapping[str, Any], config: Config, expr: Expr | None) -> int:
 
 def _parse_query(text: str, config: Config, kind: str = "") -> Expr:
     expr = parse_expression(text)
-    if type_of(expr) != (kind or type_of(expr)):
+    if kind and type_of(expr) != kind:
         raise ConfigError(f"expected an {kind}, this is a {type_of(expr)}")
     added = added_series(config._asdict())
     problems = list(hopeless_selectors(expr, added, config.target_labels))
