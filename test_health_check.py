@@ -3042,7 +3042,8 @@ class ProbeTest(NetworkTest):
         ):
             with self.subTest(code=code, reason=reason):
                 target = load_config({"CANARY_URL": self.metrics(piece).url}).canary_url
-                status = ask("health", target, time.monotonic() + 0.05)
+                seconds = 0.05 if piece is FOREVER else 5.0
+                status = ask("health", target, time.monotonic() + seconds)
                 self.assertEqual(status[2:5], (success, code, reason))
 
     def succeeds(self, now):
@@ -3249,7 +3250,7 @@ class ProbeTest(NetworkTest):
         other = self.metrics(page(status="204 No Content"))
         fake = 'probe_success{probe="health"} 0\n'
         monitor = self.monitor(
-            self.metrics(page(f"x 1\n{fake}")), clock=clock, METRICS_TIMEOUT="0.05",
+            self.metrics(page(f"x 1\n{fake}")), clock=clock, METRICS_TIMEOUT="0.2",
             HEALTH_ENDPOINT=f"{route.url},{other.url}", UNHEALTHY_WHEN="Ok: x > 1",
         )  # fmt: skip
         bad = page(status="503 Service Unavailable")
@@ -3569,7 +3570,7 @@ class MonitorTest(NetworkTest):
     def test_a_hanging_target_hides_nothing_of_a_good_one_and_is_seen_to_recover(self):
         good, bad = self.metrics(page("q 11\n")), self.metrics(FOREVER)
         rules = "Queue: q > 10; Down: up == 0; Half: sum(up) < 2; Sum: sum(q) > 12"
-        monitor = self.running(good, bad, METRICS_TIMEOUT="0.15", UNHEALTHY_WHEN=rules)
+        monitor = self.running(good, bad, METRICS_TIMEOUT="0.3", UNHEALTHY_WHEN=rules)
         port = self.serve(monitor)
         for _ in range(2):
             self.assertEqual(get(port), (503, "Unhealthy\n"))
@@ -4015,7 +4016,7 @@ class MonitorTest(NetworkTest):
             self.assertEqual(get(port, "/health/Stalled"), unknown)
 
     def test_a_monitor_that_is_dead_is_told_to_livez_and_health(self):
-        monitor = self.running(self.metrics(page()), METRICS_TIMEOUT="0.2")
+        monitor = self.running(self.metrics(page()), METRICS_TIMEOUT="0.4")
         port = self.serve(monitor)
         self.assertEqual(get(port), (200, "Healthy\n"))
         monitor.check = sys.exit
@@ -4433,7 +4434,7 @@ class ServeTest(NetworkTest):
             with self.subTest(name):
                 server = self.metrics(*pieces)
                 port = self.serve(self.running(server, METRICS_TIMEOUT="0.05"))
-                self.assertLess(self.patience(port), 0.05 + 0.15)
+                self.assertLess(self.patience(port), 0.05 + 0.5)
                 before = threads()
                 self.assertEqual(storm(port, 100) | storm(port, 100), {"503"})
                 self.assertTrue(wait_until(lambda most=before: threads() <= most))
@@ -4450,7 +4451,7 @@ class ServeTest(NetworkTest):
         self.assertEqual(get(port), (503, "Unhealthy\n"))
         before = len(list(tasks.iterdir()))
         time.sleep(0.2)
-        self.assertLess(self.patience(port), 0.05 + 0.15)
+        self.assertLess(self.patience(port), 0.05 + 0.5)
         self.assertEqual(storm(port, 200), {"503"})
         self.assertEqual(len(list(tasks.iterdir())), before)
         self.assertLessEqual(len(server.requests), 1)
@@ -5172,7 +5173,7 @@ class ServeTest(NetworkTest):
             for path in ("/health", "/health?verbose", "/health/Down")
         ]
         closed, verbose, opened = map(receive, socks)
-        self.assertLess(time.monotonic() - started, 0.1 + 0.15)
+        self.assertLess(time.monotonic() - started, 0.1 + 0.5)
         self.assertRegex(closed, r"^HTTP/1.1 503 (?s:.*)\r\n\r\nUnhealthy\n\Z")
         self.assertIn("Unhealthy: no verdict", verbose)
         self.assertRegex(opened, r"^HTTP/1.1 200 (?s:.*)\r\n\r\nHealthy \(unknown: no ")
@@ -5182,7 +5183,7 @@ class ServeTest(NetworkTest):
 
     def test_on_a_schedule_health_is_answered_from_memory(self):
         server = self.metrics(page())
-        environ = {"SCRAPE_INTERVAL": "0.2", "METRICS_TIMEOUT": "0.1"}
+        environ = {"SCRAPE_INTERVAL": "0.2", "METRICS_TIMEOUT": "0.2"}
         port = self.serve(self.running(server, **environ))
         for _ in range(100):
             self.assertEqual(get(port), (200, "Healthy\n"))
