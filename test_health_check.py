@@ -310,7 +310,15 @@ def storm(port, count, path="/health"):
     return {receive(sock)[9:12] for sock in socks}
 
 
-def wait_until(condition, seconds=2.0):
+def livez(port):
+    """Return whether a program answers on a port, once it is up."""
+    try:
+        return get(port, "/livez")[0] == 200
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=20.0):
     """Return whether a condition came true in time."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -3588,7 +3596,10 @@ class MonitorTest(NetworkTest):
     def test_a_request_that_has_no_answer_is_not_sent_again_at_once(self):
         server = self.metrics(FOREVER)
         monitor = self.monitor(server, METRICS_TIMEOUT="0.04")
-        for _ in range(3):
+        monitor.check()
+        # On a busy machine it may come late, but it comes.
+        self.assertTrue(wait_until(lambda: server.requests))
+        for _ in range(2):
             (target,) = monitor.check().targets
             self.assertEqual((target.reason, len(server.requests)), ("timeout", 1))
         server.pieces = (page(),)
@@ -5635,8 +5646,13 @@ class MainTest(NetworkTest):
             self.assertEqual(receive(caller), "")
 
     def test_what_a_setting_risks_is_said_at_every_level_of_the_log(self):
-        process = self.launch(METRICS_TLS_SKIP_VERIFY="true", LOG_LEVEL="error")
+        port = free_port()
+        process = self.launch(
+            METRICS_TLS_SKIP_VERIFY="true", LOG_LEVEL="error", APP_PORT=str(port)
+        )
         self.assertIn("METRICS_TLS_SKIP_VERIFY", process.stderr.readline())
+        # Coverage hangs in a signal's handler that ends a process before it serves.
+        self.assertTrue(wait_until(lambda: livez(port)))
         process.send_signal(signal.SIGTERM)
         process.wait()
         self.assertEqual(process.stderr.read(), "")
