@@ -592,10 +592,11 @@ def strike(attack: Attack) -> tuple[Row, str]:
             answers = [timed(checker.port) for _ in range(attack.times)]
             outcomes = checker.outcomes() - counted
             upstream.answer, upstream.early = sends(page(FINE)), False
+            # A request that has no answer is not sent again for a minute, in which the
+            # one connection is open.
             recovers = attack.scheme != "http" or until(
-                lambda: get(checker.port)[0] == 200
+                lambda: get(checker.port)[0] == 200, 90.0
             )
-            # A request that had no answer was waited for, on one connection, till now.
             after = checker.end(before)
             log = checker.log
     statuses, worst = {s for s, _ in answers}, max(seconds for _, seconds in answers)
