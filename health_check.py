@@ -4504,6 +4504,12 @@ def report(error: Exception) -> str:
     return redact(f"{type(error).__name__}: {error}")
 
 
+def report_thread(ended: threading.ExceptHookArgs) -> None:
+    """Log that a thread has ended by an error; Python's own hook mixes in its lines."""
+    name = ended.thread and ended.thread.name
+    LOG.error("the thread %s has ended: %s", name, BUG, exc_info=ended.exc_value)
+
+
 def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
     """Yield what is worth a log line between two verdicts."""
     reasons = {target.instance: target.reason for target in before.targets}
@@ -7836,6 +7842,7 @@ def _log_to_stderr(config: Config) -> None:
     for warning in (*config.warnings, *missing_files(config)):
         LOG.warning("%s", warning)
     LOG.setLevel(config.log_level.upper())
+    threading.excepthook = report_thread
 
 
 def _stderr_handler() -> logging.Handler:

@@ -4090,6 +4090,17 @@ class MonitorTest(NetworkTest):
                 for line, start in zip(lines, expected):
                     self.assertTrue(line.startswith(start), line)
 
+    def test_a_thread_that_ends_by_an_error_is_one_line_of_the_log(self):
+        self.addCleanup(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = health_check.report_thread
+        thread = threading.Thread(target=divmod, args=(1, 0), name="monitor")
+        with self.assertLogs("health_check", "ERROR") as logged:
+            thread.start()
+            thread.join(20)
+        (line,) = logged.output
+        self.assertIn("the thread monitor has ended: this is a bug", line)
+        self.assertRegex(line, r"Traceback [^$]*ZeroDivisionError")
+
     def test_after_a_suspension_the_first_answer_is_of_a_new_check(self):
         server = self.metrics(0.1, page())
         process = self.launch(
@@ -5466,6 +5477,7 @@ class MainTest(NetworkTest):
     def run_main(self, *argv, out=None, **environ):
         out, err = out or io.StringIO(), io.StringIO()
         with contextlib.ExitStack() as stack:
+            stack.callback(setattr, threading, "excepthook", threading.excepthook)
             stack.enter_context(mock.patch.dict(os.environ, environ))
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
