@@ -404,6 +404,11 @@ class RuleStatus(_RuleStatus):
             return "inactive"
         return "firing" if self.counts["firing"] else "pending"
 
+    def reads_only(self, names: Container[str]) -> bool:
+        """Whether it has read metrics, and none but these."""
+        selectors = self.part.selectors if self.part else ()
+        return bool(selectors) and all(s.name in names for s in selectors)
+
     @property
     def fires(self) -> bool:
         """Whether the rule makes ``/health/Name`` Unhealthy, too."""
@@ -517,10 +522,21 @@ class Verdict(NamedTuple):
         """Whether ``/health`` is 200."""
         return not self.reason
 
-    def unknown(self, status: RuleStatus) -> bool:
-        """Whether a rule may be inactive only because a scrape fails."""
-        failed = any(target.reason for target in self.targets)
-        return failed and status.state == "inactive" and not status.matched
+    def state_of(self, status: RuleStatus) -> str:
+        """Return the state of a rule, ``unknown`` if only a scrape that fails tells it.
+
+        Ranges may still hold what was scraped before: of now that says nothing.
+        """
+        if status.state != "inactive" or not self.failed_scrapes:
+            return status.state
+        seen = status.matched and self.failed_scrapes < len(self.targets)
+        known = seen or status.reads_only((*SYNTHETIC, *PROBED))
+        return "inactive" if known else "unknown"
+
+    @property
+    def failed_scrapes(self) -> int:
+        """How many of the targets could not be scraped."""
+        return sum(bool(target.reason) for target in self.targets)
 
     def wall_of(self, moment: float) -> float:
         """Return the Unix time of a monotonic moment."""
@@ -4481,6 +4497,7 @@ def _unescape(quoted: bytes) -> str:
 
 LOG = logging.getLogger("health_check")
 MAX_LAST_WORDS = 2000
+ANSWERED = "up", "scrape_error"
 BUG = "this is a bug in health_check.py: please report it"
 Message = Tuple[int, str, Dict[str, str]]
 """A line of the log: its level, its text, and its fields for LOG_FORMAT=json."""
@@ -4520,7 +4537,7 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
     known = {status.rule.name: status for status in before.rules}
     for status in after.rules:
         old = known.get(status.rule.name, RuleStatus(status.rule))
-        yield from _rule_transition(old, status, after.time)
+        yield from _rule_transition(old, status, after)
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
         word = "Healthy" if after.healthy else "Unhealthy"
         level = logging.INFO if after.healthy else logging.WARNING
@@ -4529,14 +4546,14 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
 
 
 def _rule_transition(
-    old: RuleStatus, status: RuleStatus, now: float
+    old: RuleStatus, status: RuleStatus, verdict: Verdict
 ) -> Iterator[Message]:
     if (status.state, status.error) != (old.state, old.error):
         level = logging.WARNING if status.failing else logging.INFO
-        text = f"{status.rule.name}: {describe(status, now)}"
+        text = f"{status.rule.name}: {describe(status, verdict)}"
         if status.last_words not in ("", old.last_words):
             text += f"; {status.last_words}"
-        fields = {"rule": status.rule.name, "state": status.state}
+        fields = {"rule": status.rule.name, "state": verdict.state_of(status)}
         yield level, shorten(text, MAX_LAST_WORDS), fields
 
 
@@ -4617,21 +4634,53 @@ def describe_probe(probe: ProbeStatus) -> str:
     return f"{probe.probe} of {probe.instance}: {text}"
 
 
-def describe(status: RuleStatus, now: float) -> str:
+def describe(status: RuleStatus, verdict: Verdict) -> str:
     """Return the state of a rule in words, with its first series or its worst value.
 
-    >>> describe(RuleStatus(Rule("Full", Number(1)), (), "", 1, 3.0, 10.0), 0.0)
+    >>> status = RuleStatus(Rule("Full", Number(1)), (), "", 1, 3.0, 10.0)
+    >>> describe(status, Verdict(1, "", 0.0, 0.0))
     'ok: 3 (limit 10)'
     """
-    if status.state == "error":
+    state = verdict.state_of(status)
+    if state == "error":
         return f"error: {status.error}"
-    if status.state == "inactive":
-        if status.matched and status.value is not None and status.limit is not None:
-            value, limit = format_float(status.value), format_float(status.limit)
-            return f"ok: {value} (limit {limit})"
-        return "ok" if status.matched else "ok (no series)"
-    since, series = first_series(status, now)
-    return f"{status.state} for {since}: {series}"
+    if state == "unknown":
+        return f"unknown: {why_unknown(verdict)}"
+    if state == "inactive":
+        return f"ok{_found(status, verdict)}"
+    since, series = first_series(status, verdict.time)
+    return f"{state} for {since}: {series}"
+
+
+def why_unknown(verdict: Verdict) -> str:
+    """Return why the rules that a scrape must tell are unknown."""
+    return verdict.fault or "a scrape fails"
+
+
+def _found(status: RuleStatus, verdict: Verdict) -> str:
+    if not status.matched and not status.reads_only(ANSWERED):
+        return " (no series)"
+    if asks_for_an_answer(status):
+        return " so far" if misses_an_answer(status, verdict) else ""
+    if status.value is None or status.limit is None:
+        return ""
+    return f": {format_float(status.value)} (limit {format_float(status.limit)})"
+
+
+def asks_for_an_answer(status: RuleStatus) -> bool:
+    """Tell whether a rule asks whether there is an answer, as with ``up == 0``.
+
+    That its value is 1 and its limit 0 says nothing to a person.
+    """
+    names = *ANSWERED, "probe_success", "probe_error"
+    return status.limit in (None, 0.0) and status.reads_only(names)
+
+
+def misses_an_answer(status: RuleStatus, verdict: Verdict) -> bool:
+    """Tell whether what such a rule asks for fails, maybe not for long enough yet."""
+    if status.reads_only(ANSWERED):
+        return bool(verdict.failed_scrapes)
+    return any(probe.reason for probe in verdict.probes)
 
 
 def first_series(status: RuleStatus, now: float) -> tuple[str, str]:
@@ -5766,8 +5815,7 @@ class Monitor:
         for status in verdict.rules:
             trend = self.trends[status.rule.name]
             trend.values.append(math.nan if status.value is None else status.value)
-            state = "unknown" if verdict.unknown(status) else status.state
-            trend.states.append(state)
+            trend.states.append(verdict.state_of(status))
 
 
 def record(
@@ -6080,10 +6128,10 @@ def _failures(targets: Iterable[TargetStatus]) -> list[str]:
 MAX_LISTED, MAX_LISTED_TEXT, MAX_ANSWER = 20, 16 * 1024, 256 * 1024
 MAX_SHOWN = 70
 OLD_AGE = 60.0
-SEVERITY = ("firing", "error", "pending", "inactive")
+# The states of rules, the worst first, and what each is in health+json.
 HEALTH_STATUS = {
-    "firing": "fail", "error": "fail", "pending": "warn", "inactive": "pass",
-    "unknown": "unknown",
+    "firing": "fail", "error": "fail", "pending": "warn", "unknown": "warn",
+    "inactive": "pass",
 }  # fmt: skip
 TEXT = "text/plain; charset=utf-8"
 
@@ -6130,36 +6178,40 @@ def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Ans
     """
     statuses = {status.rule.name: status for status in verdict.rules}
     asked = {name: statuses.get(name) for name in names}
-    firing = tuple(n for n, status in asked.items() if status and status.fires)
-    unknown = {n: _unknown(n, status, verdict) for n, status in asked.items()}
-    reasons = shorten(", ".join(dict.fromkeys(filter(None, unknown.values()))))
-    code, word = (503, "Unhealthy") if firing else (200, "Healthy")
-    unsure = f" (unknown: {reasons})" if reasons and not firing else ""
+    firing = [name for name, status in asked.items() if status and status.fires]
+    last = f"Unhealthy: {name_some(firing)}" if firing else "Healthy"
+    unknown = (_why_unknown(name, status, verdict) for name, status in asked.items())
+    reasons = shorten(", ".join(dict.fromkeys(filter(None, unknown))))
+    if reasons and not firing:
+        last += f" (unknown: {reasons})"
+    code = 503 if firing else 200
     if "verbose" not in _options(query):
-        return Answer(code, _escaped_line(word + unsure))
-    last = f"{word}: {name_some(firing)}" if firing else word + unsure
-    return Answer(code, _lines(_asked_lines(asked, unknown, verdict.time), last))
+        return Answer(code, "Unhealthy\n" if firing else _escaped_line(last))
+    return Answer(code, _lines(_asked_lines(asked, verdict), last))
 
 
 def _asked_lines(
-    asked: Mapping[str, RuleStatus | None], unknown: Mapping[str, str], now: float
+    asked: Mapping[str, RuleStatus | None], verdict: Verdict
 ) -> Iterator[str]:
     for name, status in asked.items():
-        if status and (status.fires or not unknown[name]):
-            yield _rule_line(status, now, status.fires)
+        why = _why_unknown(name, status, verdict)
+        if status and not why:
+            yield _rule_line(status, verdict, "-" if status.fires else "+")
         else:
-            yield f"[?]{name} unknown: {unknown[name]}"
+            yield f"[?]{name} unknown: {why}"
 
 
-def _rule_line(status: RuleStatus, now: float, bad: bool, note: str = "") -> str:
-    return f"[{'-' if bad else '+'}]{status.rule.name}{note} {describe(status, now)}"
+def _rule_line(status: RuleStatus, verdict: Verdict, sign: str, note: str = "") -> str:
+    return f"[{sign}]{status.rule.name}{note} {describe(status, verdict)}"
 
 
-def _unknown(name: str, status: RuleStatus | None, verdict: Verdict) -> str:
-    # Without a verdict of the rules nobody knows which there are.
-    if status or (verdict.fault and not verdict.rules):
-        return (status.error if status else "") or verdict.fault
-    return f"no rule {name}"
+def _why_unknown(name: str, status: RuleStatus | None, verdict: Verdict) -> str:
+    """Return why it is not known whether a rule fires, empty if it is."""
+    if not status:
+        # Without a verdict of the rules nobody knows which there are.
+        return (not verdict.rules and verdict.fault) or f"no rule {name}"
+    unknown = verdict.state_of(status) == "unknown"
+    return status.error or (why_unknown(verdict) if unknown else "")
 
 
 def _options(query: str) -> dict[str, list[str]]:
@@ -6203,8 +6255,9 @@ def _verbose_lines(
             yield f"[-]{describe_probe(probe)}"
     for status in verdict.rules:
         left_out = status.rule.name in excluded
-        note, bad = " excluded:" * left_out, status.failing and not left_out
-        yield _rule_line(status, verdict.time, bad, note)
+        sign = "-" if status.failing and not left_out else "+"
+        sign = "?" if verdict.state_of(status) == "unknown" else sign
+        yield _rule_line(status, verdict, sign, " excluded:" * left_out)
         if window and status.last_words:
             yield f"   {status.last_words}"
     for name in sorted(excluded - {status.rule.name for status in verdict.rules}):
@@ -6221,9 +6274,9 @@ def _target_lines(target: TargetStatus, now: float) -> Iterator[str]:
 
 
 def _health_json(verdict: Verdict, reason: str) -> Iterator[str]:
-    pending = any(status.state == "pending" for status in verdict.rules)
+    states = {HEALTH_STATUS[verdict.state_of(status)] for status in verdict.rules}
     head = _present({
-        "status": "fail" if reason else "warn" if pending else "pass",
+        "status": "fail" if reason else "warn" if "warn" in states else "pass",
         "version": "1", "releaseId": __version__, "output": reason,
     })  # fmt: skip
     yield f'{json.dumps(head)[:-1]},\n"checks": {{'
@@ -6243,12 +6296,13 @@ def _json_checks(verdict: Verdict) -> Iterator[tuple[str, list[dict[str, Any]]]]
     for name in dict.fromkeys(probe.probe for probe in verdict.probes):
         found = [p for p in verdict.probes if p.probe == name]
         yield f"probe:{name}", list(map(_probe_json, found))
-    for status in _worst_first(verdict.rules):
+    for status in _worst_first(verdict):
         yield status.rule.name, [_rule_json(status, verdict)]
 
 
-def _worst_first(statuses: Iterable[RuleStatus]) -> list[RuleStatus]:
-    return sorted(statuses, key=lambda status: SEVERITY.index(status.state))
+def _worst_first(verdict: Verdict) -> list[RuleStatus]:
+    severity = [*HEALTH_STATUS].index
+    return sorted(verdict.rules, key=lambda s: severity(verdict.state_of(s)))
 
 
 def _target_json(target: TargetStatus, verdict: Verdict) -> dict[str, Any]:
@@ -6280,8 +6334,9 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
          "since": format_time(verdict.wall_of(a.began))}
         for a in _listed(status.alerts)
     ]  # fmt: skip
+    state = verdict.state_of(status)
     return _present({
-        "status": HEALTH_STATUS[status.state], "state": status.state,
+        "status": HEALTH_STATUS[state], "state": state,
         "time": format_time(verdict.wall), "expression": _rule_body(status),
         "matched": status.matched, "observedValue": _json_number(status.value),
         "limit": _json_number(status.limit), "series": series,
@@ -6337,10 +6392,11 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
 
 def _rule_families(verdict: Verdict) -> Iterator[Family]:
     rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
+    states = [(rule, verdict.state_of(status)) for rule, status in rules]
     return _families(
         ("health_check_rule_state", "1 for the state that a rule is in.",
-         [({**rule, "state": s}, status.state == s) for rule, status in rules
-          for s in reversed(SEVERITY)]),
+         [({**rule, "state": state}, state == known) for rule, known in states
+          for state in reversed([*HEALTH_STATUS])]),
         ("health_check_rule_series", "Series that a rule's selectors matched.",
          [(rule, status.matched) for rule, status in rules]),
         ("health_check_rule_value", "Worst value of a rule EXPR OP NUMBER.",
@@ -6485,7 +6541,7 @@ def _sections(verdict: Verdict, site: Site) -> Iterator[str]:
     targets = [_target_html(target, verdict.time, site) for target in verdict.targets]
     probes = [_probe_html(probe) for probe in verdict.probes]
     yield from (html for failed, html in (*targets, *probes) if failed)
-    for status in _worst_first(verdict.rules):
+    for status in _worst_first(verdict):
         yield _rule_html(status, verdict, site)
     yield from (html for failed, html in (*targets, *probes) if not failed)
     if site.last_words:
@@ -6526,13 +6582,15 @@ def _rule_html(status: RuleStatus, verdict: Verdict, site: Site) -> str:
 
 
 def _rule_words(status: RuleStatus, verdict: Verdict) -> tuple[str, str, str]:
-    """Return the state of a rule, what it found in a person's words, and its series."""
-    value = ""
+    """Return how a rule is shown, what it found in a person's words, and its series."""
+    state, value = verdict.state_of(status), ""
     if status.value is not None and status.limit is not None:
         value = f"{_rounded(status.value)}, limit {_rounded(status.limit)}"
-    if status.state == "error":
+    if state == "error":
         return "fail", f"cannot be evaluated: {status.error}", ""
-    if status.state == "inactive":
+    if state == "unknown":
+        return "unknown", "not known while a scrape fails", ""
+    if state == "inactive":
         return (*_inactive_words(status, verdict, value), "")
     since, text = first_series(status, verdict.time)
     series = f"<p>{_code(text)}</p>"
@@ -6545,19 +6603,14 @@ def _rule_words(status: RuleStatus, verdict: Verdict) -> tuple[str, str, str]:
 def _inactive_words(
     status: RuleStatus, verdict: Verdict, value: str
 ) -> tuple[str, str]:
-    if verdict.unknown(status):
-        return "unknown", "not known while a scrape fails"
-    if _asks_for_an_answer(status.rule):
-        slowest = max((target.seconds for target in verdict.targets), default=0.0)
-        return "pass", f"answers in {_brief(slowest)}"
-    if status.matched:
+    if not status.matched and not status.reads_only(ANSWERED):
+        return "unknown", "no series of it is there"
+    if not asks_for_an_answer(status):
         return "pass", value or "ok"
-    return "unknown", "no series of it is there"
-
-
-def _asks_for_an_answer(rule: Rule) -> bool:
-    # That up is 1 and its limit 0 says nothing to a person.
-    return {s.name for s in find_selectors(rule.expr)} <= {"up", "scrape_error"}
+    if misses_an_answer(status, verdict):
+        return "warn", "ok so far"
+    slowest = max((target.seconds for target in verdict.targets), default=0.0)
+    return "pass", f"answers in {_brief(slowest)}" * status.reads_only(ANSWERED) or "ok"
 
 
 def _rounded(value: float) -> str:
@@ -6598,7 +6651,7 @@ def _figure(status: RuleStatus, site: Site) -> str:
     moments = tuple(site.moments)
     if not trend or len(moments) < 2:
         return ""
-    if status.limit is None or _asks_for_an_answer(status.rule):
+    if status.limit is None or asks_for_an_answer(status):
         graph = _strip(tuple(trend.states))
     else:
         graph = _graph(tuple(trend.values), status.limit)
@@ -6635,7 +6688,7 @@ def _strip(states: Sequence[str]) -> str:
     x, paths = TREND - len(states), ""
     for state, run in itertools.groupby(states):
         width = len(list(run))
-        kind = HEALTH_STATUS[state]
+        kind = "unknown" if state == "unknown" else HEALTH_STATUS[state]
         paths += f'<path class="{kind}" d="M{2 * x} 0h{2 * width}v40h-{2 * width}z"/>'
         x += width
     fired, checks = sum(HEALTH_STATUS[s] == "fail" for s in states), len(states)
@@ -7511,7 +7564,7 @@ class ExitPolicy:
         if firing and self._was_healthy and verdict.time >= self._earliest:
             self._earliest = math.inf
             self.status, names = EXIT_STATUS, ", ".join(s.rule.name for s in firing)
-            words = firing[0].last_words or describe(firing[0], verdict.time)
+            words = firing[0].last_words or describe(firing[0], verdict)
             text = f"exit status {EXIT_STATUS}: {names}; {words}"
             log(logging.WARNING, text, rule=names)
             text = f"{format_time(verdict.wall)} {text}"

@@ -60,6 +60,7 @@ from health_check import (
     Lookout,
     Monitor,
     Notifier,
+    Part,
     ProbeStatus,
     PromQLError,
     RuleStatus,
@@ -3888,8 +3889,8 @@ class MonitorTest(NetworkTest):
                 self.assertEqual(len(self.log), len(lines), self.log)
                 for line, words in zip(self.log, lines):
                     self.assertIn(words, line)
-        text = health_check.describe(monitor.verdict.rules[0], monitor.verdict.time)
-        self.assertEqual(text, "ok (no series)")
+        text = health_check.describe(monitor.verdict.rules[0], monitor.verdict)
+        self.assertEqual(text, "unknown: a scrape fails")
 
     def test_what_settings_ask_beside_the_rules_is_told_of_if_it_finds_nothing(self):
         server, url = self.metrics(page("y 1\n")), "http://127.0.0.1:1/v1/completions"
@@ -4648,6 +4649,56 @@ class ServeTest(NetworkTest):
             "metrics": answer_metrics(verdict_families(verdict)),
         }
 
+    def judged(self, rule, **known):
+        """Return the status of a rule that has found a series, and does not fire."""
+        part = Part(frozenset(), rule.expr, (*health_check.find_selectors(rule.expr),))
+        return RuleStatus(rule, **{"matched": 1, "part": part, **known})
+
+    def test_while_no_scrape_succeeds_what_scrapes_tell_is_unknown(self):
+        rules = parse_rules(
+            "Q: q > 1; Kept: rate(q[1m]) > 1; Half: q > 1 and on () up; Slow: q > 1;"
+            " Up: up == 0; Error: scrape_error; Two: sum(up) < 2;"
+            ' Probe: probe_success{probe="health"} == 0'
+        )
+        q, kept, half, slow, up, error, two, probe = (
+            self.judged(rule, value=1.0, limit=0.0) for rule in rules
+        )
+        alert = Alert((("__name__", "q"),), 2.0, "pending", NOW, NOW)
+        slow, error = slow._replace(alerts=(alert,)), error._replace(matched=0)
+        two = two._replace(value=2.0, limit=3.0)
+        fine = TargetStatus("a:1"), TargetStatus("b:1")
+        bad = [target._replace(reason="timeout") for target in fine]
+        missed = ProbeStatus("health", "a:1", None, reason="timeout")
+        for status, targets, state, words in (
+            *((s, bad, "unknown", "unknown: a scrape fails") for s in (q, kept, half)),
+            (q, fine, "inactive", "ok: 1 (limit 0)"),
+            (q, (fine[0], bad[1]), "inactive", "ok: 1 (limit 0)"),
+            (q._replace(matched=0), (fine[0], bad[1]), "unknown", "unknown: a scrape"),
+            (q._replace(part=None), bad, "unknown", "unknown: a scrape fails"),
+            (q._replace(error="odd"), bad, "error", "error: odd"),
+            (slow, bad, "pending", "pending for 0s: q 2"),
+            (up, bad, "inactive", "ok so far"), (up, fine, "inactive", "ok"),
+            (error, bad, "inactive", "ok so far"), (error, fine, "inactive", "ok"),
+            (two, bad, "inactive", "ok: 2 (limit 3)"),
+            (probe, bad, "inactive", "ok so far"),
+            (probe._replace(matched=0), bad, "inactive", "ok (no series)"),
+        ):  # fmt: skip
+            with self.subTest(status.rule.name, targets=targets, state=state):
+                probes = (missed,) if targets is bad else ()
+                found = Verdict(1, "", NOW, WALL, (status,), tuple(targets), probes)
+                name = status.rule.name
+                answers = self.answers(found).items()
+                said = {kind: "".join(answer.body) for kind, answer in answers}
+                sign = {"unknown": r"\?", "error": "-"}.get(state, r"\+")
+                line = rf"(?m)^\[{sign}\]{name} {re.escape(words)}"
+                self.assertRegex(said["verbose"], line)
+                sign = r"\?" if state == "error" else sign
+                self.assertRegex(said["rules"], rf"(?m)^\[{sign}\]{name} ")
+                self.assertIn(f'"state": "{state}"', said["json"])
+                lit = f'rule_state{{rule="{name}", state="{state}"}} 1'
+                self.assertIn(lit, said["metrics"])
+                self.assertEqual("not known while" in said["page"], state == "unknown")
+
     def firing(self, rules, alerts):
         """Return a verdict in which rules fire, each for some series."""
         found = tuple(
@@ -4752,10 +4803,10 @@ class ServeTest(NetworkTest):
                     f"[-]scrape of {down} failed for 0s: refused: ",
                     f'[-]Q firing for 0s: q{{instance="{good.instance}"}} 11',
                     "[+]R ok: 3 (limit 2)",
-                    "[+]S ok (no series)",
+                    "[?]S unknown: a scrape fails",
                     f'[+]P pending for 0s: q{{instance="{good.instance}"}} 11',
-                    "[+]Stalling ok", "[+]Stalled ok", "[+]Unanswered ok",
-                    "[+]Failing ok", "[+]NoModel ok (no series)",
+                    "[?]Stalling unknown", "[?]Stalled un", "[?]Unanswered un",
+                    "[?]Failing unknown: a sc", "[?]NoModel unknown: a",
                     f'[-]Down firing for 0s: scrape_error{{instance="{down}", reason="',
                     "Unhealthy: Q, Down",
                 ),
@@ -4934,7 +4985,7 @@ class ServeTest(NetworkTest):
         rules = parse_rules(
             "Q: q > 10 for 1m; Down: scrape_error; S: s; E: e; P: p > 1 for 1m; F: f"
         )
-        q, down, s, e, p, f = (RuleStatus(rule, matched=1) for rule in rules)
+        q, down, s, e, p, f = map(self.judged, rules)
         slow = TargetStatus("a:1", "timeout", "no answer within 800ms", since=NOW - 42)
         good = TargetStatus("a:1", seconds=0.0042, size=7, series=2)
         alert = Alert((("__name__", "q"),), 24.0, "firing", NOW - 50, NOW - 42)
@@ -5013,11 +5064,12 @@ class ServeTest(NetworkTest):
         rules = "Q: q > 10; R: r + on() q > 1"
         port = self.serve(self.running(server, UNHEALTHY_WHEN=rules))
         fine, bad = (200, "Healthy\n"), (503, "Unhealthy\n")
+        fails = (200, "Healthy (unknown: a scrape fails)\n")
         for answer, q, r, down, whole in (
             (page("q 11\nr 1\n"), bad, bad, fine, bad),
             (page("q 0\nr 1\n"), fine, fine, fine, fine),
             (page('q{a="1"} 1\nq{a="2"} 1\nr 1\n'), fine, None, fine, bad),
-            (page("q x\n"), fine, fine, bad, bad),
+            (page("q x\n"), fails, fails, bad, bad),
         ):
             with self.subTest(answer):
                 server.pieces = (answer,)
