@@ -1003,7 +1003,8 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
 def _selected(selector: Selector, evaluation: Evaluation) -> Vector | Range:
     moment, found = moment_of(selector, evaluation), select(selector, evaluation)
     if selector.window:
-        return Range(found, moment - selector.window, moment)
+        # Prometheus counts in milliseconds, and so 4 - 1.001 is 2.999.
+        return Range(found, round(moment - selector.window, 9), moment)
     return {
         labels: sample[1]
         for labels, series in found.items()
@@ -1025,7 +1026,7 @@ def moment_of(expr: Selector | Subquery, evaluation: Evaluation) -> float:
     """Return the monotonic moment that ``offset`` and ``@`` make a selector look at."""
     if expr.at is None:
         return evaluation.now - expr.offset
-    return evaluation.now - (evaluation.wall - expr.at) - expr.offset
+    return expr.at - (evaluation.wall - evaluation.now) - expr.offset
 
 
 def select(selector: Selector, evaluation: Evaluation) -> Mapping[Labels, Series]:

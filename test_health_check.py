@@ -1192,6 +1192,15 @@ class Evaluate(unittest.TestCase):
             count_over_time(x[1s]) => {} 1     count_over_time(x[3s]) <- x 1 _ _ _ =>
         """, "x 1 2 3 4")
 
+    def test_times_are_as_exact_as_the_milliseconds_of_Prometheus(self):
+        series = {"x": {(("__name__", "x"),): series_of([1.234, 2.999, 3.0], [1, 2, 3])}}
+        for expression, now in (("x[1001ms]", 4.0), ("x[1s]", 4.0 - 1e-8),
+                                ("x[1ms] @ 1.234", 100.0)):  # fmt: skip
+            with self.subTest(expression):
+                evaluation = Evaluation(now, now, series, {}, {})
+                expr = parse_expression(f"count_over_time({expression})")
+                self.assertEqual(evaluate(expr, evaluation), {(): 1.0})
+
     def test_functions_over_time_reduce_the_samples_of_a_range(self):
         self.check("""
             sum_over_time(x[4s]) => {a="b"} NaN      avg_over_time(x[4s]) => {a="b"} NaN
