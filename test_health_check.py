@@ -1193,7 +1193,8 @@ class Evaluate(unittest.TestCase):
         """, "x 1 2 3 4")
 
     def test_times_are_as_exact_as_the_milliseconds_of_Prometheus(self):
-        series = {"x": {(("__name__", "x"),): series_of([1.234, 2.999, 3.0], [1, 2, 3])}}
+        found = series_of([1.234, 2.999, 3.0], [1, 2, 3])
+        series = {"x": {(("__name__", "x"),): found}}
         for expression, now in (("x[1001ms]", 4.0), ("x[1s]", 4.0 - 1e-8),
                                 ("x[1ms] @ 1.234", 100.0)):  # fmt: skip
             with self.subTest(expression):
