@@ -673,14 +673,14 @@ def shorten(text: str, most: int = MAX_TEXT) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def name_some(names: Sequence[str]) -> str:
-    """Return at most 20 names in a row, and how many more there are.
+def name_some(names: Sequence[str], most: int = MAX_NAMED) -> str:
+    """Return at most 20 names in a row, or ``most``, and how many more there are.
 
     >>> name_some(["Down", "Full"])
     'Down, Full'
     """
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def format_selector(name: str, matchers: Iterable[tuple[str, str, str]]) -> str:
@@ -2349,9 +2349,13 @@ def parse_rules(text: str, builtin: bool = False) -> tuple[Rule, ...]:
 @lru_cache(maxsize=256)
 def format_rule(rule: Rule) -> str:
     """Return a rule as text that gives the same rule again."""
+    return f"{rule.name}: {format_expression(rule.expr)}{format_clauses(rule)}"
+
+
+def format_clauses(rule: Rule) -> str:
+    """Return what follows the expression of a rule."""
     clauses = zip(RULE_WORDS, (rule.hold, rule.keep_firing_for))
-    ends = "".join(f" {word} {format_duration(s)}" for word, s in clauses if s)
-    return f"{rule.name}: {format_expression(rule.expr)}{ends}"
+    return "".join(f" {word} {format_duration(s)}" for word, s in clauses if s)
 
 
 def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
@@ -2422,15 +2426,13 @@ def restart_clocks(status: RuleStatus) -> RuleStatus:
     return status._replace(alerts=firing)
 
 
-def format_part(status: RuleStatus) -> str:
-    """Return the text of a rule, of a built-in one what concerns the metrics there."""
+def visible_rule(status: RuleStatus) -> Rule | None:
+    """Return a rule, of a built-in one what concerns the metrics there, if any does."""
     rule, part = status.rule, status.part
     if not part or not rule.builtin:
-        return format_rule(rule)
+        return rule
     expr = _visible(rule.expr, part.names)
-    if expr is None:
-        return f"{rule.name}: no metric that it reads is there"
-    return format_rule(rule._replace(expr=expr))
+    return rule._replace(expr=expr) if expr else None
 
 
 def prune(expr: Expr, names: Container[str]) -> Expr | None:
@@ -2836,6 +2838,20 @@ BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], str]]] = {
     # At least two failures, as one is repeated within a minute.
     "Unresponsive": ("for 2m", lambda server, _: 'probe_success{probe="canary"} == 0'),
 }
+# When each fires, for people.
+ABOUT = {
+    "QueueFull": "when too many requests wait",
+    **dict.fromkeys(
+        ("Stalling", "Stalled"), "when requests run or wait and nothing moves"
+    ),
+    "Unanswered": "when requests end and nothing moves",
+    "Failing": "when three or more have failed within 5m and none was answered",
+    "NoModel": "when no model, or no worker that works, is there",
+    "Down": "when a scrape fails; a timeout counts once it has lasted 30s",
+    "NotServing": "when the server's own health route fails; a timeout counts once it"
+                  " has lasted 30s",
+    "Unresponsive": "when the canary is not answered",
+}  # fmt: skip
 # Gauges that stand still on a sound engine are no stall, and the server counts a canary
 # that gave up as a client that did.
 ANSWERED_BY_CANARY = {
@@ -4497,7 +4513,7 @@ def _unescape(quoted: bytes) -> str:
 # --- 10. Words: Verdict -> text ------------------------------------------------------
 
 LOG = logging.getLogger("health_check")
-MAX_LAST_WORDS = 2000
+MAX_LAST_WORDS, MAX_RULE, MAX_READ = 2000, 160, 5
 ANSWERED = "up", "scrape_error"
 BUG = "this is a bug in health_check.py: please report it"
 Message = Tuple[int, str, Dict[str, str]]
@@ -4682,6 +4698,35 @@ def misses_an_answer(status: RuleStatus, verdict: Verdict) -> bool:
     if status.reads_only(ANSWERED):
         return bool(verdict.failed_scrapes)
     return any(probe.reason for probe in verdict.probes)
+
+
+def explain(status: RuleStatus) -> str:
+    """Return when a rule fires and what it reads, in a line or two.
+
+    >>> explain(RuleStatus(*parse_rules("Full: q > 1 for 30s")))
+    'q > 1 for 30s'
+    """
+    text = summarise(status)
+    selectors = status.part.selectors if status.part else ()
+    names = [s.name for s in selectors if s.name not in (*SYNTHETIC, *PROBED)]
+    if text == expression_of(status) or not names:
+        return text
+    return f"{text}: {name_some(names, MAX_READ)}"
+
+
+def summarise(status: RuleStatus) -> str:
+    """Return the text of a rule, of a built-in one words if that is long."""
+    rule, text = status.rule, expression_of(status)
+    if text and (len(text) <= MAX_RULE or not rule.builtin):
+        return text
+    clauses = format_clauses(rule)
+    return f"{ABOUT[rule.name]}{clauses and ','}{clauses}"
+
+
+def expression_of(status: RuleStatus) -> str:
+    """Return the text of a rule for the metrics that are there; empty if none is."""
+    rule = visible_rule(status)
+    return format_rule(rule).partition(": ")[2] if rule else ""
 
 
 def first_series(status: RuleStatus, now: float) -> tuple[str, str]:
@@ -6108,7 +6153,8 @@ def _annotations(
 ) -> dict[str, str]:
     value = format_float(alert.value)
     series = f"{shorten(format_series(alert.labels))} {value}"
-    what = [f"The rule {format_part(status)} fires for {series}", *failures]
+    rule = f"{status.rule.name}: {explain(status)}"
+    what = [f"The rule {rule} fires for {series}", *failures]
     summary, description = f"{status.rule.name}: {series}", "; ".join(what)
     return {"summary": summary, "description": description, "value": value}
 
@@ -6135,6 +6181,10 @@ HEALTH_STATUS = {
     "inactive": "pass",
 }  # fmt: skip
 TEXT = "text/plain; charset=utf-8"
+# A word that may fill a line of a telephone, and where it may be broken then: rather
+# between the parts of an expression than within a name.
+_LONG_WORD = re.compile(r"[^\s<]{38,}")
+_JOINTS = re.compile(r"[,({=/](?=[a-zA-Z&])"), re.compile(r"[_:.](?=[a-zA-Z])")
 
 
 Labelled = Iterable[Tuple[Mapping[str, str], float]]
@@ -6338,7 +6388,8 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
     state = verdict.state_of(status)
     return _present({
         "status": HEALTH_STATUS[state], "state": state,
-        "time": format_time(verdict.wall), "expression": _rule_body(status),
+        "time": format_time(verdict.wall),
+        "description" if status.rule.builtin else "expression": explain(status),
         "matched": status.matched, "observedValue": _json_number(status.value),
         "limit": _json_number(status.limit), "series": series,
         "alerts": len(status.alerts), "output": status.error,
@@ -6358,10 +6409,6 @@ def _present(fields: dict[str, Any]) -> dict[str, Any]:
 def _json_number(value: float | None) -> float | str | None:
     # JSON has no NaN and no infinity.
     return value if value is None or math.isfinite(value) else format_float(value)
-
-
-def _rule_body(status: RuleStatus) -> str:
-    return format_part(status).partition(": ")[2]
 
 
 def answer_metrics(families: Iterable[Family]) -> Answer:
@@ -6532,7 +6579,7 @@ def _page_head(verdict: Verdict, site: Site, age: str, old: bool) -> str:
     where = filter(None, [site.pod, *site.urls.values()])
     return PAGE_HEAD.format(
         style=STYLE, title=_escape(" ".join([f"{word}:", site.pod, *site.urls])),
-        state=state, verdict=_escape(text), where=_escape(", ".join(where)),
+        state=state, verdict=_words(text), where=_words(", ".join(where)),
         shown=shown,
     )  # fmt: skip
 
@@ -6578,7 +6625,7 @@ def _probe_html(probe: ProbeStatus) -> tuple[bool, str]:
 
 def _rule_html(status: RuleStatus, verdict: Verdict, site: Site) -> str:
     state, text, more = _rule_words(status, verdict)
-    more += _folded(_rule_body(status))
+    more += _rule_text(status)
     return _section(state, status.rule.name, text, _figure(status, site), more)
 
 
@@ -6625,21 +6672,36 @@ def _brief(seconds: float) -> str:
 
 
 def _section(state: str, title: str, text: str, graph: str = "", more: str = "") -> str:
-    heading = f"{graph}<h2>{_escape(title)}</h2>"
-    return f'<section class="{state}">{heading}<p>{_escape(text)}</p>{more}</section>\n'
+    heading = f"{graph}<h2>{_words(title)}</h2>"
+    return f'<section class="{state}">{heading}<p>{_words(text)}</p>{more}</section>\n'
 
 
-def _folded(rule: str) -> str:
+def _rule_text(status: RuleStatus) -> str:
     # Some rules are as long as a page: the rest is shown to those who want it.
-    if len(rule) <= MAX_SHOWN:
-        return _code(rule)
-    first = rule[:MAX_SHOWN].rpartition(" ")[0] or rule[:MAX_SHOWN]
-    summary = f"<summary>{_code(f'{first} ...')}</summary>"
-    return f"<details>{summary}{_code(rule)}</details>"
+    short, whole = summarise(status), expression_of(status)
+    if short == whole and len(whole) > MAX_SHOWN:
+        short = whole[:MAX_SHOWN].rpartition(" ")[0] or whole[:MAX_SHOWN]
+        short += " ..."
+    if not whole or short == whole:
+        return _code(short)
+    summary = f"<summary>{_code(short)}</summary>"
+    return f"<details>{summary}{_code(whole)}</details>"
 
 
 def _code(text: str) -> str:
-    return f"<code>{_escape(text)}</code>"
+    return f"<code>{_words(text)}</code>"
+
+
+def _words(text: str) -> str:
+    """Return a text as HTML in which a word breaks only if it may fill a line."""
+    text = _escape(text)
+    for joint in _JOINTS:
+        text = _LONG_WORD.sub(partial(_breakable, joint), text)
+    return text
+
+
+def _breakable(joint: re.Pattern[str], word: re.Match[str]) -> str:
+    return joint.sub(r"\g<0><wbr>", word[0])
 
 
 def _escape(text: str) -> str:
@@ -6650,7 +6712,7 @@ def _figure(status: RuleStatus, site: Site) -> str:
     trend = site.trends.get(status.rule.name)
     # The Monitor may add to these meanwhile.
     moments = tuple(site.moments)
-    if not trend or len(moments) < 2:
+    if not trend or len(moments) < 2 or not visible_rule(status):
         return ""
     if status.limit is None or asks_for_an_answer(status):
         graph = _strip(tuple(trend.states))
@@ -6692,8 +6754,10 @@ def _strip(states: Sequence[str]) -> str:
         kind = "unknown" if state == "unknown" else HEALTH_STATUS[state]
         paths += f'<path class="{kind}" d="M{2 * x} 0h{2 * width}v40h-{2 * width}z"/>'
         x += width
-    fired, checks = sum(HEALTH_STATUS[s] == "fail" for s in states), len(states)
-    text = f"fired in {fired} of {checks} checks" if fired else "did not fire"
+    fired = sum(HEALTH_STATUS[state] == "fail" for state in states)
+    unknown = states.count("unknown")
+    text = f"fired in {fired} of {len(states)} checks" if fired else "did not fire"
+    text += f", unknown in {unknown}" if unknown else ""
     return f'{SVG} class="strip">{paths}</svg><figcaption>{text}'
 
 
@@ -6716,8 +6780,7 @@ h1, h2 { color: var(--state); }
 section { border: 1px solid var(--line); border-left: 5px solid var(--state);
   border-radius: 6px; margin: .75rem 0; padding: .6rem .9rem; overflow: hidden; }
 section p { margin: .2rem 0; }
-code { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
-details[open] summary code { display: none; }
+code, details { color: var(--soft); font-size: .8rem; line-height: 1.4; }
 figure { float: right; width: 260px; margin: 0 0 .3rem 1rem; }
 figcaption { color: var(--soft); font-size: .75rem; text-align: right; }
 svg { display: block; width: 100%; height: 40px; }
@@ -7771,10 +7834,9 @@ def describe_config(config: Config) -> Iterator[str]:
         status = judge(RuleStatus(rule), evaluation)
         names = {selector.name for selector in find_selectors(rule.expr)}
         if there or not rule.builtin or names.issubset((*SYNTHETIC, *PROBED)):
-            yield describe_rule(rule, format_part(status))
+            yield describe_rule(status)
         else:
-            clauses = format_rule(rule).partition(format_expression(rule.expr))[2]
-            yield f"{rule.name}: made for each server that is there{clauses}"
+            yield f"{rule.name}: {ABOUT[rule.name]},{format_clauses(rule)}"
     yield from map(describe_server, () if there else SERVERS)
 
 
@@ -7786,8 +7848,9 @@ def describe_server(server: KnownServer) -> str:
     return "\n".join((f"{server.name} {server.at}", *told))
 
 
-def describe_rule(rule: Rule, text: str) -> str:
+def describe_rule(status: RuleStatus) -> str:
     """Return the text of a rule with its type, its range and what it reads."""
+    rule = status.rule
     names = sorted({selector.name for selector in find_selectors(rule.expr)})
     longest = _range_text([rule.expr]) or "no range"
     most = max((back.most for back in lookbacks([rule.expr]).values()), default=1)
@@ -7795,7 +7858,8 @@ def describe_rule(rule: Rule, text: str) -> str:
         longest += f", up to {most} samples of 8 bytes a series"
     kind = "built in" if rule.builtin else "yours"
     reads = "" if rule.builtin else f"; reads {', '.join(names)}"
-    text = f"{text}\n    {kind}; {longest}{reads}"
+    reads = reads if visible_rule(status) else "; no metric that it reads is there"
+    text = f"{rule.name}: {explain(status)}\n    {kind}; {longest}{reads}"
     for name in names:
         # A metric's prefix is seldom a capital, and a rule's name mostly has one.
         if re.match(r"[A-Z]\w*:", name):

@@ -10,6 +10,7 @@ import difflib
 import doctest
 import gc
 import gzip
+import html
 import http.server
 import io
 import itertools
@@ -88,7 +89,6 @@ from health_check import (
     format_expression,
     format_float,
     format_for,
-    format_part,
     format_rule,
     format_series,
     is_due,
@@ -1966,16 +1966,28 @@ class Servers(unittest.TestCase):
 
     def test_what_people_see_is_what_concerns_the_servers_there(self):
         replay = Replay()
-        self.assertIn("sglang:", format_part(replay.statuses[0]))
+        about = "when too many requests wait, for 30s keep_firing_for 30s"
+        self.assertEqual(health_check.explain(replay.statuses[0]), about)
         replay.run([[vllm()]])
-        shown = {s.rule.name: format_part(s) for s in replay.statuses}
-        queue = "QueueFull: last_over_time(vllm:num_requests_waiting[1m]) > 10"
+        shown = {s.rule.name: health_check.explain(s) for s in replay.statuses}
+        queue = "last_over_time(vllm:num_requests_waiting[1m]) > 10"
         self.assertEqual(shown["QueueFull"], f"{queue} for 30s keep_firing_for 30s")
-        self.assertEqual(shown["NoModel"], "NoModel: no metric that it reads is there")
-        self.assertIn('Down: scrape_error{reason!="timeout"} or ', shown["Down"])
-        self.assertLess(max(map(len, shown.values())), 1000)
-        for text in shown.values():
-            self.assertNotRegex(text, "sglang|gpu_cache")
+        stalled = "when requests run or wait and nothing moves, for 5m: vllm:num_req"
+        self.assertTrue(shown["Stalled"].startswith(stalled), shown["Stalled"])
+        self.assertTrue(shown["NoModel"].startswith("when no model, or no worker"))
+        for status in replay.statuses:
+            whole = health_check.expression_of(status)
+            self.assertNotRegex(whole, "sglang|gpu_cache")
+            self.assertEqual(not whole, status.rule.name == "NoModel")
+
+    def test_what_people_see_of_a_rule_is_a_line_or_two(self):
+        for server in SERVERS:
+            replay = Replay()
+            names = {*own_names(server)}.intersection(replay.format.names)
+            replay.run([["".join(f"{name} 1\n" for name in names)]])
+            for status in replay.statuses:
+                with self.subTest(server.name, rule=status.rule.name):
+                    self.assertLess(len(health_check.explain(status)), 250)
 
     def test_each_server_is_known_by_names_of_its_own(self):
         names = [name for server in SERVERS for name in own_names(server)]
@@ -4989,7 +5001,7 @@ class ServeTest(NetworkTest):
                 ["unknown", "pending", "firing", "error"],
                 ['"unknown" d="M232 0h2v40h-2z"', '"warn" d="M234 0h2v40h-2z"',
                  '"fail" d="M236 0h2v', '"fail" d="M238 0h2v',
-                 "fired in 2 of 4 checks, last 5s"],
+                 "fired in 2 of 4 checks, unknown in 1, last 5s"],
             ),
         ):  # fmt: skip
             trends, moments = {"Q": Trend([], states)}, [NOW - 5, NOW]
@@ -5059,6 +5071,21 @@ class ServeTest(NetworkTest):
             self.assertIn(part, body)
         still = "".join(answer_page(verdict, site, "still").body)
         self.assertNotIn('http-equiv="refresh"', still)
+
+    def test_a_word_breaks_only_where_it_may_fill_a_line(self):
+        long = "vllm:request_prefill_time_seconds_bucket"
+        for word, shown in (
+            ("vllm:num_requests_waiting", "vllm:num_requests_waiting"),
+            ("http://127.0.0.1:39423/metrics", "http://127.0.0.1:39423/metrics"),
+            (long, re.sub("[:_]", r"\g<0><wbr>", long)),
+            (f"f({long}{{a='10.0'}}[2m10s])", None), ("q" * 50, "q" * 50),
+        ):  # fmt: skip
+            target = TargetStatus("a:1", "tls", f"{word} > 1")
+            body = self.page_of(Verdict(1, "", NOW, WALL, (), (target,)))
+            if shown:
+                self.assertIn(f"a:1: {shown} &gt; 1", body)
+            self.assertIn(word, html.unescape(body.replace("<wbr>", "")))
+            self.assertNotRegex(body, "<wbr>[0-9<]")
 
     def test_a_long_rule_is_folded_between_its_words(self):
         for text, folded in (
@@ -5994,11 +6021,12 @@ class MainTest(NetworkTest):
         code, out, _ = self.run_main("--check-config", METRICS_ENDPOINT=server.url)
         self.assertEqual(code, 0)
         self.assertIn("QueueFull: last_over_time(vllm:num_requests_waiting[1m]) >", out)
-        self.assertIn("NoModel: no metric that it reads is there\n", out)
+        self.assertRegex(out, r"\nNoModel: when no model, .*\n.*; no metric that it ")
+        self.assertLess(max(map(len, out.split("\n"))), 300)
         self.assertNotIn("sglang", out)
         server.close()
         _, out, _ = self.run_main("--check-config", METRICS_ENDPOINT=server.url)
-        self.assertIn("QueueFull: made for each server that is there for 30s keep", out)
+        self.assertIn("QueueFull: when too many requests wait, for 30s keep_f", out)
         self.assertIn("SGLang :30000/metrics\n    waiting: sglang:num_queue_r", out)
 
     def test_the_start_line_says_which_rules_are_in_force_and_why(self):
@@ -6018,7 +6046,7 @@ class MainTest(NetworkTest):
         code, _, err = self.run_main("--check-config", **gone)
         self.assertEqual((code, err.count("\n")), (0, 1))
         self.assertIn("METRICS_CA_FILE=/nowhere/ca.pem: there is no such file", err)
-        self.assertIn('Down: scrape_error{reason!="timeout"} or ', out)
+        self.assertIn("Down: when a scrape fails; a timeout counts once", out)
         rules = "changes(q[2m]) > 0 for 1m30s"
         _, out, _ = self.run_main("--check-config", UNHEALTHY_WHEN=rules)
         self.assertIn(f"Rule1: {rules}\n", out)

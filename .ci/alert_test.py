@@ -800,7 +800,7 @@ class PageTest(ProcessTest):
         tree = html5lib.HTMLParser(TREE, strict=True).parse(text)
         known = set(
             "html head meta title style body header h1 h2 p time main section code svg"
-            " path footer br a figure figcaption details summary".split()
+            " path footer br a figure figcaption details summary wbr".split()
         )
         for element in tree.iter():
             self.assertIn(element.tag.rpartition("}")[2], known)
