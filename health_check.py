@@ -2455,6 +2455,26 @@ def prune(expr: Expr, names: Container[str]) -> Expr | None:
     return operands[0] if expr.name == "unless" else None
 
 
+def without(expr: Expr, name: str) -> Expr:
+    """Return an expression that finds less, not more, where a metric is not read.
+
+    >>> print(format_expression(without(parse_expression("a unless (b or c)"), "b")))
+    a and b
+    """
+    if not isinstance(expr, Operation):
+        return expr
+    operands = tuple(without(operand, name) for operand in expr.operands)
+    if expr.name == "unless" and name in lookbacks([expr.operands[1]]):
+        return Operation("and", (operands[0], Selector(name)))
+    return expr._replace(operands=operands)
+
+
+def spare_names(rules: Sequence[Rule]) -> frozenset[str]:
+    """Return the metrics that only built-in rules read."""
+    users = lookbacks(rule.expr for rule in rules if not rule.builtin)
+    return frozenset(lookbacks(rule.expr for rule in rules if rule.builtin)) - {*users}
+
+
 def _part(status: RuleStatus, evaluation: Evaluation) -> Part:
     rule, part = status.rule, status.part
     names = evaluation.names if rule.builtin else frozenset()
@@ -4233,7 +4253,8 @@ class Format(NamedTuple):
 
     ``names`` are the wanted ones; ``lines`` also finds the ``reserved`` ones.
     It has a buffer, so only one body can be read by it at a time.  Samples that nobody
-    wants are counted if ``counts``.
+    wants are counted if ``counts``.  Where there is no room for all, those of
+    ``spare`` names are given up, the largest first; ``dropped`` are those so far.
     """
 
     names: frozenset[str]
@@ -4242,6 +4263,8 @@ class Format(NamedTuple):
     labels: Labels
     buffer: bytearray
     counts: bool = False
+    spare: frozenset[str] = frozenset()
+    dropped: frozenset[str] = frozenset()
 
 
 def reserved_names(config: Config) -> tuple[str, ...]:
@@ -4251,17 +4274,33 @@ def reserved_names(config: Config) -> tuple[str, ...]:
 
 
 def format_for(
-    names: Iterable[str], labels: Labels, reserved: Iterable[str] = SYNTHETIC
-) -> Format:
+    names: Iterable[str], labels: Labels, reserved: Iterable[str] = SYNTHETIC,
+    spare: frozenset[str] = frozenset(),
+) -> Format:  # fmt: skip
     """Return the format that finds the series of some metrics and labels them."""
     asked = frozenset(names)
     wanted, counts = asked.difference(reserved), "scrape_samples_scraped" in asked
-    tree = _prefix_tree(sorted(wanted.union(reserved))).encode()
-    # For Prometheus 3, blanks before a name are part of it: it is no wanted one.
-    lines = re.compile(rb"\n(?:" + tree + rb"|\{)")
+    lines = _lines_of(wanted.union(reserved))
     # Room for a newline on either side of the text.
     buffer = bytearray(CHUNK + 2)
-    return Format(wanted, frozenset(reserved), lines, labels, buffer, counts)
+    return Format(wanted, frozenset(reserved), lines, labels, buffer, counts, spare)
+
+
+def format_without(format: Format, name: str) -> Format:
+    """Return a format that does not look for a metric any more."""
+    kept, dropped = format.names - {name}, format.dropped | {name}
+    lines = _lines_of(kept | format.reserved)
+    return format._replace(names=kept, lines=lines, dropped=dropped)
+
+
+def too_many(names: Iterable[str]) -> str:
+    """Return what to say of metrics that have more series than there is room for."""
+    return f"too many series of {name_some(sorted(names))}: no built-in rule reads it"
+
+
+def _lines_of(names: Iterable[str]) -> re.Pattern[bytes]:
+    # For Prometheus 3, blanks before a name are part of it: it is no wanted one.
+    return re.compile(rb"\n(?:" + _prefix_tree(sorted(names)).encode() + rb"|\{)")
 
 
 def _prefix_tree(names: Sequence[str]) -> str:
@@ -4332,7 +4371,7 @@ class Reading:
 
     ``names`` are all there are, ``reserved`` those it may not have; ``size`` is bytes,
     ``lines`` the samples, wanted or not, if the format asks for their number.
-    ``names`` are empty unless it ``lists_names``.
+    ``names`` are empty unless it ``lists_names``.  For ``dropped`` ones was no room.
     """
 
     def __init__(
@@ -4343,6 +4382,7 @@ class Reading:
         self.series: dict[bytes, Labels] = {}
         self.names: set[bytes] = set()
         self.reserved: set[str] = set()
+        self.dropped: set[str] = set()
         self.size = self.lines = self._text = 0
         self._format, self._known = format, known
         self._openmetrics, self.lists_names = openmetrics, list_names
@@ -4395,17 +4435,33 @@ class Reading:
                 self.samples.setdefault(labels, value)
                 self.series[text], self._text = labels, self._text + len(text)
             if len(self.series) > MAX_SERIES or self._text > MAX_SERIES_TEXT:
-                limits = f"{MAX_SERIES} series, or {MAX_SERIES_TEXT} bytes of them"
-                raise ScrapeError("too_large", f"more than {limits}, are wanted")
+                self._make_room()
             match = self._format.lines.search(buffer, at, end)
         return end - 1
 
+    def _make_room(self) -> None:
+        sizes: Counter[str] = collections.Counter()
+        names = {text: dict(labels)["__name__"] for text, labels in self.series.items()}
+        for text, name in names.items():
+            sizes[name] += len(text) if name in self._format.spare else 0
+        ((largest, size),) = sizes.most_common(1)
+        if not size:
+            limits = f"{MAX_SERIES} series, or {MAX_SERIES_TEXT} bytes of them"
+            raise ScrapeError("too_large", f"more than {limits}, are wanted")
+        self.dropped.add(largest)
+        self._known = {}
+        for text in [text for text, name in names.items() if name == largest]:
+            self.samples.pop(self.series.pop(text), None)
+        self._text = sum(map(len, self.series))
+
     def _labels(self, text: bytes) -> Labels:
+        if self.dropped and text.partition(b"{")[0].decode() in self.dropped:
+            return ()
         own = parse_series(text)
         name = own["__name__"]
         if name in self._format.reserved:
             self.reserved.add(name)
-        if name not in self._format.names:
+        if name not in self._format.names or name in self.dropped:
             return ()
         for bound in ("le", "quantile"):
             if bound in own:
@@ -4867,7 +4923,7 @@ class Lookout:
         """Return how a scrape went with what is to be said of its page."""
         state = self._unwatched.get(target.instance)
         remark = state.remark if state and not target.reason else ""
-        return target._replace(remark=remark, watched=not remark)
+        return target._replace(remark=remark or target.remark, watched=not remark)
 
     def _search(
         self, pages: Sequence[Page], evaluation: Evaluation
@@ -5258,7 +5314,7 @@ class History:
     def __init__(self, wanted: Mapping[str, Lookback], limit: int) -> None:
         # Of the metrics that are there: most are of other servers, and cost nothing.
         self._tables: dict[str, Table] = {}
-        self._wanted = wanted
+        self._wanted = dict(wanted)
         self._known: dict[Labels, Series] = {}
         self._limit, self._labels_size = limit, 0
         self._epoch = 0.0
@@ -5301,6 +5357,12 @@ class History:
         for table in tables:
             self._forget(table, samples, now)
         self._keep_to_limit()
+
+    def forget(self, name: str) -> None:
+        """Remember no series of a metric, from now on."""
+        table = self._tables.get(name, Table(name, self._wanted.pop(name), 0.0))
+        for labels in list(table.series):
+            self._drop(table, labels)
 
     def evaluation(self, now: float, wall: float) -> Evaluation:
         """Return what expressions are evaluated against, as of the latest record."""
@@ -5504,12 +5566,19 @@ class Scraper:
     One thread at a time calls ``scrape``.  ``_orders`` has the newest job for each
     worker, or None to end.  A worker that is late for its job is waited for no longer:
     it waits on for the same answer, and takes the newest job after it.  ``_known`` has
-    the series of each target's last scrape, for its worker alone.
+    the series of each target's last scrape, for its worker alone.  ``spare`` names are
+    those that may be given up where there is no room for all.
     """
 
-    def __init__(self, config: Config, names: Iterable[str]) -> None:
+    def __init__(
+        self, config: Config, names: Iterable[str], spare: frozenset[str] = frozenset()
+    ) -> None:
         self._config, self._targets = config, config.metrics_endpoint
-        self._routes, self._names = config.health_endpoint, frozenset(names)
+        self._routes, reserved = config.health_endpoint, reserved_names(config)
+        self._formats = [
+            format_for(names, self._blank(target).labels, reserved, spare)
+            for target in self._targets
+        ]
         self._known: list[dict[bytes, Labels]] = [{} for _ in self._targets]
         self._orders: list[queue.SimpleQueue[Job | None]] = [
             queue.SimpleQueue() for _ in (*self._targets, *self._routes)
@@ -5520,9 +5589,7 @@ class Scraper:
         """Start the workers."""
         workers: dict[str, Callable[[Job, float], object]] = {}
         for index, target in enumerate(self._targets):
-            labels = self._blank(target).labels
-            format = format_for(self._names, labels, reserved_names(self._config))
-            workers[f"scrape {target.instance}"] = partial(self._scrape, index, format)
+            workers[f"scrape {target.instance}"] = partial(self._scrape, index)
         for route in self._routes:
             workers[f"health {route.instance}"] = partial(self._ask, route)
         for (name, ask), orders in zip(workers.items(), self._orders):
@@ -5533,6 +5600,10 @@ class Scraper:
         """Ask the workers to end; a scrape that hangs ends with the process."""
         self._stopped = True
         self._order(None)
+
+    def give_up(self, name: str) -> None:
+        """Look for the series of a metric no more."""
+        self._formats = [format_without(format, name) for format in self._formats]
 
     def scrape(
         self, *, list_names: bool = False
@@ -5590,18 +5661,17 @@ class Scraper:
             if self._stopped:
                 break
 
-    def _scrape(
-        self, index: int, format: Format, job: Job, overtime: float
-    ) -> Scrape:
+    def _scrape(self, index: int, job: Job, overtime: float) -> Scrape:
         target, started = self._targets[index], time.monotonic()
         scrape, credentials = self._blank(target), credentials_of(self._config)
         try:
             with open_stream(target, job.deadline, credentials, overtime) as stream:
-                known = self._known[index]
+                known, format = self._known[index], self._formats[index]
                 reading = read_samples(stream, format, known, job.list_names)
+            remark = too_many(format.dropped) if format.dropped else ""
             self._known[index], count = reading.series, len(reading.samples)
             status = scrape.status._replace(
-                size=reading.size, series=count, samples=reading.lines
+                size=reading.size, series=count, samples=reading.lines, remark=remark
             )
             scrape = scrape._replace(status=status, reading=reading)
         except ScrapeError as error:
@@ -5672,7 +5742,8 @@ class Monitor:
         if config.drain_while:
             self._expressions.append(config.drain_while)
         wanted = lookbacks(self._expressions)
-        self.scraper = Scraper(config, wanted)
+        spare = spare_names(rules) - {*lookbacks(self._expressions[len(rules) :])}
+        self.scraper = Scraper(config, wanted, spare)
         self.history = History(wanted, config.history_limit)
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._when = tuple(RuleStatus(rule) for rule in config.canary_when)
@@ -5681,6 +5752,7 @@ class Monitor:
         self._scraped = False
         self._lookout = Lookout(config.rules, config, rules_of_settings(config))
         self._reserved: set[str] = set()
+        self._dropped: set[str] = set()
         self._thinned: dict[str, float] = {}
         self.scrapes: Counter[tuple[str, str]] = collections.Counter()
         self.durations, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
@@ -5778,6 +5850,7 @@ class Monitor:
         now, wall, scrapes, probes = self._scrape()
         self._drained = now if drain else self._drained
         self._restart_after_gap(now)
+        self._give_up(scrapes)
         before = self.verdict.targets
         targets = record(scrapes, self.history, now, self.config, before)
         if self.canary and latest:
@@ -5794,6 +5867,17 @@ class Monitor:
         verdict = Verdict(sequence, fault, now, wall, self._statuses, targets, probes)
         self._count(verdict)
         return verdict._replace(left=self._left(targets, evaluation, drain))
+
+    def _give_up(self, scrapes: Iterable[Scrape]) -> None:
+        """Let no built-in rule conclude anything from what there is no room for."""
+        readings = [scrape.reading for scrape in scrapes if scrape.reading]
+        for name in {n for r in readings for n in r.dropped} - self._dropped:
+            self._dropped.add(name)
+            self.scraper.give_up(name)
+            self.history.forget(name)
+            self._statuses = tuple(_without(s, name) for s in self._statuses)
+            self._when = tuple(_without(s, name) for s in self._when)
+            log(logging.WARNING, too_many([name]), metric=name)
 
     def _restart_after_gap(self, now: float) -> None:
         gap = max(MAX_GAP, MAX_INTERVALS * self.config.scrape_interval)
@@ -5906,6 +5990,12 @@ def _tell(
         listener(before, verdict)
     except Exception as error:
         report(error)
+
+
+def _without(status: RuleStatus, name: str) -> RuleStatus:
+    rule = status.rule
+    rule = rule._replace(expr=without(rule.expr, name)) if rule.builtin else rule
+    return status._replace(rule=rule, part=None)
 
 
 def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
@@ -7751,7 +7841,8 @@ def _checks(
 ) -> Iterator[tuple[list[Scrape], tuple[TargetStatus, ...], Evaluation]]:
     """Scrape what rules read, again and again, with a pause."""
     wanted = lookbacks(rule.expr for rule in rules)
-    scraper, history = Scraper(config, wanted), History(wanted, config.history_limit)
+    scraper = Scraper(config, wanted, spare_names(rules))
+    history = History(wanted, config.history_limit)
     scraper.start()
     try:
         while True:

@@ -3818,6 +3818,25 @@ class MonitorTest(NetworkTest):
         self.assertEqual(reasons, ["", "", "too_large"])
         self.assertEqual(monitor.verdict.reason, "Down")
 
+    def test_a_metric_of_too_many_series_takes_nothing_but_itself_away(self):
+        total = "litellm_proxy_total_requests_metric_total"
+        running = "litellm_in_flight_requests"
+        keys = [f'{total}{{key="{number}"}} 9\n' for number in range(5999)]
+        server = self.metrics(page(f"{running} 3\n" + "".join(keys[:4000])))
+        clock, other = Clock(), self.metrics(page(f"{total} 9\n"))
+        monitor = self.monitor(server, other, clock=clock)
+        self.assertEqual(monitor.check().targets[0].series, 4001)
+        for clock.now in range(30, 420, 30):
+            server.pieces = (page(f"{running} 3\n" + "".join(reversed(keys))),)
+            self.assertEqual(monitor.check().reason, "")
+            self.assertEqual(monitor.verdict.targets[0].series, 1)
+        told = f"too many series of {total}: no built-in rule reads it"
+        self.assertEqual(self.log.count(told), 1)
+        self.assertEqual(monitor.verdict.targets[0].remark, told)
+        self.assertNotIn(total, monitor.history.names)
+        asked = self.monitor(server, UNHEALTHY_WHEN=f"sum({total}) < 1")
+        self.assertEqual(asked.check().targets[0].reason, "too_large")
+
     def test_a_range_that_is_thinned_for_its_size_is_warned_of(self):
         rules = "Q: changes(q[6h]) > 1; R: q > 1"
         monitor = self.monitor(self.metrics(page("q 1\n")), UNHEALTHY_WHEN=rules)
