@@ -86,6 +86,7 @@ from typing import (
     Generator,
     Iterable,
     Iterator,
+    List,
     Mapping,
     NamedTuple,
     Sequence,
@@ -5549,25 +5550,36 @@ class Scrape(NamedTuple):
         return {tuple(sorted((*own, *self.labels))): value for own, value in added}
 
 
+Found = Tuple[List[Scrape], Tuple[ProbeStatus, ...]]
+"""What is known of each target, and what the health routes say."""
+
+
 class Job(NamedTuple):
     """The order to scrape all targets once, until a monotonic deadline.
 
-    Each worker puts its name and what it has found into ``results``.
+    Each worker puts what it has found into ``results``, under its name, and the one
+    that puts the last calls ``then`` with the job, maybe long after the deadline.
     """
 
     deadline: float
     list_names: bool
-    results: queue.SimpleQueue[tuple[str, Any]]
+    results: dict[str, Any]
+    then: Callable[[Job], object]
+
+    @property
+    def overdue(self) -> float:
+        """How many seconds ago it was to end, a worker's word at the deadline heard."""
+        return time.monotonic() - self.deadline - GRACE
 
 
 class Scraper:
     """Asks all targets and health routes at once, a worker thread for each.
 
-    One thread at a time calls ``scrape``.  ``_orders`` has the newest job for each
-    worker, or None to end.  A worker that is late for its job is waited for no longer:
-    it waits on for the same answer, and takes the newest job after it.  ``_known`` has
-    the series of each target's last scrape, for its worker alone.  ``spare`` names are
-    those that may be given up where there is no room for all.
+    One thread at a time gives jobs.  ``_orders`` has the newest one for each worker, or
+    None to end.  A worker that is late for its job is waited for no longer: it waits on
+    for the same answer, and takes the newest job after it.  ``_known`` has the series
+    of each target's last scrape, for its worker alone.  ``spare`` names are those that
+    may be given up where there is no room for all.
     """
 
     def __init__(
@@ -5583,7 +5595,7 @@ class Scraper:
         self._orders: list[queue.SimpleQueue[Job | None]] = [
             queue.SimpleQueue() for _ in (*self._targets, *self._routes)
         ]
-        self._stopped = False
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start the workers."""
@@ -5594,45 +5606,54 @@ class Scraper:
             workers[f"health {route.instance}"] = partial(self._ask, route)
         for (name, ask), orders in zip(workers.items(), self._orders):
             work = partial(self._work, name, ask, orders)
-            threading.Thread(target=work, name=name, daemon=True).start()
+            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def alive(self) -> bool:
+        """Tell whether all workers live."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def stop(self) -> None:
         """Ask the workers to end; a scrape that hangs ends with the process."""
-        self._stopped = True
         self._order(None)
 
     def give_up(self, name: str) -> None:
         """Look for the series of a metric no more."""
         self._formats = [format_without(format, name) for format in self._formats]
 
-    def scrape(
-        self, *, list_names: bool = False
-    ) -> tuple[list[Scrape], tuple[ProbeStatus, ...]]:
-        """Scrape all targets; return what is known of each at the deadline.
+    def scrape(self, *, list_names: bool = False) -> Found:
+        """Scrape all targets; return what is known of each at the deadline."""
+        ended = threading.Event()
+        job = self.begin(lambda _: ended.set(), list_names=list_names)
+        ended.wait(-job.overdue)
+        return self.found(job)
 
-        And what the servers' own health routes say.  ``list_names`` asks for the names
-        of all metrics too.
+    def begin(
+        self, then: Callable[[Job], object], *, list_names: bool = False
+    ) -> Job:
+        """Ask the workers to scrape all targets, and what is to be done then.
+
+        ``list_names`` asks for the names of all metrics too.
         """
-        timeout = self._config.metrics_timeout
-        deadline = time.monotonic() + timeout
-        job = Job(deadline, list_names, queue.SimpleQueue())
-        results: dict[str, Any] = {}
+        deadline = time.monotonic() + self._config.metrics_timeout
+        job = Job(deadline, list_names, {}, then)
         self._order(job)
-        with suppress(queue.Empty):
-            while len(results) < len(self._orders):
-                # A worker that keeps the deadline says more than that it passed.
-                left = max(deadline + GRACE - time.monotonic(), 0.0)
-                name, result = job.results.get(timeout=left)
-                results[name] = result
+        return job
+
+    def found(self, job: Job) -> Found:
+        """Return what is known of each target, and what the health routes say."""
+        results, timeout = job.results, self._config.metrics_timeout
         late = "timeout", f"no answer within {format_duration(timeout)}"
         scrapes = [
             results.get(f"scrape {target.instance}")
             or self._blank(target, timeout).failed(*late)
             for target in self._targets
         ]
+        late_probe = False, 0, *late, timeout, job.deadline
         probes = [
             results.get(f"health {route.instance}")
-            or ProbeStatus("health", route.instance, False, 0, *late, timeout, deadline)
+            or ProbeStatus("health", route.instance, *late_probe)
             for route in self._routes
         ]
         return scrapes, tuple(probes)
@@ -5657,9 +5678,9 @@ class Scraper:
             result = ask(job, overtime)
             given_up = time.monotonic() >= job.deadline + overtime
             overtime = min(2 * overtime, MOST_OVERTIME) if given_up else LEAST_OVERTIME
-            job.results.put((name, result))
-            if self._stopped:
-                break
+            job.results[name] = result
+            if len(job.results) == len(self._orders):
+                job.then(job)
 
     def _scrape(self, index: int, job: Job, overtime: float) -> Scrape:
         target, started = self._targets[index], time.monotonic()
@@ -5694,11 +5715,10 @@ class Scraper:
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
 MAX_DRAIN_PAUSE = 5.0
-# How often its thread comes round if nobody asks, and how long that may take.
-ROUND, MAX_ROUND = 20.0, 60.0
+MAX_OVERDUE = 60.0
 TREND, MAX_TOLD = 120, 5
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-MAX_LATE, PAUSE = 0.25, 1.0
+MAX_LATE = 0.25
 NO_SERVER = "whether a request runs is not known: set DRAIN_WHILE"
 NO_ROOM = (
     "too many series: label values may change with each scrape; all there is room for"
@@ -5713,14 +5733,31 @@ class Trend(NamedTuple):
     states: collections.deque[str]
 
 
+class Check(NamedTuple):
+    """A check that runs: when it began, what it was asked for, and for what it asks.
+
+    ``answer`` is the canary's from before the scrape, which so has seen what that
+    answer has moved.
+    """
+
+    now: float
+    wall: float
+    drain: bool
+    answer: ProbeStatus | None
+    list_names: bool
+    again: bool
+
+
 class Monitor:
     """Checks on demand or on a schedule, and publishes a Verdict each time.
 
-    Its thread alone, or whoever calls ``check`` instead of starting it, touches the
-    history, the rules' statuses and the counts.  The lock guards which verdict is asked
-    for and whether to stop.  ``verdict`` is replaced as a whole: any thread may read
-    it.  ``listeners`` are called in order, by the thread that checks, with the verdict
-    before and the new one.
+    One check runs at a time, from when scrapes are ordered for it until its verdict is
+    published: by the worker that has the last scrape, or by this class' own thread, if
+    the deadline is before it.  Only that thread, or whoever calls ``check`` instead of
+    starting any, touches the history, the rules' statuses and the counts.  The lock
+    guards what is asked for, which check runs, and whose scrapes are waited for.
+    ``verdict`` is replaced as a whole: any thread may read it.  ``listeners`` are
+    called in order, with the verdict before and the new one.
     """
 
     def __init__(
@@ -5732,10 +5769,13 @@ class Monitor:
         self.listeners: list[Callable[[Verdict, Verdict], object]] = []
         # How long a request waits at most for the check that it asked for.
         self.verdict_timeout = config.metrics_timeout + 2 * GRACE
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._asked, self._drain_asked, self._stopped = -1, False, False
+        self._running: Check | None = None
+        self._awaited: Job | None = None
+        # When the schedule wants a check, and until when the thread sleeps.
+        self._due = self._wakes = math.inf
         self._drained = -math.inf
-        self._came_round = clock()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         rules = (*config.rules, *config.canary_when)
         self._expressions = [rule.expr for rule in rules]
@@ -5765,7 +5805,7 @@ class Monitor:
         }
 
     def start(self) -> None:
-        """Start the workers and the thread that checks, once it is asked to."""
+        """Start the threads; what they do is asked for."""
         self.scraper.start()
         if self.canary:
             self.canary.start()
@@ -5773,17 +5813,18 @@ class Monitor:
 
     def stop(self) -> None:
         """Ask all threads to end."""
-        with self._news:
+        with self._changed:
             self._stopped = True
-            self._news.notify()
+            self._changed.notify()
         self.scraper.stop()
         if self.canary:
             self.canary.stop()
 
     def alive(self) -> bool:
-        """Tell whether the thread that checks still comes round."""
-        late = self._clock() - self._came_round - self.verdict_timeout
-        return self._thread.is_alive() and late < MAX_ROUND
+        """Tell whether all threads live, and no check is overdue for a minute."""
+        check, live = self._running, self._thread.is_alive() and self.scraper.alive()
+        late = self._clock() - check.now - self.verdict_timeout if check else 0.0
+        return live and late < MAX_OVERDUE
 
     @cached_property
     def drain_while(self) -> Expr | None:
@@ -5795,41 +5836,78 @@ class Monitor:
 
         With ``drain`` for one that has what is left, for which it will not do.
         """
-        with self._news:
+        with self._changed:
             self._asked = max(self._asked, sequence)
             self._drain_asked = self._drain_asked or drain
-            self._news.notify()
+            self._begin_if_wanted()
 
     def check(self) -> Verdict:
-        """Scrape all targets, judge all rules, publish the verdict and return it."""
+        """Check in the thread of the caller, who has started none."""
+        check = self._new_check()
+        self._finish(check, self.scraper.scrape(list_names=check.list_names))
+        return self.verdict
+
+    def _run(self) -> None:
+        while not self._stopped:
+            with self._changed:
+                self._begin_if_wanted()
+                self._wakes = self._next_deadline()
+                left = max(self._wakes - time.monotonic(), 0.0)
+                self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                job = self._awaited
+            if job and job.overdue >= 0:
+                job.then(job)
+
+    def _next_deadline(self) -> float:
+        """Return when the thread is needed; who judges needs it for nothing."""
+        if self._awaited:
+            return self._awaited.deadline + GRACE
+        return math.inf if self._running else self._due
+
+    def _begin_if_wanted(self, *, again: bool = False) -> None:
+        """Begin a check if one is wanted and none runs; the caller has the lock."""
+        due = time.monotonic() >= self._due
+        wanted = again or due or self._asked >= self.verdict.sequence
+        if wanted and not self._running and not self._stopped:
+            self._due = time.monotonic() + (self.config.scrape_interval or math.inf)
+            try:
+                self._running = check = self._new_check(again=again)
+            except Exception as error:
+                self._publish(self._fault(error))
+            else:
+                end = partial(self._end, check)
+                self._awaited = self.scraper.begin(end, list_names=check.list_names)
+        if self._next_deadline() < self._wakes:
+            self._changed.notify()
+
+    def _new_check(self, *, again: bool = False) -> Check:
+        drain, self._drain_asked = self._drain_asked, False
+        answer, now = self.canary.latest if self.canary else None, self._clock()
+        list_names = self._lookout.wants_names(now)
+        return Check(now, self._wall(), drain, answer, list_names, again)
+
+    def _end(self, check: Check, job: Job) -> None:
+        """Judge what a job has found, unless another thread was first."""
+        with self._changed:
+            if job is not self._awaited:
+                return
+            self._awaited = None
+            if job.overdue > MAX_LATE and not check.again:
+                # This process was suspended meanwhile: what it has seen is old.
+                self._running, self._drain_asked = None, check.drain
+                self._begin_if_wanted(again=True)
+                return
+        self._finish(check, self.scraper.found(job))
+
+    def _finish(self, check: Check, found: Found) -> None:
         try:
-            verdict = self._judge()
+            verdict = self._judge(check, *found)
         except Exception as error:
             verdict = self._fault(error)
         self._publish(verdict)
-        return verdict
-
-    def _run(self) -> None:
-        due = math.inf
-        while not self._stopped:
-            due = self._check_when_due(due)
-
-    def _check_when_due(self, due: float) -> float:
-        try:
-            self._came_round = now = self._clock()
-            with self._news:
-                wanted = self._news.wait_for(self._wanted, min(due - now, ROUND))
-            if wanted or self._clock() >= due:
-                due = self._clock() + (self.config.scrape_interval or math.inf)
-                if not self._stopped:
-                    self.check()
-        except Exception as error:
-            self._publish(self._fault(error))
-            time.sleep(PAUSE)
-        return due
-
-    def _wanted(self) -> bool:
-        return self._stopped or self._asked >= self.verdict.sequence
+        with self._changed:
+            self._running = None
+            self._begin_if_wanted()
 
     def _fault(self, error: Exception) -> Verdict:
         # The time stays that of the verdict before: a clock may be what is broken.
@@ -5842,19 +5920,17 @@ class Monitor:
         for listener in self.listeners:
             _tell(listener, before, verdict)
 
-    def _judge(self) -> Verdict:
-        # Before the scrape, which so has seen what an answer has moved.
-        latest = self.canary.latest if self.canary else None
-        with self._news:
-            drain, self._drain_asked = self._drain_asked, False
-        now, wall, scrapes, probes = self._scrape()
-        self._drained = now if drain else self._drained
+    def _judge(
+        self, check: Check, scrapes: list[Scrape], probes: tuple[ProbeStatus, ...]
+    ) -> Verdict:
+        now, wall, answer = check.now, check.wall, check.answer
+        self._drained = now if check.drain else self._drained
         self._restart_after_gap(now)
         self._give_up(scrapes)
         before = self.verdict.targets
         targets = record(scrapes, self.history, now, self.config, before)
-        if self.canary and latest:
-            answer = self._consider(self.canary, latest, now, wall)
+        if self.canary and answer:
+            answer = self._consider(self.canary, answer, now, wall)
             probes += (answer,) if answer.sent > -math.inf else ()
         record_probes(probes, self.history, now, self.config)
         self._scraped = self._scraped or not all(target.reason for target in targets)
@@ -5866,7 +5942,7 @@ class Monitor:
         sequence = self.verdict.sequence + 1
         verdict = Verdict(sequence, fault, now, wall, self._statuses, targets, probes)
         self._count(verdict)
-        return verdict._replace(left=self._left(targets, evaluation, drain))
+        return verdict._replace(left=self._left(targets, evaluation, check.drain))
 
     def _give_up(self, scrapes: Iterable[Scrape]) -> None:
         """Let no built-in rule conclude anything from what there is no room for."""
@@ -5907,18 +5983,6 @@ class Monitor:
         # Who drains asks each second, and the engine is asked for nothing more then.
         when = self._when if now - self._drained > MAX_DRAIN_PAUSE else ()
         return canary.consider(latest, when, stalls, evaluation)
-
-    def _scrape(
-        self
-    ) -> tuple[float, float, list[Scrape], tuple[ProbeStatus, ...]]:
-        now, wall, begun = self._clock(), self._wall(), time.monotonic()
-        list_names = self._lookout.wants_names(now)
-        scrapes, probes = self.scraper.scrape(list_names=list_names)
-        if time.monotonic() - begun > self.verdict_timeout + MAX_LATE:
-            # This process was suspended meanwhile: what it has seen is old.
-            now, wall = self._clock(), self._wall()
-            scrapes, probes = self.scraper.scrape(list_names=list_names)
-        return now, wall, scrapes, probes
 
     def _warn(self, scrapes: Sequence[Scrape], evaluation: Evaluation) -> None:
         readings = [scrape.reading for scrape in scrapes if scrape.reading]

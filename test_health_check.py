@@ -3749,34 +3749,25 @@ class MonitorTest(NetworkTest):
         self.assertTrue(wait_until(lambda: server.requests))
         self.assertIn("Healthy", process.stderr.readline())
 
-    def test_a_monitor_that_does_not_come_round_is_told_to_livez(self):
-        class Held(Monitor):
-            held, holds, free = False, threading.Event(), threading.Event()
-
-            def check(self):
-                if self.held:
-                    self.holds.set()
-                    self.free.wait(5)
-                return super().check()
-
-        clock = Clock()
-        monitor = Held(self.config(self.metrics(page())), clock=clock)
-        with mock.patch.object(health_check, "ROUND", 0.01):
-            monitor.start()
-            monitor.request(0)
-            self.addCleanup(monitor.stop)
-            self.assertTrue(wait_until(lambda: monitor.verdict.sequence))
-            # Nobody asks for an hour.
-            clock.now += 3600
-            self.assertTrue(wait_until(monitor.alive))
-            monitor.held = True
-            monitor.request(1)
-            self.assertTrue(monitor.holds.wait(5))
-            clock.now += 3600
-            port = self.serve(monitor)
-            self.assertTrue(wait_until(lambda: get(port, "/livez")[0] == 503))
-            monitor.free.set()
-            self.assertTrue(wait_until(lambda: get(port, "/livez")[0] == 200))
+    def test_a_check_that_does_not_end_is_told_to_livez(self):
+        clock, holds, free = Clock(), threading.Event(), threading.Event()
+        monitor = Monitor(self.config(self.metrics(page())), clock=clock)
+        monitor.start()
+        monitor.request(0)
+        self.addCleanup(monitor.stop)
+        self.assertTrue(wait_until(lambda: monitor.verdict.sequence))
+        # Nobody asks for an hour.
+        clock.now += 3600
+        self.assertTrue(wait_until(monitor.alive))
+        monitor.listeners.append(lambda *_: (holds.set(), free.wait(5)))
+        monitor.request(1)
+        self.assertTrue(holds.wait(5))
+        port = self.serve(monitor)
+        self.assertEqual(get(port, "/livez")[0], 200)
+        clock.now += 3600
+        self.assertEqual(get(port, "/livez")[0], 503)
+        free.set()
+        self.assertTrue(wait_until(lambda: get(port, "/livez")[0] == 200))
 
     def test_nothing_is_healthy_before_a_first_scrape_has_succeeded(self):
         server = self.metrics(page(status="503 Starting"))
@@ -4034,28 +4025,25 @@ class MonitorTest(NetworkTest):
         self.assertTrue(monitor.check().healthy)
         self.log.clear()
 
-    def test_a_bug_in_its_loop_is_unhealthy_with_its_reason_and_it_goes_on(self):
-        class Broken(Monitor):
-            breaks = 4
+    def test_a_bug_before_its_scrape_is_unhealthy_with_its_reason_and_it_goes_on(self):
+        breaks = iter(range(5))
 
-            def _wanted(self):
-                if self._asked >= self.verdict.sequence and self.breaks:
-                    self.breaks -= 1
-                    raise KeyError("injected")
-                return super()._wanted()
+        def clock():
+            if next(breaks, 0) > 0:
+                raise KeyError("injected")
+            return time.monotonic()
 
-        monitor = Broken(self.config(self.metrics(page())))
-        with mock.patch.object(health_check, "PAUSE", 0.01):
-            monitor.start()
-            self.addCleanup(monitor.stop)
-            port = self.serve(monitor)
-            for _ in range(2):
-                expected = (503, "Unhealthy: bug: KeyError: 'injected'\n")
-                self.assertEqual(get(port, "/health?verbose"), expected)
-                unknown = (200, "Healthy (unknown: bug: KeyError: 'injected')\n")
-                self.assertEqual(get(port, "/health/Stalled"), unknown)
-                self.assertEqual(get(port, "/livez")[0], 200)
-            self.assertEqual(get(port), (200, "Healthy\n"))
+        monitor = Monitor(self.config(self.metrics(page())), clock=clock)
+        monitor.start()
+        self.addCleanup(monitor.stop)
+        port = self.serve(monitor)
+        for _ in range(2):
+            expected = (503, "Unhealthy: bug: KeyError: 'injected'\n")
+            self.assertEqual(get(port, "/health?verbose"), expected)
+            unknown = (200, "Healthy (unknown: bug: KeyError: 'injected')\n")
+            self.assertEqual(get(port, "/health/Stalled"), unknown)
+            self.assertEqual(get(port, "/livez")[0], 200)
+        self.assertEqual(get(port), (200, "Healthy\n"))
         self.assertEqual(sum("this is a bug" in line for line in self.log), 4)
         self.log.clear()
 
@@ -4081,7 +4069,10 @@ class MonitorTest(NetworkTest):
         monitor = self.running(self.metrics(page()))
         port = self.serve(monitor)
         self.assertEqual(get(port), (200, "Healthy\n"))
-        monitor.check, monitor.verdict_timeout = sys.exit, 0.1
+        monitor.listeners.append(lambda *_: sys.exit())
+        monitor.verdict_timeout = 0.1
+        monitor.request(monitor.verdict.sequence)
+        self.assertTrue(wait_until(lambda: not monitor.alive()))
         status, body = get(port, "/health?verbose")
         self.assertEqual((status, "no verdict within" in body), (503, True))
         self.assertEqual(get(port, "/livez")[0], 503)
@@ -4162,8 +4153,44 @@ class MonitorTest(NetworkTest):
         )
         # Any scrape takes too long.
         with mock.patch.object(health_check, "MAX_LATE", -math.inf):
-            verdict = monitor.check()
+            monitor.request(0, drain=True)
+            self.assertTrue(wait_until(lambda: monitor.verdict.sequence))
+        verdict = monitor.verdict
         self.assertEqual((verdict.reason, verdict.time), ("X", 1060.0))
+        self.assertEqual((verdict.sequence, verdict.left), (1, health_check.NO_SERVER))
+
+    def test_one_thread_at_a_time_judges_whoever_is_the_last_and_whenever(self):
+        dice, judging, seen = random.Random(1), threading.Lock(), []
+        late = lambda _: [dice.choice([0, 0, 0.01, 0.04]), page("q 1\n")]  # noqa: E731
+        targets = [self.metrics(late) for _ in range(3)]
+        monitor = Monitor(self.config(*targets, METRICS_TIMEOUT="0.02"))
+
+        def judged(before, verdict):
+            self.assertTrue(judging.acquire(blocking=False))
+            seen.append((before.sequence, verdict.sequence))
+            time.sleep(dice.choice([0, 0.001, 0.005]))
+            judging.release()
+
+        monitor.listeners.append(judged)
+        monitor.start()
+        self.addCleanup(monitor.stop)
+
+        def ask():
+            for _ in range(12):
+                n = monitor.verdict.sequence
+                monitor.request(n)
+                answered.append(wait_until(lambda n=n: monitor.verdict.sequence > n))
+
+        answered, askers = [], [threading.Thread(target=ask) for _ in range(4)]
+        with mock.patch.object(health_check, "GRACE", 0.0):
+            for asker in askers:
+                asker.start()
+            for asker in askers:
+                asker.join()
+        self.assertEqual(answered, [True] * 48)
+        self.assertEqual(seen, [(n, n + 1) for n in range(len(seen))])
+        reasons = {reason for (_, reason), _ in monitor.scrapes.items()}
+        self.assertEqual(reasons, {"success", "timeout"})
 
     def test_a_schedule_needs_no_request(self):
         server = self.metrics(page())
@@ -5302,7 +5329,8 @@ class ServeTest(NetworkTest):
         self.assertRegex(answer, r"HTTP/1.1 503 (?s:.*)\nNot drained: this program en")
 
     def test_without_a_verdict_health_fails_closed_and_a_rule_open(self):
-        monitor = self.monitor(self.metrics(page()))
+        # Nothing of it is started.
+        monitor = Monitor(self.config(self.metrics(page())))
         monitor.verdict_timeout = 0.05
         port = self.serve(monitor)
         started = time.monotonic()
@@ -5328,13 +5356,13 @@ class ServeTest(NetworkTest):
         self.assertLess(len(server.requests), 10)
 
     def test_memory_is_three_intervals_long(self):
-        monitor = self.monitor(self.metrics(page()), SCRAPE_INTERVAL="9")
-        port = self.serve(monitor)
-        monitor.check()
-        self.assertEqual(get(port), (200, "Healthy\n"))
-        verdict, monitor.verdict_timeout = monitor.verdict, 0.05
-        monitor.verdict = verdict._replace(time=verdict.time - 27)
-        self.assertEqual(get(port), (503, "Unhealthy\n"))
+        server = self.metrics(page())
+        monitor = self.monitor(server, SCRAPE_INTERVAL="9")
+        port, verdict = self.serve(monitor), monitor.check()
+        for age, scrapes in (0, 1), (20, 1), (27, 2):
+            monitor.verdict = verdict._replace(time=verdict.time - age)
+            self.assertEqual(get(port), (200, "Healthy\n"))
+            self.assertEqual(len(server.requests), scrapes)
 
     def test_a_slow_caller_is_hung_up_on(self):
         port = self.serve(self.running(self.metrics(page())))

@@ -1044,7 +1044,7 @@ class FailuresTest(ProcessTest):
             # In one rule, in all of a check; and no thread is left.
             ("judge", "RuntimeError", f"error: {broken}", bug),
             ("Evaluation", "RuntimeError", broken, bug),
-            ("transitions", "KeyboardInterrupt", stuck, "ERROR the thread monitor"),
+            ("transitions", "KeyboardInterrupt", stuck, "ERROR the thread scrape "),
         ):
             with self.subTest(name, error=error):
                 program = Program(
