@@ -360,10 +360,10 @@ class Alert(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What of a rule concerns the metrics that are there, None if nothing does."""
+    """What of a rule concerns the metrics of these ``names``, and what evaluates it."""
 
     names: frozenset[str]
-    expr: Expr | None
+    measure: Callable[..., Any]
     selectors: tuple[Selector, ...]
 
 
@@ -946,9 +946,8 @@ class EvaluationError(ValueError):
 class Evaluation(NamedTuple):
     """The moment an expression is about, in monotonic and in Unix seconds.
 
-    ``selected`` and ``computed`` keep what selectors and range functions gave, for all
-    rules; what is computed is of this one moment.  ``names`` are the metrics that are
-    there.  A ``lazy`` one looks for no error in what cannot change the answer.
+    ``selected`` keeps which series selectors match, and ``computed`` what expressions
+    gave at this one moment, for all rules.  ``names`` are the metrics that are there.
     """
 
     now: float
@@ -957,7 +956,6 @@ class Evaluation(NamedTuple):
     selected: dict[object, Any]
     computed: dict[object, Any]
     names: frozenset[str] = frozenset()
-    lazy: bool = False
 
 
 class Range(NamedTuple):
@@ -978,27 +976,50 @@ class Range(NamedTuple):
 Value = Union[float, str, Vector, Range]
 
 
-def evaluate(expr: Expr, evaluation: Evaluation) -> Value:
-    """Return what an expression gives at the moment of an evaluation.
+def evaluate(expr: Expr, evaluation: Evaluation) -> Any:
+    """Return what an expression gives: a number, a text, a Vector or a Range.
 
     Raises EvaluationError where Prometheus does.
     """
-    if isinstance(expr, Operation):
-        if evaluation.lazy and expr.name in ("and", "unless"):
-            left = evaluate(expr.operands[0], evaluation)
-            return left and operate(expr, left, evaluate(expr.operands[1], evaluation))
-        values = [evaluate(operand, evaluation) for operand in expr.operands]
-        function = FUNCTIONS.get(expr.name)
-        if function:
-            return function.apply(expr, evaluation, *values)
-        return operate(expr, *values)
+    return compiled(expr)(evaluation)
+
+
+@lru_cache(maxsize=4096)
+def compiled(expr: Expr, lazy: bool = False) -> Callable[[Evaluation], Any]:
+    """Return what evaluates an expression, equal ones once for each evaluation.
+
+    A ``lazy`` one looks for no error in what cannot change the answer.
+    """
+    if isinstance(expr, (Number, Text)):
+        constant = expr.value
+        return lambda _: constant
     if isinstance(expr, Selector):
-        return _selected(expr, evaluation)
-    if not isinstance(expr, Subquery):
-        return expr.value
-    if expr not in evaluation.computed:
-        evaluation.computed[expr] = _subquery(expr, evaluation)
-    return cast(Range, evaluation.computed[expr])
+        compute: Callable[[Evaluation], Value] = partial(_selected, expr)
+    elif isinstance(expr, Subquery):
+        compute = partial(_subquery, expr, compiled(expr.expr, lazy))
+    else:
+        compute = _applied(expr, [compiled(part, lazy) for part in expr.operands], lazy)
+
+    def once(evaluation: Evaluation) -> Any:
+        known = evaluation.computed
+        if once not in known:
+            known[once] = compute(evaluation)
+        return known[once]
+
+    return once
+
+
+def _applied(
+    expr: Operation, operands: Sequence[Callable[[Evaluation], Any]], lazy: bool
+) -> Callable[[Evaluation], Value]:
+    function = FUNCTIONS.get(expr.name)
+    if function:
+        apply = function.apply
+        return lambda now: apply(expr, now, *[operand(now) for operand in operands])
+    left, right = operands
+    if lazy and expr.name in ("and", "unless"):
+        return lambda now: left(now) and operate(expr, left(now), right(now))
+    return lambda now: operate(expr, left(now), right(now))
 
 
 def _selected(selector: Selector, evaluation: Evaluation) -> Vector | Range:
@@ -1006,21 +1027,8 @@ def _selected(selector: Selector, evaluation: Evaluation) -> Vector | Range:
     if selector.window:
         # Prometheus counts in milliseconds, and so 4 - 1.001 is 2.999.
         return Range(found, round(moment - selector.window, 9), moment)
-    return {
-        labels: sample[1]
-        for labels, series in found.items()
-        if (sample := series.sample_at(moment))
-    }
-
-
-def evaluate_vector(expr: Expr, evaluation: Evaluation) -> Vector:
-    """Return the series of an instant vector, found once for all built-in rules."""
-    if not evaluation.lazy:
-        return cast(Vector, evaluate(expr, evaluation))
-    key, computed = ("lazy", expr), evaluation.computed
-    if key not in computed:
-        computed[key] = evaluate(expr, evaluation)
-    return cast(Vector, computed[key])
+    samples = ((labels, series.sample_at(moment)) for labels, series in found.items())
+    return {labels: sample[1] for labels, sample in samples if sample}
 
 
 def moment_of(expr: Selector | Subquery, evaluation: Evaluation) -> float:
@@ -1088,15 +1096,10 @@ def matches(matcher: Matcher, value: str) -> bool:
 
 def count_matched(selector: Selector, evaluation: Evaluation) -> int:
     """Return how many series a selector finds."""
-    known = evaluation.selected
-    if selector not in known:
-        moment, found = moment_of(selector, evaluation), select(selector, evaluation)
-        start = moment - selector.window
-        known[selector] = sum(
-            series.time > start if selector.window else bool(series.sample_at(moment))
-            for series in found.values()
-        )
-    return cast(int, known[selector])
+    found = compiled(selector)(evaluation)
+    if isinstance(found, Range):
+        return sum(series.time > found.start for series in found.series.values())
+    return len(found)
 
 
 def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
@@ -1128,7 +1131,9 @@ def _depths(
             yield from _depths(operand, before, step)
 
 
-def _subquery(expr: Subquery, evaluation: Evaluation) -> Range:
+def _subquery(
+    expr: Subquery, compute: Callable[[Evaluation], Vector], evaluation: Evaluation
+) -> Range:
     """Evaluate an expression at each multiple of a step, as if it were asked then."""
     end, shift = moment_of(expr, evaluation), evaluation.wall - evaluation.now
     # Steps are multiples since 1970, and Prometheus counts in milliseconds.
@@ -1139,7 +1144,7 @@ def _subquery(expr: Subquery, evaluation: Evaluation) -> Range:
     for number in range(first // step + 1, last // step + 1):
         wall = number * step / 1000
         then = evaluation._replace(now=min(wall - shift, end), wall=wall, computed={})
-        vector = evaluate_vector(expr.expr, then)
+        vector = compute(then)
         checks.append(then.now)
         count += len(vector)
         if count > MAX_POINTS_OF_SUBQUERY:
@@ -1161,10 +1166,10 @@ def operate(expr: Operation, left: Value, right: Value) -> Value:
         return float(apply(left, right))
     if filters and isinstance(right, float):  # as most rules do
         return {k: v for k, v in cast(Vector, left).items() if apply(v, right)}
-    found = _pairs(expr, left, right)
+    pairs = _pairs(expr, left, right)
     if filters:
-        return {labels: kept for labels, kept, a, b in found if apply(a, b)}
-    return _distinct((labels, float(apply(a, b))) for labels, _, a, b in found)
+        return {labels: kept for labels, kept, a, b in pairs if apply(a, b)}
+    return _distinct((labels, float(apply(a, b))) for labels, _, a, b in pairs)
 
 
 def is_filter(expr: Operation) -> bool:
@@ -1440,28 +1445,25 @@ def _of_time(part: Callable[[time.struct_time], float]) -> Callable[..., Vector]
 
 
 def _over_range(
-    function: Callable[..., float], least: int = 1, named: bool = False, place: int = 0
+    function: Callable[..., float], least: int = 1, named: bool = False
 ) -> Callable[..., Vector]:
-    """Apply to the samples of each series that has enough of them in the range."""
-    # What a series gave is remembered for rules that differ in their matchers.
+    """Apply to the samples of each series that has enough of them in the range.
+
+    What a series gave is remembered for rules that differ in their matchers.
+    """
     dropped = () if named else METADATA
 
     def apply(expr: Operation, evaluation: Evaluation, *values: Any) -> Vector:
-        if expr in evaluation.computed:
-            return cast(Vector, evaluation.computed[expr])
-        ranged, others = values[place], values[:place] + values[place + 1 :]
-        bounds = ranged.start, ranged.end
+        *others, (found, *bounds) = values
         known = evaluation.computed.setdefault((expr.name, *bounds, *others), {})
-        for labels, series in ranged.series.items():
+        for labels, series in found.items():
             if series not in known:
                 points = series.window(*bounds)
                 known[series] = len(points.times) >= least and (
                     _filtered(labels, False, dropped),
                     function(points, *bounds, *others),
                 )
-        vector = _distinct(filter(None, map(known.get, ranged.series.values())))
-        evaluation.computed[expr] = vector
-        return vector
+        return _distinct(filter(None, map(known.get, found.values())))
 
     return apply
 
@@ -1710,7 +1712,7 @@ FUNCTIONS: dict[str, Function] = {
         "resets": lambda points, *_: float(len(points.falls)),
         **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
     }),
-    **_rows((SCALAR, RANGE), partial(_over_range, place=1), {
+    **_rows((SCALAR, RANGE), _over_range, {
         "quantile_over_time": _of_values(_quantile),
     }),
     **_rows((RANGE,), partial(_over_range, named=True), {
@@ -1736,7 +1738,7 @@ FUNCTIONS: dict[str, Function] = {
     }),
     # Its seconds count from now, also where the range ends before.
     "predict_linear": Function((RANGE, SCALAR), lambda expr, now, ranged, seconds: (
-        _over_range(_predict, 2)(expr, now, ranged, now.now - ranged.end + seconds)
+        _over_range(_predict, 2)(expr, now, now.now - ranged.end + seconds, ranged)
     )),
     "absent": Function((VECTOR,), _absent),
     "absent_over_time": Function((RANGE,), _absent),
@@ -2188,8 +2190,9 @@ def count_steps(expr: Expr) -> int:
 
 
 def _negative(operand: Expr) -> Expr:
-    # A minus is a multiplication, also in what becomes of the metric's name.
-    if isinstance(operand, Number):
+    # A minus is a multiplication, also in what becomes of the metric's name.  As a
+    # literal -0 would equal 0, by which it does not divide.
+    if isinstance(operand, Number) and operand.value:
         return Number(-operand.value)
     return Operation("*", (Number(-1.0), operand))
 
@@ -2366,11 +2369,12 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     """
     rule, part = before.rule, _part(before, evaluation)
     try:
-        samples, value, limit = _samples(rule, part, evaluation)
+        found, value, limit = part.measure(evaluation)
+        samples = _samples(found)
     except EvaluationError as error:
         return before._replace(error=str(error), value=None, part=part)
-    same = rule.builtin and part is before.part and value == before.value
-    if same and not (samples or before.alerts or before.error):
+    quiet = rule.builtin and not (samples or before.alerts or before.error)
+    if quiet and (before.part, before.value) == (part, value):
         return before
     alerts = {unnamed(alert.labels): alert for alert in before.alerts}
     now_there = _advanced(rule, alerts, samples, evaluation.now)
@@ -2383,17 +2387,13 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     return RuleStatus(rule, now_there, "", matched, value, limit, part=part)
 
 
-def _samples(
-    rule: Rule, part: Part, evaluation: Evaluation
-) -> tuple[dict[Labels, Sample], float | None, float | None]:
-    lazy = evaluation._replace(lazy=True) if rule.builtin else evaluation
-    found, value, limit = _measure(part.expr, lazy) if part.expr else NOTHING
+def _samples(found: Vector) -> dict[Labels, Sample]:
     # An alert is known by the labels of its series without the name, and these must
     # differ (AlertingRule.Eval in Prometheus' rules/alerting.go).
     samples = {unnamed(labels): Sample(labels, v) for labels, v in found.items()}
     if len(samples) < len(found):
         raise EvaluationError("two series differ in nothing but their name")
-    return samples, value, limit
+    return samples
 
 
 def _count_found(rule: Rule, part: Part, evaluation: Evaluation) -> int:
@@ -2482,11 +2482,12 @@ def _part(status: RuleStatus, evaluation: Evaluation) -> Part:
     if part and part.names == names:
         return part
     if not rule.builtin:
-        return Part(names, rule.expr, tuple(find_selectors(rule.expr)))
-    shown = _visible(rule.expr, names)
+        return Part(names, _measuring(rule.expr), tuple(find_selectors(rule.expr)))
+    left, shown = prune(rule.expr, names), _visible(rule.expr, names)
     selectors = find_selectors(shown) if shown else ()
     wanted = {selector.name: selector for selector in selectors}
-    return Part(names, prune(rule.expr, names), tuple(wanted.values()))
+    measure = _measuring(left, lazy=True) if left else lambda _: Measure({})
+    return Part(names, measure, tuple(wanted.values()))
 
 
 def _visible(expr: Expr, names: frozenset[str]) -> Expr | None:
@@ -2500,29 +2501,33 @@ class Measure(NamedTuple):
     found: Vector
     value: float | None = None
     limit: float | None = None
-
-
-NOTHING = Measure({})
 # What answers to the absence of a metric.
 SEE_ABSENCE = ("absent", "absent_over_time", "scalar")
 
 
-def _measure(expr: Expr, evaluation: Evaluation) -> Measure:
-    """Evaluate the expression of a rule, and find the worst value that it limits."""
-    if not (isinstance(expr, Operation) and is_filter(expr)):
-        return Measure(evaluate_vector(expr, evaluation))
-    left, right = expr.operands
-    if isinstance(left, Number):
-        expr = expr._replace(name=MIRRORED[expr.name], operands=(right, left))
-        left, right = right, left
-    if not isinstance(right, Number):
-        return Measure(evaluate_vector(expr, evaluation))
-    measured = evaluate_vector(left, evaluation)
-    found = cast(Vector, operate(expr, measured, right.value))
+def _measuring(expr: Expr, lazy: bool = False) -> Callable[[Evaluation], Measure]:
+    """Return what evaluates a rule, and finds the worst value that it limits."""
+    if isinstance(expr, Operation) and is_filter(expr):
+        left, right = expr.operands
+        if isinstance(left, Number):
+            expr = expr._replace(name=MIRRORED[expr.name])
+            left, right = right, left
+        if isinstance(right, Number):
+            return partial(_limited, expr, compiled(left, lazy), right.value)
+    compute = compiled(expr, lazy)
+    return lambda evaluation: Measure(compute(evaluation))
+
+
+def _limited(
+    expr: Operation, compute: Callable[[Evaluation], Vector], limit: float,
+    evaluation: Evaluation,
+) -> Measure:  # fmt: skip
+    measured = compute(evaluation)
+    found = cast(Vector, operate(expr, measured, limit))
     worst = REDUCERS["min" if expr.name in ("<", "<=") else "max"]
     # With == and != the worst is neither the greatest nor the least.
     value = worst(list((found or measured).values())) if measured else None
-    return Measure(found, value, right.value)
+    return Measure(found, value, limit)
 
 
 def _advanced(
@@ -4803,7 +4808,7 @@ def remaining(
         if target.reason:
             return f"scrape of {target.instance}: {target.reason}: {target.message}"
     try:
-        found = evaluate_vector(expr, evaluation)
+        found = evaluate(expr, evaluation)
     except EvaluationError as error:
         return str(error)
     shown = (f"{format_series(k)} {format_float(v)}" for k, v in found.items())
@@ -5002,7 +5007,7 @@ def describe_missing(
     ``names`` are the metrics that are there, and ``own`` the labels of targets.
     """
     text = f"no series of {format_expression(selector)} is there"
-    there = evaluate_vector(Selector(selector.name), evaluation)
+    there = evaluate(Selector(selector.name), evaluation)
     near = nearest_name(selector.name, names)
     if search.homes or not (there or near):
         text += " any more" if search.homes else " yet"
@@ -7933,7 +7938,7 @@ def _results(expr: Expr, instant: Evaluation) -> Iterator[str]:
                 unix = at - instant.now + instant.wall
                 yield f"{format_float(value)} @[{unix:.3f}]"
     else:
-        for labels, value in evaluate_vector(expr, instant).items():
+        for labels, value in evaluate(expr, instant).items():
             yield f"{format_series(labels)} => {format_float(value)} {now}"
 
 
