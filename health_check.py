@@ -3432,15 +3432,21 @@ def _hopeless(_: Given, values: Values) -> Iterator[str]:
     if not {"target_labels", "metrics_endpoint"} <= values.keys():
         return
     added, own = added_series(values), values["target_labels"]
-    rules = (*values.get("unhealthy_when", ()), *values.get("canary_when", ()))
-    named = [(f"the rule {rule.name}", rule.expr) for rule in rules]
-    singles = ((n, values.get(n.lower())) for n in ("METRIC_TO_CHECK", "DRAIN_WHILE"))
-    named += [(name, expr) for name, expr in singles if expr]
+    named = list(_expressions(values))
     for name, expr in named:
         for problem in hopeless_selectors(expr, added, own):
             yield f"{name}: {problem}"
-    told = [f"{name}: {text}" for name, expr in named for text in unholdable([expr])]
-    yield from told or unholdable([expr for _, expr in named])
+    large = [f"{name}: {text}" for name, expr in named for text in unholdable([expr])]
+    yield from large or unholdable([expr for _, expr in named])
+
+
+def _expressions(values: Values) -> Iterator[tuple[str, Expr]]:
+    for name in "unhealthy_when", "canary_when":
+        for rule in values.get(name, ()):
+            yield f"the rule {rule.name}", rule.expr
+    for name in "metric_to_check", "drain_while":
+        if values.get(name):
+            yield name.upper(), values[name]
 
 
 def _scrape_problems(given: Given, values: Values) -> Iterator[str]:
@@ -3643,10 +3649,6 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _canary(text: str) -> Target | None:
-    return _target(text) if text else None
-
-
 def _canary_body(text: str) -> bytes:
     try:
         body = json.loads(text or "{}")
@@ -3690,17 +3692,25 @@ def _label_pair(item: str) -> tuple[str, str]:
     return name, value.strip().strip('"')
 
 
-def _metric(text: str) -> Expr | None:
-    expr = parse_expression(text) if text else None
-    if expr is not None and type_of(expr) != VECTOR:
-        raise ValueError(f"expected an {VECTOR}, this is a {type_of(expr)}")
+def parse_vector(text: str) -> Expr:
+    """Return an expression that gives an instant vector.
+
+    Raises PromQLError, or ConfigError for another type.
+    """
+    expr = parse_expression(text)
+    if type_of(expr) != VECTOR:
+        raise ConfigError(f"expected an {VECTOR}, this is a {type_of(expr)}")
     return expr
 
 
-def _threshold(text: str) -> float | None:
-    if text and not math.isfinite(float_or_nan(text)):
+def _finite(text: str) -> float:
+    if not math.isfinite(float_or_nan(text)):
         raise ValueError("expected a finite number as in 10 or 0.95")
-    return parse_float(text) if text else None
+    return parse_float(text)
+
+
+def _optional(parse: Callable[[str], T], text: str) -> T | None:
+    return parse(text) if text else None
 
 
 def _port(text: str) -> int:
@@ -3764,18 +3774,19 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
     ("TARGET_LABELS", partial(_label_pairs, ADDED_LABELS), "",
      "labels for every series, as in job=vllm,namespace=prod"),
-    ("METRIC_TO_CHECK", _metric, "",
+    ("METRIC_TO_CHECK", partial(_optional, parse_vector), "",
      "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
-    ("METRIC_THRESHOLD", _threshold, "",
+    ("METRIC_THRESHOLD", partial(_optional, _finite), "",
      "highest healthy value; without METRIC_TO_CHECK that of the default rules"),
-    ("METRICS_THRESHOLD", _threshold, "", "another spelling of METRIC_THRESHOLD"),
+    ("METRICS_THRESHOLD", partial(_optional, _finite), "",
+     "another spelling of METRIC_THRESHOLD"),
     ("UNHEALTHY_WHEN", parse_rules, "",
      "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
     ("WITHOUT_RULES", _rule_names, "",
      "built-in rules to leave out, separated by commas"),
     ("HEALTH_ENDPOINT", _endpoints, "",
      "URL of the server's own health route, or several, asked beside each scrape"),
-    ("CANARY_URL", _canary, "",
+    ("CANARY_URL", partial(_optional, _target), "",
      "URL to ask for one token when no metric tells: http://HOST/v1/completions"),
     ("CANARY_BODY", _canary_body, "",
      "JSON to send there; by default a prompt with max_tokens 1"),
@@ -3794,7 +3805,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
      "file that has the reason then; /dev/termination-log where there is one"),
     ("DRAIN_TIMEOUT", partial(_duration, 0.1, 3600.0), "25",
      "seconds that /drain waits; keep it below the grace period of the pod"),
-    ("DRAIN_WHILE", _metric, "",
+    ("DRAIN_WHILE", partial(_optional, parse_vector), "",
      "expression that gives what still runs or waits, where the server is not known"),
     ("ALERTMANAGER_URL", _alertmanagers, "",
      "URL of an Alertmanager, or several, each of which gets every alert"),
@@ -4572,21 +4583,25 @@ def _unescape(quoted: bytes) -> str:
     return text.decode()
 
 
-# --- 10. Words: Verdict -> text ------------------------------------------------------
+# --- 10. Log: what happens -> lines of stderr ----------------------------------------
 
 LOG = logging.getLogger("health_check")
-MAX_LAST_WORDS, MAX_RULE, MAX_READ = 2000, 160, 5
-ANSWERED = "up", "scrape_error"
+MAX_BACKLOG, FLUSH_TIME = 256 * 1024, 0.2
 BUG = "this is a bug in health_check.py: please report it"
-Message = Tuple[int, str, Dict[str, str]]
-"""A line of the log: its level, its text, and its fields for LOG_FORMAT=json."""
 
 
-def log_transitions(before: Verdict, after: Verdict) -> None:
-    """Log what has changed from one verdict to the next."""
-    for level, message, fields in transitions(before, after):
-        log(level, message, **fields)
-    LOG.debug("check %s: %s", after.sequence, after.reason or "Healthy")
+def log_to_stderr(config: Config) -> None:
+    """Log to stderr from here on, and first what is doubtful in the settings."""
+    handler = _stderr_handler()
+    formatter = JSONFormatter if config.log_format == "json" else TextFormatter
+    handler.setFormatter(formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOG.handlers[:], LOG.propagate = [handler], False
+    # Who wants errors only must see once what a setting risks.
+    LOG.setLevel(logging.WARNING)
+    for warning in (*config.warnings, *missing_files(config)):
+        LOG.warning("%s", warning)
+    LOG.setLevel(config.log_level.upper())
+    threading.excepthook = report_thread
 
 
 def log(level: int, message: str, **fields: object) -> None:
@@ -4604,6 +4619,127 @@ def report_thread(ended: threading.ExceptHookArgs) -> None:
     """Log that a thread has ended by an error; Python's own hook mixes in its lines."""
     name = ended.thread and ended.thread.name
     LOG.error("the thread %s has ended: %s", name, BUG, exc_info=ended.exc_value)
+
+
+def _stderr_handler() -> logging.Handler:
+    try:
+        return LogWriter(sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):
+        # Descriptor 2 is closed, or stderr is no file.
+        return logging.StreamHandler()
+
+
+class LogWriter(logging.Handler):
+    """Writes the log in a thread of its own, so that nobody waits for its reader.
+
+    A terminal or a pipe that nobody reads keeps that thread alone; lines wait in a
+    bounded backlog, and from when it is full until it is empty they are lost and
+    counted.  To make the descriptor non-blocking would do so to each process that
+    shares it.  The condition guards the backlog and the count.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor, self._changed = descriptor, threading.Condition()
+        self._lines: collections.deque[bytes] = collections.deque()
+        self._size = self._lost = 0
+        threading.Thread(target=self._work, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a line to the thread, or count it as lost."""
+        line = self._encode(record)
+        with self._changed:
+            if self._lost or self._size + len(line) > MAX_BACKLOG:
+                self._lost += 1
+            else:
+                self._append(line)
+
+    def flush(self) -> None:
+        """Wait until all is written, a moment at most: the program may be ending."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._size, FLUSH_TIME)
+
+    def _encode(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+
+    def _append(self, line: bytes) -> None:
+        self._lines.append(line)
+        self._size += len(line)
+        self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            line = self._next_line()
+            with suppress(OSError):
+                self._write(line)
+            with self._changed:
+                self._size -= len(line)
+                self._changed.notify_all()
+
+    def _next_line(self) -> bytes:
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._lost)
+            if not self._lines:
+                text = f"nobody read the log, lines lost: {self._lost}"
+                told = {"msg": text, "levelname": "WARNING"}
+                self._append(self._encode(logging.makeLogRecord(told)))
+                self._lost = 0
+            return self._lines.popleft()
+
+    def _write(self, line: bytes) -> None:
+        while line:
+            # Another process that shares it may have made it non-blocking.
+            ready_of([], [self._descriptor], [])
+            with suppress(BlockingIOError):
+                line = line[os.write(self._descriptor, line) :]
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record, with whatever comes from outside made harmless."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, control characters escaped."""
+        lines = super().format(record).split("\n")
+        lines = lines if record.exc_info else [" ".join(lines)]
+        return "\n".join(map(escape_controls, lines))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Return a traceback, whose errors may hold a secret."""
+        return redact(super().formatException(ei)).replace("\n", "\n  ")
+
+
+class JSONFormatter(TextFormatter):
+    """One JSON object a line: time, level, message, fields, a traceback if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        fields = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+# --- 11. Words: Verdict -> text ------------------------------------------------------
+
+MAX_LAST_WORDS, MAX_RULE, MAX_READ = 2000, 160, 5
+ANSWERED = "up", "scrape_error"
+Message = Tuple[int, str, Dict[str, str]]
+"""A line of the log: its level, its text, and its fields for LOG_FORMAT=json."""
+
+
+def log_transitions(before: Verdict, after: Verdict) -> None:
+    """Log what has changed from one verdict to the next."""
+    for level, message, fields in transitions(before, after):
+        log(level, message, **fields)
+    LOG.debug("check %s: %s", after.sequence, after.reason or "Healthy")
 
 
 def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
@@ -4815,7 +4951,7 @@ def remaining(
     return shorten(", ".join(itertools.islice(shown, 10)))
 
 
-# --- 11. Absence: rules x what scrapes show -> warnings ------------------------------
+# --- 12. Absence: rules x what scrapes show -> warnings ------------------------------
 # What finds nothing never fires: a typo, a rename, a label, another server may be why.
 
 REMIND, REMIND_OF_TARGET = 300.0, 3600.0
@@ -5084,7 +5220,7 @@ def _may_be_typo(part: str, other: str) -> bool:
     return {part, other} == RENAMED or (ratio >= 0.75 and digits[0] == digits[1])
 
 
-# --- 12. Probe: URL -> whether a server answers as it should -------------------------
+# --- 13. Probe: URL -> whether a server answers as it should -------------------------
 # An engine that hangs while it is idle says 0 run, 0 wait for ever, and gauges that
 # stand still look the same whether it hangs or its clients left.  Only a request tells;
 # the metrics say when it is needed, so that it is almost never sent.
@@ -5299,7 +5435,7 @@ def _read(response: Response, deadline: float) -> bytes:
     return bytes(buffer[:size])
 
 
-# --- 13. History: samples of each check -> what expressions are evaluated against ----
+# --- 14. History: samples of each check -> what expressions are evaluated against ----
 
 POINTS_PER_RANGE, LEAST_POINTS = 512, 32
 # What a series takes besides its samples and the text of its labels, measured.
@@ -5507,7 +5643,7 @@ def _size(labels: Labels) -> int:
     return SERIES_BYTES + sum(len(value) for _, value in labels)
 
 
-# --- 14. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
+# --- 15. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
 
 GRACE = 0.05
 # How long a request that has had no answer in time is not sent again: a server that
@@ -5716,7 +5852,7 @@ class Scraper:
             return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 
 
-# --- 15. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
+# --- 16. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
 MAX_DRAIN_PAUSE = 5.0
@@ -5933,7 +6069,7 @@ class Monitor:
         self._restart_after_gap(now)
         self._give_up(scrapes)
         before = self.verdict.targets
-        targets = record(scrapes, self.history, now, self.config, before)
+        targets = record_scrapes(scrapes, self.history, now, self.config, before)
         if self.canary and answer:
             answer = self._consider(self.canary, answer, now, wall)
             probes += (answer,) if answer.sent > -math.inf else ()
@@ -6017,7 +6153,7 @@ class Monitor:
             trend.states.append(verdict.state_of(status))
 
 
-def record(
+def record_scrapes(
     scrapes: Iterable[Scrape], history: History, now: float, config: Config,
     before: Iterable[TargetStatus] = (),
 ) -> tuple[TargetStatus, ...]:
@@ -6078,7 +6214,7 @@ def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         return status._replace(error=f"bug: {report(error)}")
 
 
-# --- 16. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
+# --- 17. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
@@ -6327,7 +6463,7 @@ def _failures(targets: Iterable[TargetStatus]) -> list[str]:
     ]  # fmt: skip
 
 
-# --- 17. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
+# --- 18. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
 
 # With 200 rules or 5,000 series an answer would be megabytes: it is cut, and built in
 # slices, one in each turn of the loop, so that it holds up nobody else's.
@@ -6980,7 +7116,7 @@ PAGE_END = f"""</main>
 """
 
 
-# --- 18. Serve: connections -> Answers -----------------------------------------------
+# --- 19. Serve: connections -> Answers -----------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
@@ -7578,21 +7714,10 @@ def listen(host: str, port: int) -> socket.socket:
         return create(("0.0.0.0", port))
 
 
-# --- 19. Main: wiring and signals ----------------------------------------------------
+# --- 20. Commands: one look at the targets -> lines of stdout, an exit status --------
 
 # A preStop hook has 30 s with the default grace, and SIGTERM comes after it.
 QUERY_PAUSE, WAIT_TOLD_EACH, WAIT_TIMEOUT = 1.0, 10.0, 25.0
-EXIT_STATUS, TERMINATION_LOG, MAX_FILE = 88, "/dev/termination-log", 4096
-MAX_BACKLOG, FLUSH_TIME = 256 * 1024, 0.2
-# What the first line of the log has in a form of its own.
-TOLD = ("UNHEALTHY_WHEN", "APP_PORT", "METRICS_TIMEOUT", "SCRAPE_INTERVAL")
-MODES = (
-    ("--once", "", "check once; exit 0 if healthy, 1 if not"),
-    ("--check-config", "", "print the rules as understood; exit 2 if one is wrong"),
-    ("--demo", "", "serve against a simulated LLM server"),
-    ("--query", "EXPR", "print what EXPR gives now"),
-    ("--wait", "EXPR", "wait until EXPR gives nothing twice; exit 1 if not in time"),
-)
 PROMETHEUS_STEP = 10.0
 # What Prometheus does not have, or only from somewhere else.
 NOT_IN_PROMETHEUS = {
@@ -7600,47 +7725,6 @@ NOT_IN_PROMETHEUS = {
     "scrape_body_size_bytes": "needs --enable-feature=extra-scrape-metrics",
     **dict.fromkeys(PROBED, "comes from /metrics of this program"),
 }
-EXAMPLES = """
-
-answers on APP_PORT:
-  /health       200 Healthy or 503 Unhealthy, for readiness; ?verbose says why
-  /health/NAME  503 only while that rule fires, for liveness; or several: A,B
-  /livez        200 while this program works
-  /drain        200 once nothing runs or waits any more, for a preStop hook
-  /metrics, /   its own metrics, and a page for people
-
-examples:
-  METRICS_ENDPOINT=http://localhost:8000/metrics python3 health_check.py
-  METRIC_TO_CHECK=tgi_queue_size METRIC_THRESHOLD=10 python3 health_check.py
-  UNHEALTHY_WHEN='Busy: tgi_queue_size > 10 for 30s' python3 health_check.py
-
-exit status:
-  0  healthy, or stopped by a signal
-  1  unhealthy, no answer, or the port cannot be had
-  2  a setting, a rule or an expression is wrong
-  88 a rule of EXIT_WHEN fires
-"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    0 is healthy or a clean stop, 1 unhealthy or not able to serve, 2 a wrong
-    configuration or expression.
-    """
-    if hasattr(sys.stdout, "reconfigure"):
-        # A label's value may be more than the locale can write.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except RuntimeError as error:
-        if "start new thread" not in str(error):
-            raise
-        say(f"health_check.py: {error}: too many processes, or no memory", error=True)
-        return 1
-    finally:
-        with _unread(sys.stdout):
-            print(end="", flush=True)
 
 
 def say(text: str, *, error: bool = False) -> None:
@@ -7649,6 +7733,12 @@ def say(text: str, *, error: bool = False) -> None:
     with _unread(stream):
         if stream:
             print(text, file=stream, flush=True)
+
+
+def flush_output() -> None:
+    """Write what ``print`` has kept, as ``say`` does."""
+    with _unread(sys.stdout):
+        print(end="", flush=True)
 
 
 @contextmanager
@@ -7660,180 +7750,15 @@ def _unread(stream: Any) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _run(arguments: Sequence[str]) -> int:
-    options = _parse_arguments(arguments) if arguments else {}
-    path, text, awaited = map(options.get, ("probe", "query", "wait"))
-    if path is not None:
-        return probe(os.environ, path)
-    asked = text if awaited is None else awaited
-    try:
-        shown = DEMO_RULES if options.get("demo") else {}
-        config = load_config({**shown, **os.environ})
-        kind = "" if awaited is None else VECTOR
-        expr = None if asked is None else _parse_query(asked, config, kind)
-    except (ConfigError, PromQLError) as error:
-        say(f"health_check.py: {error}", error=True)
-        return 2
-    _log_to_stderr(config)
-    return _act(options, config, expr)
-
-
-def _act(options: Mapping[str, Any], config: Config, expr: Expr | None) -> int:
-    if options.get("check_config"):
-        told = options["format"] == "prometheus"
-        lines = describe_config(config) if not told else ()
-        say(prometheus_rules(config.rules) if told else "\n".join(lines))
-        return 0
-    if expr is None:
-        config = _start_demo(config) if options.get("demo") else config
-        return check_once(config) if options.get("once") else serve(config)
-    if options.get("wait") is None:
-        return query(config, expr)
-    timeout = options["timeout"]
-    return wait(config, expr, WAIT_TIMEOUT if timeout is None else timeout)
-
-
-def _parse_query(text: str, config: Config, kind: str = "") -> Expr:
-    expr = parse_expression(text)
-    if kind and type_of(expr) != kind:
-        raise ConfigError(f"expected an {kind}, this is a {type_of(expr)}")
-    added = added_series(config._asdict())
-    problems = list(hopeless_selectors(expr, added, config.target_labels))
-    problems += unholdable([expr])
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return expr
-
-
-def serve(config: Config) -> int:
-    """Answer until SIGTERM or SIGINT; return 0, or 1 where the port cannot be had.
-
-    And 88 where EXIT_WHEN ended it.
-    """
-    listener = _listener(config)
-    if not listener:
-        return 1
-    port = listener.getsockname()[1]
-    config = config._replace(pod_name=config.pod_name or socket.gethostname())
-    generator = page_url(config.pod_name, port)
-    notifiers = [Notifier(config, to, generator) for to in config.alertmanager_url]
-    monitor = Monitor(config)
-    monitor.listeners.append(log_transitions)
-    threads: list[Monitor | Notifier] = [monitor, *notifiers]
-    before = read_last_words(config.last_words)
-    server = Server(listener, monitor, notifiers, before)
-    policy = ExitPolicy(config, server.stop, time.monotonic())
-    monitor.listeners.append(policy.on_verdict)
-    with _stopped_by_signals(server):
-        for thread in threads:
-            thread.start()
-        _log_start(config, port)
-        if before:
-            log(logging.WARNING, f"the run before ended so: {before}")
-        # So that nothing is said of a server that nobody has asked yet.
-        monitor.request(0)
-        server.run()
-    for thread in threads:
-        thread.stop()
-    return policy.status
-
-
-@contextmanager
-def _stopped_by_signals(server: Server) -> Iterator[None]:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
-    # A signal that comes just before the loop sleeps would not wake it otherwise.
-    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        server.close()
-        # Python restores what a signal does by default as it ends.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
-
-def _listener(config: Config) -> socket.socket | None:
-    try:
-        return listen(config.app_host, config.app_port)
-    except (OSError, ValueError) as error:
-        where = f"{config.app_host or 'any address'}, port {config.app_port}"
-        problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        conflict = port_conflict(config.app_port)
-        problem += conflict and f" ({conflict})"
-        LOG.error("cannot listen on %s: %s", where, problem)
-        return None
-
-
-class ExitPolicy:
-    """Ends the program with 88 when a rule of EXIT_WHEN fires.
-
-    Kubernetes restarts the pod for it without any back-off.  So never before the first
-    Healthy verdict of this run, and never within EXIT_AFTER of its start.
-    """
-
-    status = 0
-
-    def __init__(self, config: Config, stop: Callable[[], None], start: float) -> None:
-        self._config, self._stop = config, stop
-        self._earliest, self._was_healthy = start + config.exit_after, False
-
-    def on_verdict(self, _: Verdict, verdict: Verdict) -> None:
-        """Stop the program if a verdict asks for it; for the thread that checks."""
-        self._was_healthy = self._was_healthy or verdict.healthy
-        wanted = [s for s in verdict.rules if s.rule.name in self._config.exit_when]
-        firing = [status for status in wanted if status.state == "firing"]
-        if firing and self._was_healthy and verdict.time >= self._earliest:
-            self._earliest = math.inf
-            self.status, names = EXIT_STATUS, ", ".join(s.rule.name for s in firing)
-            words = firing[0].last_words or describe(firing[0], verdict)
-            text = f"exit status {EXIT_STATUS}: {names}; {words}"
-            log(logging.WARNING, text, rule=names)
-            text = f"{format_time(verdict.wall)} {text}"
-            _write_last_words(self._config.last_words, text)
-            self._stop()
-
-
-def read_last_words(path: str) -> str:
-    """Return why the run before ended, empty if that is not known."""
-    with suppress(OSError):
-        if os.path.isfile(path):  # noqa: PTH113
-            with open(path, encoding="utf-8", errors="replace") as file:
-                return escape_controls(file.read(MAX_FILE).strip())
-    return ""
-
-
-def _write_last_words(path: str, text: str) -> None:
-    if not path and os.access(TERMINATION_LOG, os.W_OK):
-        path = TERMINATION_LOG
-    try:
-        if path:
-            with open(path, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text + "\n")
-    except OSError as error:
-        LOG.error("LAST_WORDS=%s: %s", path, error.strerror)
-
-
-def page_url(name: str, port: int) -> str:
-    """Return the URL of the page on a host, valid whatever the host is called.
-
-    >>> page_url("pod-1", 8081), page_url("fd00::1", 8081), page_url("my pod", 80)
-    ('http://pod-1:8081/', 'http://[fd00::1]:8081/', 'http://my-pod:80/')
-    """
-    host = re.sub(r"[^a-zA-Z0-9.:-]", "-", name)
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-
-
 def check_once(config: Config) -> int:
     """Check once, print the outcome, and return 0 for Healthy or 1.
 
     One check is no time: ``for`` counts as over, and a rule with a range is left out.
     """
-    undecided = [rule for rule in config.rules if _needed_range(rule)]
-    for rule in undecided:
-        say(f"[?]{rule.name} undecided: one check has no {_needed_range(rule)}")
-    decided = [r._replace(hold=0.0) for r in config.rules if r not in undecided]
+    ranges = {rule.name: _needed_range(rule) for rule in config.rules}
+    for name in filter(ranges.get, ranges):
+        say(f"[?]{name} undecided: one check has no {ranges[name]}")
+    decided = [r._replace(hold=0.0) for r in config.rules if not ranges[r.name]]
     targets, evaluation = _scrape_for(config.rules, config)
     rules = tuple(judge(RuleStatus(rule), evaluation) for rule in decided)
     fault = "never scraped" if all(target.reason for target in targets) else ""
@@ -7846,8 +7771,13 @@ def check_once(config: Config) -> int:
     return 0 if answer.status == 200 else 1
 
 
-def query(config: Config, expr: Expr) -> int:
-    """Print what an expression gives now, as promtool does; 1 if a scrape failed."""
+def print_query(config: Config, text: str) -> int:
+    """Print what an expression gives now, as promtool does; 1 if a scrape failed.
+
+    Raises PromQLError or ConfigError for one that can give nothing.
+    """
+    expr = parse_expression(text)
+    _refuse_hopeless(expr, config)
     again = bool(_range_text([expr]))
     targets, evaluation = _scrape_for([Rule("Query", expr)], config, again=again)
     failed = [target for target in targets if target.reason]
@@ -7863,13 +7793,15 @@ def query(config: Config, expr: Expr) -> int:
     return 1 if failed else 0
 
 
-def wait(config: Config, expr: Expr, timeout: float) -> int:
+def wait(config: Config, text: str, timeout: float) -> int:
     """Return 0 when an expression gives nothing in two checks in a row, 1 if too late.
 
-    Prints each ten seconds what it waits for.
+    Prints each ten seconds what it waits for.  Raises as ``print_query`` does.
     """
-    quiet, told, end = 0, -math.inf, time.monotonic() + timeout
+    expr = parse_vector(text)
+    _refuse_hopeless(expr, config)
     rules = [Rule("Wait", expr)]
+    quiet, told, end = 0, -math.inf, time.monotonic() + timeout
     lookout = Lookout(rules, config)
     for scrapes, targets, evaluation in _checks(rules, config):
         _say_missing(lookout, scrapes, evaluation)
@@ -7884,6 +7816,14 @@ def wait(config: Config, expr: Expr, timeout: float) -> int:
             break
     say(f"not over within {format_duration(timeout)}", error=True)
     return 1
+
+
+def _refuse_hopeless(expr: Expr, config: Config) -> None:
+    added = added_series(config._asdict())
+    problems = list(hopeless_selectors(expr, added, config.target_labels))
+    problems += unholdable([expr])
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _scrape_for(
@@ -7917,7 +7857,7 @@ def _checks(
         while True:
             now, wall = time.monotonic(), time.time()
             scrapes, probes = scraper.scrape(list_names=True)
-            targets = record(scrapes, history, now, config)
+            targets = record_scrapes(scrapes, history, now, config)
             record_probes(probes, history, now, config)
             yield scrapes, targets, history.evaluation(now, wall)
             time.sleep(QUERY_PAUSE)
@@ -7925,24 +7865,24 @@ def _checks(
         scraper.stop()
 
 
-def _results(expr: Expr, instant: Evaluation) -> Iterator[str]:
-    now = f"@[{instant.wall:.3f}]"
+def _results(expr: Expr, evaluation: Evaluation) -> Iterator[str]:
+    now = f"@[{evaluation.wall:.3f}]"
     if type_of(expr) == SCALAR:
-        yield f"scalar: {format_float(cast(float, evaluate(expr, instant)))} {now}"
+        yield f"scalar: {format_float(cast(float, evaluate(expr, evaluation)))} {now}"
     elif type_of(expr) == STRING:
-        yield f"string: {quote(cast(str, evaluate(expr, instant)))} {now}"
+        yield f"string: {quote(cast(str, evaluate(expr, evaluation)))} {now}"
     elif type_of(expr) == RANGE:
-        for labels, points in cast(Range, evaluate(expr, instant)).windows():
+        for labels, points in cast(Range, evaluate(expr, evaluation)).windows():
             yield f"{format_series(labels)} =>"
             for at, value in zip(points.times, points.values):
-                unix = at - instant.now + instant.wall
+                unix = at - evaluation.now + evaluation.wall
                 yield f"{format_float(value)} @[{unix:.3f}]"
     else:
-        for labels, value in evaluate(expr, instant).items():
+        for labels, value in evaluate(expr, evaluation).items():
             yield f"{format_series(labels)} => {format_float(value)} {now}"
 
 
-def probe(environ: Mapping[str, str], path: str) -> int:
+def ask_running(environ: Mapping[str, str], path: str) -> int:
     """Ask the program that runs here, print its answer, and return 0 or 1.
 
     It fails open and closed as the answers do: for ``/health/NAME``, which may restart
@@ -7950,7 +7890,7 @@ def probe(environ: Mapping[str, str], path: str) -> int:
     path only a 200 is 0.
     """
     path = "/" + path.lstrip("/")
-    status, text = _ask_running(environ, path)
+    status, text = _answer_of_running(environ, path)
     if path.startswith("/health/") and status not in (200, 503):
         problem = f"HTTP {status}" if status else text
         say(f"{problem}; unknown, so exit status 0", error=True)
@@ -7959,7 +7899,7 @@ def probe(environ: Mapping[str, str], path: str) -> int:
     return 0 if status == 200 else 1
 
 
-def _ask_running(environ: Mapping[str, str], path: str) -> tuple[int, str]:
+def _answer_of_running(environ: Mapping[str, str], path: str) -> tuple[int, str]:
     """Return a status and a body, or 0 and why there is none."""
     host = environ.get("APP_HOST", "").strip() or "localhost"
     host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(host, host)
@@ -7983,8 +7923,16 @@ def _with_reason(path: str) -> str:
     return f"{path}{'&' if '?' in path else '?'}verbose"
 
 
-def describe_config(config: Config) -> Iterator[str]:
-    """Yield what --check-config says: each rule, for the servers that answer now.
+def check_config(config: Config, format: str | None) -> int:
+    """Print the rules as understood, or as a rule group of Prometheus; return 0."""
+    as_group = format == "prometheus"
+    lines = () if as_group else _describe_config(config)
+    say(prometheus_rules(config.rules) if as_group else "\n".join(lines))
+    return 0
+
+
+def _describe_config(config: Config) -> Iterator[str]:
+    """Yield each rule, for the servers that answer now.
 
     If none does, the table of servers that built-in rules are made from.
     """
@@ -8090,146 +8038,243 @@ def _range_text(expressions: Iterable[Expr]) -> str:
     return f"range of {format_duration(longest)}" if longest else ""
 
 
+# --- 21. Main: arguments -> exit status; wiring and signals --------------------------
+
+EXIT_STATUS, TERMINATION_LOG, MAX_FILE = 88, "/dev/termination-log", 4096
+# What the line about the start has under names of its own.
+SHOWN_APART = ("UNHEALTHY_WHEN", "APP_PORT", "METRICS_TIMEOUT", "SCRAPE_INTERVAL")
+MODES = (
+    ("--once", "", "check once; exit 0 if healthy, 1 if not"),
+    ("--check-config", "", "print the rules as understood; exit 2 if one is wrong"),
+    ("--demo", "", "serve against a simulated LLM server"),
+    ("--query", "EXPR", "print what EXPR gives now"),
+    ("--wait", "EXPR", "wait until EXPR gives nothing twice; exit 1 if not in time"),
+)
+EXAMPLES = """
+
+answers on APP_PORT:
+  /health       200 Healthy or 503 Unhealthy, for readiness; ?verbose says why
+  /health/NAME  503 only while that rule fires, for liveness; or several: A,B
+  /livez        200 while this program works
+  /drain        200 once nothing runs or waits any more, for a preStop hook
+  /metrics, /   its own metrics, and a page for people
+
+examples:
+  METRICS_ENDPOINT=http://localhost:8000/metrics python3 health_check.py
+  METRIC_TO_CHECK=tgi_queue_size METRIC_THRESHOLD=10 python3 health_check.py
+  UNHEALTHY_WHEN='Busy: tgi_queue_size > 10 for 30s' python3 health_check.py
+
+exit status:
+  0  healthy, or stopped by a signal
+  1  unhealthy, no answer, or the port cannot be had
+  2  a setting, a rule or an expression is wrong
+  88 a rule of EXIT_WHEN fires
+"""
+
+
+class Options(NamedTuple):
+    """What the command line asks for: to serve, or one of the others."""
+
+    once: bool = False
+    check_config: bool = False
+    demo: bool = False
+    query: str | None = None
+    wait: str | None = None
+    probe: str | None = None
+    format: str | None = None
+    timeout: float | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status.
+
+    0 is healthy or a clean stop, 1 unhealthy or not able to serve, 2 a wrong
+    configuration or expression.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        # A label's value may be more than the locale can write.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(_parse_arguments(arguments) if arguments else Options())
+    except (ConfigError, PromQLError) as error:
+        say(f"health_check.py: {error}", error=True)
+        return 2
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        say(f"health_check.py: {error}: too many processes, or no memory", error=True)
+        return 1
+    finally:
+        flush_output()
+
+
+def _run(options: Options) -> int:
+    if options.probe is not None:
+        return ask_running(os.environ, options.probe)
+    config = load_config({**(DEMO_RULES if options.demo else {}), **os.environ})
+    log_to_stderr(config)
+    if options.check_config:
+        return check_config(config, options.format)
+    if options.once:
+        return check_once(config)
+    if options.query is not None:
+        return print_query(config, options.query)
+    if options.wait is not None:
+        timeout = WAIT_TIMEOUT if options.timeout is None else options.timeout
+        return wait(config, options.wait, timeout)
+    return serve(_start_demo(config) if options.demo else config)
+
+
+def serve(config: Config) -> int:
+    """Answer until SIGTERM or SIGINT; return 0, or 1 where the port cannot be had.
+
+    And 88 where EXIT_WHEN ended it.
+    """
+    listener = _listener(config)
+    if not listener:
+        return 1
+    port = listener.getsockname()[1]
+    config = config._replace(pod_name=config.pod_name or socket.gethostname())
+    generator = page_url(config.pod_name, port)
+    notifiers = [Notifier(config, to, generator) for to in config.alertmanager_url]
+    monitor = Monitor(config)
+    monitor.listeners.append(log_transitions)
+    threads: list[Monitor | Notifier] = [monitor, *notifiers]
+    before = read_last_words(config.last_words)
+    server = Server(listener, monitor, notifiers, before)
+    policy = ExitPolicy(config, server.stop, time.monotonic())
+    monitor.listeners.append(policy.on_verdict)
+    with _stopped_by_signals(server):
+        for thread in threads:
+            thread.start()
+        _log_start(config, port)
+        if before:
+            log(logging.WARNING, f"the run before ended so: {before}")
+        # So that nothing is said of a server that nobody has asked yet.
+        monitor.request(0)
+        server.run()
+    for thread in threads:
+        thread.stop()
+    return policy.status
+
+
+@contextmanager
+def _stopped_by_signals(server: Server) -> Iterator[None]:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    # A signal that comes just before the loop sleeps would not wake it otherwise.
+    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        server.close()
+        # Python restores what a signal does by default as it ends.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _listener(config: Config) -> socket.socket | None:
+    try:
+        return listen(config.app_host, config.app_port)
+    except (OSError, ValueError) as error:
+        where = f"{config.app_host or 'any address'}, port {config.app_port}"
+        problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        conflict = port_conflict(config.app_port)
+        problem += conflict and f" ({conflict})"
+        LOG.error("cannot listen on %s: %s", where, problem)
+        return None
+
+
+class ExitPolicy:
+    """Ends the program with 88 when a rule of EXIT_WHEN fires.
+
+    Kubernetes restarts the pod for it without any back-off.  So never before the first
+    Healthy verdict of this run, and never within EXIT_AFTER of its start.
+    """
+
+    status = 0
+
+    def __init__(self, config: Config, stop: Callable[[], None], start: float) -> None:
+        self._config, self._stop = config, stop
+        self._earliest, self._was_healthy = start + config.exit_after, False
+
+    def on_verdict(self, _: Verdict, verdict: Verdict) -> None:
+        """Stop the program if a verdict asks for it; for the thread that checks."""
+        self._was_healthy = self._was_healthy or verdict.healthy
+        wanted = [s for s in verdict.rules if s.rule.name in self._config.exit_when]
+        firing = [status for status in wanted if status.state == "firing"]
+        if firing and self._was_healthy and verdict.time >= self._earliest:
+            self._earliest = math.inf
+            self._end(firing, verdict)
+
+    def _end(self, firing: Sequence[RuleStatus], verdict: Verdict) -> None:
+        self.status, names = EXIT_STATUS, ", ".join(s.rule.name for s in firing)
+        words = firing[0].last_words or describe(firing[0], verdict)
+        text = f"exit status {EXIT_STATUS}: {names}; {words}"
+        log(logging.WARNING, text, rule=names)
+        text = f"{format_time(verdict.wall)} {text}"
+        _write_last_words(self._config.last_words, text)
+        self._stop()
+
+
+def read_last_words(path: str) -> str:
+    """Return why the run before ended, empty if that is not known."""
+    with suppress(OSError):
+        if os.path.isfile(path):  # noqa: PTH113
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return escape_controls(file.read(MAX_FILE).strip())
+    return ""
+
+
+def _write_last_words(path: str, text: str) -> None:
+    if not path and os.access(TERMINATION_LOG, os.W_OK):
+        path = TERMINATION_LOG
+    try:
+        if path:
+            with open(path, "w", encoding="utf-8", errors="replace") as file:
+                file.write(text + "\n")
+    except OSError as error:
+        LOG.error("LAST_WORDS=%s: %s", path, error.strerror)
+
+
+def page_url(name: str, port: int) -> str:
+    """Return the URL of the page on a host, valid whatever the host is called.
+
+    >>> page_url("pod-1", 8081), page_url("fd00::1", 8081), page_url("my pod", 80)
+    ('http://pod-1:8081/', 'http://[fd00::1]:8081/', 'http://my-pod:80/')
+    """
+    host = re.sub(r"[^a-zA-Z0-9.:-]", "-", name)
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
 def _log_start(config: Config, port: int) -> None:
+    settings = _started_with(config, port)
+    shown = ", ".join(f"{name} {value or 'none'}" for name, value in settings.items())
+    rules = [r.name if r.builtin else format_rule(r) for r in config.rules]
+    gone = [f"not {name} ({why})" for name, why in left_out(config).items() if why]
+    in_force = "; ".join((*rules, *gone))
+    message = f"health_check.py {__version__} is up: {shown}, rules: {in_force}"
+    fields = {**settings, "rules": rules, "left_out": gone}
+    log(logging.INFO, message, version=__version__, **fields)
+
+
+def _started_with(config: Config, port: int) -> dict[str, str]:
     settings = {
         "port": str(port),
         "metrics": " ".join(target.url for target in config.metrics_endpoint),
         "timeout": format_duration(config.metrics_timeout),
         "interval": format_duration(config.scrape_interval),
         "alertmanager": " ".join(target.url for target in config.alertmanager_url),
-        **{name: text for name, text in config.given.items() if name not in TOLD},
+        **{n: text for n, text in config.given.items() if n not in SHOWN_APART},
     }
     if config.exit_when:
         settings["EXIT_WHEN"] += " (for restartPolicyRules of Kubernetes 1.36)"
-    shown = ", ".join(f"{name} {value or 'none'}" for name, value in settings.items())
-    rules = [r.name if r.builtin else format_rule(r) for r in config.rules]
-    gone = [f"not {name} ({why})" for name, why in left_out(config).items() if why]
-    told = "; ".join((*rules, *gone))
-    message = f"health_check.py {__version__} is up: {shown}, rules: {told}"
-    fields = {**settings, "rules": rules, "left_out": gone}
-    log(logging.INFO, message, version=__version__, **fields)
+    return settings
 
 
-def _log_to_stderr(config: Config) -> None:
-    handler = _stderr_handler()
-    formatter = JSONFormatter if config.log_format == "json" else TextFormatter
-    handler.setFormatter(formatter("%(asctime)s %(levelname)s %(message)s"))
-    LOG.handlers[:], LOG.propagate = [handler], False
-    # Who wants errors only must see once what a setting risks.
-    LOG.setLevel(logging.WARNING)
-    for warning in (*config.warnings, *missing_files(config)):
-        LOG.warning("%s", warning)
-    LOG.setLevel(config.log_level.upper())
-    threading.excepthook = report_thread
-
-
-def _stderr_handler() -> logging.Handler:
-    try:
-        return LogWriter(sys.stderr.fileno())
-    except (AttributeError, OSError, ValueError):
-        # Descriptor 2 is closed, or stderr is no file.
-        return logging.StreamHandler()
-
-
-class LogWriter(logging.Handler):
-    """Writes the log in a thread of its own, so that nobody waits for its reader.
-
-    A terminal or a pipe that nobody reads keeps that thread alone; lines wait in a
-    bounded backlog, and from when it is full until it is empty they are lost and
-    counted.  To make the descriptor non-blocking would do so to each process that
-    shares it.  The condition guards the backlog and the count.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__()
-        self._descriptor, self._changed = descriptor, threading.Condition()
-        self._lines: collections.deque[bytes] = collections.deque()
-        self._size = self._lost = 0
-        threading.Thread(target=self._work, name="log", daemon=True).start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hand a line to the thread, or count it as lost."""
-        line = self._encode(record)
-        with self._changed:
-            if self._lost or self._size + len(line) > MAX_BACKLOG:
-                self._lost += 1
-            else:
-                self._append(line)
-
-    def flush(self) -> None:
-        """Wait until all is written, a moment at most: the program may be ending."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._size, FLUSH_TIME)
-
-    def _encode(self, record: logging.LogRecord) -> bytes:
-        return f"{self.format(record)}\n".encode(errors="backslashreplace")
-
-    def _append(self, line: bytes) -> None:
-        self._lines.append(line)
-        self._size += len(line)
-        self._changed.notify_all()
-
-    def _work(self) -> None:
-        while True:
-            line = self._next_line()
-            with suppress(OSError):
-                self._write(line)
-            with self._changed:
-                self._size -= len(line)
-                self._changed.notify_all()
-
-    def _next_line(self) -> bytes:
-        with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._lost)
-            if not self._lines:
-                text = f"nobody read the log, lines lost: {self._lost}"
-                told = {"msg": text, "levelname": "WARNING"}
-                self._append(self._encode(logging.makeLogRecord(told)))
-                self._lost = 0
-            return self._lines.popleft()
-
-    def _write(self, line: bytes) -> None:
-        while line:
-            # Another process that shares it may have made it non-blocking.
-            ready_of([], [self._descriptor], [])
-            with suppress(BlockingIOError):
-                line = line[os.write(self._descriptor, line) :]
-
-
-class TextFormatter(logging.Formatter):
-    """One line a record, with whatever comes from outside made harmless."""
-
-    converter = staticmethod(time.gmtime)
-    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, control characters escaped."""
-        lines = super().format(record).split("\n")
-        lines = lines if record.exc_info else [" ".join(lines)]
-        return "\n".join(map(escape_controls, lines))
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Return a traceback, whose errors may hold a secret."""
-        return redact(super().formatException(ei)).replace("\n", "\n  ")
-
-
-class JSONFormatter(TextFormatter):
-    """One JSON object a line: time, level, message, fields, a traceback if any."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
-        fields = {
-            "time": self.formatTime(record),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fields)
-
-
-def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+def _parse_arguments(arguments: Sequence[str]) -> Options:
     # The server, which needs neither, starts a tenth sooner.
     import argparse  # noqa: PLC0415
 
@@ -8257,10 +8302,11 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         help=f"how long --wait waits (default {format_duration(WAIT_TIMEOUT)})",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    options = vars(parser.parse_args(arguments))
-    for name, mode in ("timeout", "wait"), ("format", "check_config"):
-        if options[name] and not options[mode]:
-            parser.error(f"--{name} needs --{mode.replace('_', '-')}")
+    options = Options(**vars(parser.parse_args(arguments)))
+    if options.timeout is not None and options.wait is None:
+        parser.error("--timeout needs --wait")
+    if options.format and not options.check_config:
+        parser.error("--format needs --check-config")
     return options
 
 

@@ -111,7 +111,7 @@ from health_check import (
     prune,
     quote,
     read_samples,
-    record,
+    record_scrapes,
     regex_matches,
     restart_clocks,
     scrape_families,
@@ -1764,7 +1764,7 @@ class Replay:
         """Return the alerts at the next check: (rule, instance) of each that fires."""
         self.now += every
         scrapes = [self.scrape(str(n), text) for n, text in enumerate(texts)]
-        self.targets = record(
+        self.targets = record_scrapes(
             scrapes, self.history, self.now, self.CONFIG, self.targets
         )
         evaluation = self.history.evaluation(self.now, WALL + self.now)

@@ -115,7 +115,7 @@ class Rules:
         stream = hc.Stream("text/plain", io.BytesIO(text.encode()).readinto)
         reading = hc.read_samples(stream, FORMAT, {})
         scrape = hc.Scrape(hc.TargetStatus("server:1"), OWN, reading)
-        hc.record([scrape], self.history, self.now, CONFIG)
+        hc.record_scrapes([scrape], self.history, self.now, CONFIG)
         evaluation = self.history.evaluation(self.now, 1e9 + self.now)
         self.statuses = tuple(hc.judge(s, evaluation) for s in self.statuses)
         errors = [status.error for status in self.statuses if status.error]
