@@ -5122,8 +5122,9 @@ def describe_page(names: AbstractSet[str]) -> str:
     """
     if not names:
         return "nothing is watched: its page is empty, maybe until the first request"
-    count = f"{len(names)} or more" if len(names) >= MAX_NAMES else str(len(names))
-    text = f"nothing is watched: no rule knows any of its {count} metrics"
+    count = f"any of its {len(names)}{' or more' * (len(names) >= MAX_NAMES)} metrics"
+    count = count if len(names) > 1 else "its only metric"
+    text = f"nothing is watched: no rule knows {count}"
     there, near = next(servers_there(names), None), nearest_server(names)
     queue = nearest_name(near.waiting, names) if near else ""
     if there:
@@ -6507,14 +6508,9 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
     options = _options(query)
     excluded = {*options.get("exclude", [])}
     reason = verdict.fault or name_some(verdict.failing_rules(excluded))
-    status, word = (503, "Unhealthy") if reason else (200, "Healthy")
-    if options.get("format") == ["json"]:
-        parts = _health_json(verdict, reason)
-        return Answer(status, parts, "application/health+json")
-    if "verbose" not in options:
-        return Answer(status, f"{word}\n")
     lines = _verbose_lines(verdict, excluded, window="window" in options)
-    return Answer(status, _lines(lines, f"{word}: {reason}" if reason else word))
+    states = map(verdict.state_of, verdict.rules)
+    return _answer(options, reason, lines, _json_checks(verdict), states)
 
 
 def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Answer:
@@ -6523,28 +6519,51 @@ def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Ans
     A rule that is not there is unknown: a change of rules may restart no server.
     """
     statuses = {status.rule.name: status for status in verdict.rules}
-    asked = {name: statuses.get(name) for name in names}
-    firing = [name for name, status in asked.items() if status and status.fires]
-    last = f"Unhealthy: {name_some(firing)}" if firing else "Healthy"
-    unknown = (_why_unknown(name, status, verdict) for name, status in asked.items())
-    reasons = shorten(", ".join(dict.fromkeys(filter(None, unknown))))
-    if reasons and not firing:
-        last += f" (unknown: {reasons})"
-    code = 503 if firing else 200
-    if "verbose" not in _options(query):
-        return Answer(code, "Unhealthy\n" if firing else _escaped_line(last))
-    return Answer(code, _lines(_asked_lines(asked, verdict), last))
+    asked = [(name, statuses.get(name)) for name in names]
+    firing = [name for name, status in asked if status and status.fires]
+    unknown = dict.fromkeys(_why_unknown(*pair, verdict) for pair in asked)
+    return _answer(
+        _options(query), name_some(firing), _asked_lines(asked, verdict),
+        _asked_json(asked, verdict), (verdict.state_of(s) for _, s in asked if s),
+        unknown=shorten(", ".join(filter(None, unknown))),
+    )  # fmt: skip
 
 
-def _asked_lines(
-    asked: Mapping[str, RuleStatus | None], verdict: Verdict
-) -> Iterator[str]:
-    for name, status in asked.items():
+Asked = Sequence[Tuple[str, Union[RuleStatus, None]]]
+Checks = Iterator[Tuple[str, List[Dict[str, Any]]]]
+
+
+def _answer(
+    options: Mapping[str, Sequence[str]], reason: str, lines: Iterator[str],
+    checks: Checks, states: Iterable[str], *, unknown: str = "",
+) -> Answer:  # fmt: skip
+    code, word = (503, "Unhealthy") if reason else (200, "Healthy")
+    if unknown and not reason:
+        word += f" (unknown: {unknown})"
+    if options.get("format") == ["json"]:
+        warns = unknown or {"pending", "unknown"}.intersection(states)
+        status = "fail" if reason else "warn" if warns else "pass"
+        parts = _health_json(status, reason or unknown, checks)
+        return Answer(code, parts, "application/health+json")
+    if "verbose" not in options:
+        return Answer(code, _escaped_line(word))
+    return Answer(code, _lines(lines, f"{word}: {reason}" if reason else word))
+
+
+def _asked_lines(asked: Asked, verdict: Verdict) -> Iterator[str]:
+    for name, status in asked:
         why = _why_unknown(name, status, verdict)
         if status and not why:
             yield _rule_line(status, verdict, "-" if status.fires else "+")
         else:
             yield f"[?]{name} unknown: {why}"
+
+
+def _asked_json(asked: Asked, verdict: Verdict) -> Checks:
+    for name, status in asked:
+        why = _why_unknown(name, status, verdict)
+        unknown = {"status": "warn", "state": "unknown", "output": why}
+        yield name, [_rule_json(status, verdict) if status else unknown]
 
 
 def _rule_line(status: RuleStatus, verdict: Verdict, sign: str, note: str = "") -> str:
@@ -6619,15 +6638,13 @@ def _target_lines(target: TargetStatus, now: float) -> Iterator[str]:
         yield f"warn: {target.instance}: {target.remark}"
 
 
-def _health_json(verdict: Verdict, reason: str) -> Iterator[str]:
-    states = {HEALTH_STATUS[verdict.state_of(status)] for status in verdict.rules}
+def _health_json(status: str, output: str, checks: Checks) -> Iterator[str]:
     head = _present({
-        "status": "fail" if reason else "warn" if "warn" in states else "pass",
-        "version": "1", "releaseId": __version__, "output": reason,
+        "status": status, "version": "1", "releaseId": __version__, "output": output,
     })  # fmt: skip
     yield f'{json.dumps(head)[:-1]},\n"checks": {{'
     size, left_out, separator = 0, 0, "\n"
-    for name, values in _json_checks(verdict):
+    for name, values in checks:
         text = f"{separator}{json.dumps(name)}: {json.dumps(values)}"
         size, separator = size + len(text), ",\n"
         left_out += size > MAX_ANSWER
@@ -6636,7 +6653,7 @@ def _health_json(verdict: Verdict, reason: str) -> Iterator[str]:
     yield f'}},\n"notes": {notes}}}\n' if left_out else "}}\n"
 
 
-def _json_checks(verdict: Verdict) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _json_checks(verdict: Verdict) -> Checks:
     # A rule's name has no colon, so scrape:targets is none.
     yield "scrape:targets", [_target_json(t, verdict) for t in verdict.targets]
     for name in dict.fromkeys(probe.probe for probe in verdict.probes):
@@ -6687,7 +6704,8 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
         "description" if status.rule.builtin else "expression": explain(status),
         "matched": status.matched, "observedValue": _json_number(status.value),
         "limit": _json_number(status.limit), "series": series,
-        "alerts": len(status.alerts), "output": status.error,
+        "alerts": len(status.alerts),
+        "output": _why_unknown(status.rule.name, status, verdict),
     })  # fmt: skip
 
 
@@ -7124,7 +7142,7 @@ MAX_LINES = 102
 MAX_UNREAD = 2 << 20
 MAX_UNKNOWN = 16
 MAX_DRAINING, DRAIN_PAUSE = 16, 1.0
-HUNG = ("Stalling", "Stalled")
+HUNG, TOO_LATE = ("Stalling", "Stalled"), "it is too late"
 HOUR = 3600.0
 # A TLS hello and a PROXY header of version 2, which would not end like a request.
 FOREIGN = (b"\x16", b"\r\n\r\n\0\r\nQUIT\n")
@@ -7565,8 +7583,7 @@ class Server:
         full = len(self._waiting[DRAIN]) >= MAX_DRAINING
         why = f"{MAX_DRAINING} callers wait already" if full else ""
         why = why if monitor.drain_while else NO_SERVER
-        seen = monitor.verdict.sequence
-        left = "" if why else "nothing is known yet"
+        seen, left = monitor.verdict.sequence, None
         while quiet < 2 and not why:
             monitor.request(monitor.verdict.sequence, drain=True)
             with suppress(TimeoutError):
@@ -7579,6 +7596,8 @@ class Server:
             why = self._why_in_vain(verdict, end)
         if quiet == 2:
             return Answer(200, "Drained\n")
+        if left is None and why == TOO_LATE:
+            left = "nothing is known yet"
         reasons = dict.fromkeys(filter(None, (why, left)))
         return Answer(503, _escaped_line(f"Not drained: {'; '.join(reasons)}"))
 
@@ -7590,7 +7609,7 @@ class Server:
             return NO_SERVER
         if self._stopping:
             return "this program ends"
-        return "it is too late" if time.monotonic() >= end else ""
+        return TOO_LATE if time.monotonic() >= end else ""
 
     def _warn_unknown(self, name: str) -> None:
         # Callers choose the names, so there is a bound on how many are remembered.
@@ -7804,7 +7823,7 @@ def wait(config: Config, text: str, timeout: float) -> int:
     quiet, told, end = 0, -math.inf, time.monotonic() + timeout
     lookout = Lookout(rules, config)
     for scrapes, targets, evaluation in _checks(rules, config):
-        _say_missing(lookout, scrapes, evaluation)
+        _warn(_missing(lookout, scrapes, evaluation))
         left = remaining(expr, targets, evaluation)
         quiet = 0 if left else quiet + 1
         if quiet == 2:
@@ -7833,15 +7852,23 @@ def _scrape_for(
     checks = itertools.islice(_checks(rules, config), 1 + again)
     *_, (scrapes, targets, evaluation) = checks
     lookout = Lookout(rules, config)
-    _say_missing(lookout, scrapes, evaluation)
-    return tuple(map(lookout.remark, targets)), evaluation
+    missing = _missing(lookout, scrapes, evaluation)
+    targets = tuple(map(lookout.remark, targets))
+    # What is remarked of a target is told with the outcome.
+    told = [f"{target.instance}: {target.remark}" for target in targets]
+    _warn(text for text in missing if text not in told)
+    return targets, evaluation
 
 
-def _say_missing(
+def _missing(
     lookout: Lookout, scrapes: Iterable[Scrape], evaluation: Evaluation
-) -> None:
+) -> list[str]:
     pages = [scrape.page for scrape in scrapes if scrape.reading]
-    for _, text, _ in lookout.look(pages, evaluation):
+    return [text for _, text, _ in lookout.look(pages, evaluation)]
+
+
+def _warn(texts: Iterable[str]) -> None:
+    for text in texts:
         say(f"warning: {text}", error=True)
 
 
