@@ -5300,7 +5300,7 @@ class ServeTest(NetworkTest):
              "Stalling fires, so .* 3"),
             ([page("", status="500 E")], {"DRAIN_TIMEOUT": "0.2"},
              "it is too late; scrape of .*: HTTP 500"),
-            ([0.15, run], {}, "it is too late; nothing is known"),
+            ([0.7, run], {}, "it is too late; nothing is known"),
         ):  # fmt: skip
             with self.subTest(why):
                 port, _ = self.drained(*pieces, **environ)
