@@ -3969,7 +3969,7 @@ class MonitorTest(NetworkTest):
             (10, "vllm:num_requests_waiting 1\n", "", True),
             (10, "vllm:num_requests_waiting 2\n", "", True),
             (10, "c 1\n", "", True), (0, "c 1\n", first, False),
-            (3600, 'http_requests_total{status="2xx"} 1\n', "of its 1 metrics", False),
+            (3600, 'http_requests_total{status="2xx"} 1\n', "its only metric", False),
         ):  # fmt: skip
             with self.subTest(seconds=seconds, text=text):
                 clock.now += seconds
@@ -4952,7 +4952,7 @@ class ServeTest(NetworkTest):
         self.assertEqual(get(port, "/health?exclude=R")[0], 503)
         status, body = get(port, "/health?verbose&exclude=Q&exclude=%1b")
         self.assertEqual(status, 200)
-        self.assertTrue(body.startswith("[+]Q excluded: firing for 0s: q{"), body)
+        self.assertRegex(body, r"\A\[\+\]Q excluded: firing for \d+s: q\{")
         self.assertIn('\nwarn: no rule "\\u001b" to exclude\nHealthy\n', body)
 
     def test_its_own_metrics_are_an_exposition(self):
@@ -5217,7 +5217,7 @@ class ServeTest(NetworkTest):
             ("E,Q", 503, "Unhealthy"), ("E,R", 200, r"Healthy \(unknown: many-to-.*\)"),
             ("R?verbose", 200, r"\[\+\]R ok: 1 \(limit 1\)\nHealthy"),
             ("Q?verbose", 503,
-             r"\[-\]Q firing for 0s: q\{.*\} 11\nUnhealthy: Q"),
+             r"\[-\]Q firing for \ds: q\{.*\} 11\nUnhealthy: Q"),
             ("P,Q,Gone,E?a=b&verbose=1", 503,
              (r"\[\+\]P pending for \ds: q.*\n\[-\]Q firing for \ds: .*\n"
               r"\[\?\]Gone unknown: no rule Gone\n\[\?\]E unknown: many-.*\n"
