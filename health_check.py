@@ -727,8 +727,9 @@ _GROUP = re.compile(
 )
 _REFERENCE = re.compile(r"\$(\$|\w+|\{\w+\})", re.ASCII)
 _ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
-_INTEGER = r"(0|[1-9][0-9]*)"
-_REPEAT = re.compile(rf"(?:([*+?])|\{{{_INTEGER}(?:(,){_INTEGER}?)?\}})\??")
+_INTEGER = r"(?:0|[1-9][0-9]*)"
+_REPEAT = re.compile(rf"(?:([*+?])|\{{({_INTEGER}(?:,{_INTEGER}?)?)\}})(\??)")
+_SIGNS = {"*": "0,", "+": "1,", "?": "0,1"}
 _ESCAPED = r"\\[^dDwWsSnrtfv\W_]"
 _PAIR_ESCAPED = re.compile(r"\\.", re.DOTALL)
 _UNCOMMON = re.compile(
@@ -874,18 +875,17 @@ def _repeated(
     repeat = _REPEAT.match(pattern, at)
     if not repeat:
         return at, atom
-    sign, low, comma, high = repeat.groups("")
-    least = int(low or sign == "+")
-    unlimited = sign in ("*", "+") or bool(comma and not high)
-    most = least if unlimited else int(high or low or 1)
+    low, comma, high = (repeat[2] or _SIGNS[repeat[1]]).partition(",")
+    least, most = int(low), int(high or low)
     if most > MAX_REPEAT or most * len(atom) > MAX_INSTRUCTIONS or most < least:
         raise ValueError("bad repeat count in this regular expression")
     # A question mark behind it makes it prefer to leave.
-    order = -1 if repeat[0][1:].endswith("?") else 1
-    star = [_jump(*(1, len(atom) + 2)[::order]), *atom, _jump(-len(atom) - 1)]
-    optional = [_jump(*(1, len(atom) + 1)[::order]), *atom] * (most - least)
-    star *= unlimited
-    return repeat.end(), atom * least + optional + star
+    order = -1 if repeat[3] else 1
+    program = atom * least
+    program += [_jump(*(1, len(atom) + 1)[::order]), *atom] * (most - least)
+    if comma and not high:
+        program += [_jump(*(1, len(atom) + 2)[::order]), *atom, _jump(-len(atom) - 1)]
+    return repeat.end(), program
 
 
 def _atom(
@@ -899,14 +899,18 @@ def _atom(
         raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
     if match[0] in ("^", "$"):
         return match.end(), [Instruction(None, match[0], (1,))]
+    return match.end(), [Instruction(_test(match[0], flags))]
+
+
+def _test(atom: str, flags: int) -> Callable[[str], object]:
     # Python's blanks have a vertical tab that RE2's have not.
-    blanks = r"\t\n\f\r " if match[0][0] == "[" else r"[\t\n\f\r ]"
+    blanks = r"\t\n\f\r " if atom[0] == "[" else r"[\t\n\f\r ]"
     meanings = {r"\s": blanks, r"\S": r"[^\t\n\f\r ]"}
-    text = _PAIR_ESCAPED.sub(lambda pair: meanings.get(pair[0], pair[0]), match[0])
+    text = _PAIR_ESCAPED.sub(lambda pair: meanings.get(pair[0], pair[0]), atom)
     # Without ASCII, which the classes need, letters of any script have two cases.
     flags |= 0 if flags & re.IGNORECASE and "\\" not in text else re.ASCII
     try:
-        return match.end(), [Instruction(re.compile(text, flags).match)]
+        return re.compile(text, flags).match
     except re.error as error:
         raise ValueError(f"bad {text!r} in this regular expression: {error}") from None
 
@@ -1161,15 +1165,15 @@ def operate(expr: Operation, left: Value, right: Value) -> Value:
     """Return what an operator gives; what a comparison filters keeps its name."""
     if expr.name in SET_OPERATORS:
         return _combine(expr, cast(Vector, left), cast(Vector, right))
-    apply, filters = OPERATORS[expr.name], is_filter(expr)
+    apply = OPERATORS[expr.name]
     if isinstance(left, float) and isinstance(right, float):
         return float(apply(left, right))
-    if filters and isinstance(right, float):  # as most rules do
-        return {k: v for k, v in cast(Vector, left).items() if apply(v, right)}
     pairs = _pairs(expr, left, right)
-    if filters:
+    if is_filter(expr):
         return {labels: kept for labels, kept, a, b in pairs if apply(a, b)}
-    return _distinct((labels, float(apply(a, b))) for labels, _, a, b in pairs)
+    # A group may give its many series the name of another metric.
+    finish = _distinct if expr.group else _nameless
+    return finish((labels, float(apply(a, b))) for labels, _, a, b in pairs)
 
 
 def is_filter(expr: Operation) -> bool:
@@ -1181,18 +1185,15 @@ def _pairs(
     expr: Operation, left: Value, right: Value
 ) -> Iterable[tuple[Labels, float, float, float]]:
     """Return what belongs together: labels, the value a filter keeps, two operands."""
-    dropped = () if is_filter(expr) else METADATA
     if isinstance(right, float):
-        items = cast(Vector, left).items()
-        return [(_filtered(k, False, dropped), v, v, right) for k, v in items]
+        return ((k, v, v, right) for k, v in cast(Vector, left).items())
     if isinstance(left, float):
-        items = cast(Vector, right).items()
-        return [(_filtered(k, False, dropped), v, left, v) for k, v in items]
-    return _matched_pairs(expr, cast(Vector, left), cast(Vector, right), dropped)
+        return ((k, v, left, v) for k, v in cast(Vector, right).items())
+    return _matched_pairs(expr, cast(Vector, left), cast(Vector, right))
 
 
 def _matched_pairs(
-    expr: Operation, left: Vector, right: Vector, dropped: Sequence[str]
+    expr: Operation, left: Vector, right: Vector
 ) -> Iterator[tuple[Labels, float, float, float]]:
     """Yield the pairs of two vectors by their labels.
 
@@ -1206,11 +1207,11 @@ def _matched_pairs(
         key = _signature(labels, expr.grouping)
         if key not in partners:
             continue
-        (partner, other), result = partners[key], _filtered(labels, False, dropped)
+        (partner, other), result = partners[key], labels
         if expr.group:
-            result = key = _included(result, partner, expr.group.labels)
+            result = key = _included(expr, labels, partner)
         elif expr.grouping:
-            result = _filtered(result, *expr.grouping)
+            result = _filtered(labels, *expr.grouping)
         if key in keys:
             raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
         keys.add(key)
@@ -1230,11 +1231,12 @@ def _partners(
     return partners
 
 
-def _included(labels: Labels, partner: Labels, names: Sequence[str]) -> Labels:
-    """Return labels with those of a partner that ``group_left`` names."""
-    others = dict(partner)
+def _included(expr: Operation, labels: Labels, partner: Labels) -> Labels:
+    """Return the labels of a result, with those of a partner that its group names."""
+    names, others = cast(Group, expr.group).labels, dict(partner)
+    dropped = names if is_filter(expr) else (*names, *METADATA)
     wanted = [(name, others[name]) for name in names if name in others]
-    return tuple(sorted({*_filtered(labels, False, names), *wanted}))
+    return tuple(sorted([*_filtered(labels, False, dropped), *wanted]))
 
 
 def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
@@ -1288,22 +1290,17 @@ def _signature(labels: Labels, grouping: Grouping | None) -> Labels:
 
 
 def _divide(left: float, right: float) -> float:
-    if right:
-        return left / right
-    if left == 0 or math.isnan(left):
-        return math.nan
-    return math.copysign(math.inf, left) * math.copysign(1.0, right)
+    return left / right if right else left * math.copysign(math.inf, right)
 
 
 def _power(left: float, right: float) -> float:
-    odd = math.isfinite(right) and abs(math.fmod(right, 2)) == 1
     try:
         return math.pow(left, right)
-    except OverflowError:
-        return -math.inf if left < 0 and odd else math.inf
-    except ValueError:
-        # Python refuses what C and Go answer: 0 ^ -1 and (-8) ^ 0.5.
-        return math.copysign(math.inf, left if odd else 1) if left == 0 else math.nan
+    except (OverflowError, ValueError):
+        # Python refuses what C and Go answer: 10 ^ 999, 0 ^ -1 and (-8) ^ 0.5.
+        if left < 0 and not right.is_integer():
+            return math.nan
+        return math.copysign(math.inf, left if right % 2 == 1 else 1)
 
 
 def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
@@ -1314,16 +1311,16 @@ def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
 
 
 def _total(
-    function: Callable[[float], float], at_zero: float = math.nan
+    function: Callable[[float], float], *poles: tuple[float, float]
 ) -> Callable[[float], float]:
-    # Where Python raises, C and Go have an infinity or NaN.
+    # Where Python raises, C and Go have NaN or an infinity, as each pole says.
     def total(value: float) -> float:
         try:
             return function(value)
         except OverflowError:
             return math.copysign(math.inf, value)
         except ValueError:
-            return math.nan if value else at_zero
+            return dict(poles).get(value, math.nan)
 
     return total
 
@@ -1335,9 +1332,7 @@ def _round(value: float, nearest: float = 1.0) -> float:
 
 def _greater(left: float, right: float) -> float:
     # Go's math.Max: an infinity goes before NaN, and NaN before a number.
-    if math.inf in (left, right):
-        return math.inf
-    return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
+    return max(left, right, key=lambda v: (v == math.inf, math.isnan(v), v))
 
 
 def _less(left: float, right: float) -> float:
@@ -1506,11 +1501,9 @@ def _count_values(
 ) -> Vector:
     keep, names = cast(Grouping, expr.grouping)
     grouping = Grouping(keep, (*names, label) if keep else names)
-    counts: Vector = {}
-    for labels, value in vector.items():
-        key = _signature(_relabeled(labels, label, format_float(value)), grouping)
-        counts[key] = counts.get(key, 0.0) + 1
-    return counts
+    labeled = (_relabeled(k, label, format_float(vector[k])) for k in vector)
+    counts = collections.Counter(_signature(labels, grouping) for labels in labeled)
+    return {labels: float(count) for labels, count in counts.items()}
 
 
 def _relabeled(labels: Labels, label: str, value: str) -> Labels:
@@ -1627,21 +1620,20 @@ def _bucket_fraction(
     total = counts[-1]
     if bounds[-1] != math.inf or not total or math.isnan(lower) or math.isnan(upper):
         return math.nan
-    low, high = (min(_below(bounds, counts, each), total) for each in (lower, upper))
-    return 0.0 if lower >= upper else (high - low) / total
-
-
-def _below(bounds: Sequence[float], counts: Sequence[float], value: float) -> float:
-    """Return how many observations are less: in a bucket they lie on a line."""
-    place = bisect_left(bounds, value)
     # The first bucket begins at 0 if it can.
-    start = bounds[place - 1] if place else 0.0 if bounds[0] > 0 else -math.inf
-    before, count = counts[place - 1] if place else 0.0, counts[place]
-    if value <= start:
-        return before
-    if value == bounds[place] or start == -math.inf:
-        return count
-    return before + (count - before) * ((value - start) / (bounds[place] - start))
+    edges = [0.0 if bounds[0] > 0 else -math.inf, *bounds]
+    low, high = (_below(edges, (0.0, *counts), each) for each in (lower, upper))
+    return 0.0 if lower >= upper else (min(high, total) - min(low, total)) / total
+
+
+def _below(edges: Sequence[float], counts: Sequence[float], value: float) -> float:
+    """Return how many observations are less: in a bucket they lie on a line."""
+    high = bisect_left(edges, value)
+    low = max(high - 1, 0)
+    if edges[high] == value or edges[low] == -math.inf:
+        return counts[high]
+    share = (value - edges[low]) / (edges[high] - edges[low]) if high else 0.0
+    return counts[low] + (counts[high] - counts[low]) * share
 
 
 OPERATORS: dict[str, Callable[[float, float], float]] = {
@@ -1687,16 +1679,15 @@ FUNCTIONS: dict[str, Function] = {
         "abs": abs, "ceil": _whole(math.ceil), "floor": _whole(math.floor),
         "sgn": lambda value: float((value > 0) - (value < 0)) or value,
         "sqrt": _total(math.sqrt), "exp": _total(math.exp),
-        "ln": _total(math.log, -math.inf), "log2": _total(math.log2, -math.inf),
-        "log10": _total(math.log10, -math.inf),
+        "ln": _total(math.log, (0, -math.inf)),
+        "log2": _total(math.log2, (0, -math.inf)),
+        "log10": _total(math.log10, (0, -math.inf)),
         "deg": math.degrees, "rad": math.radians,
         "sin": _total(math.sin), "cos": _total(math.cos), "tan": _total(math.tan),
         "asin": _total(math.asin), "acos": _total(math.acos), "atan": math.atan,
         "sinh": _total(math.sinh), "cosh": lambda value: _total(math.cosh)(abs(value)),
         "tanh": math.tanh, "asinh": math.asinh, "acosh": _total(math.acosh),
-        "atanh": lambda value: (
-            _total(math.atanh)(value) if abs(value) != 1 else value * math.inf
-        ),
+        "atanh": _total(math.atanh, (1, math.inf), (-1, -math.inf)),
     }),
     **_rows((VECTOR, SCALAR), _each, {"round": _round}, optional=1),
     **_rows((VECTOR, SCALAR), _each, {"clamp_min": _greater, "clamp_max": _less}),
@@ -2041,9 +2032,6 @@ class Parser:
         aggregates = token.key in AGGREGATORS
         if token.kind == "word" and following in ("(", *("by", "without") * aggregates):
             return self._call(token.key if aggregates else token.text)
-        names = token.kind == "word" and token.key not in MODIFIERS
-        if not names and token.key != "{":
-            raise token.unexpected("an expression")
         return self._selector()
 
     def _list(self, brackets: str, item: Callable[[], T]) -> list[T]:
@@ -2100,8 +2088,10 @@ class Parser:
 
     def _selector(self) -> Selector:
         start, matchers = self.token, []
-        if start.kind == "word":
+        if start.kind == "word" and start.key not in MODIFIERS:
             matchers.append(Matcher("__name__", "=", self.take().text))
+        elif start.key != "{":
+            raise start.unexpected("an expression")
         if self.token.key == "{":
             matchers += self._list("{}", self._matcher)
         names = [matcher for matcher in matchers if matcher.label == "__name__"]
@@ -2373,8 +2363,8 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         samples = _samples(found)
     except EvaluationError as error:
         return before._replace(error=str(error), value=None, part=part)
-    quiet = rule.builtin and not (samples or before.alerts or before.error)
-    if quiet and (before.part, before.value) == (part, value):
+    same = rule.builtin and (part, value) == (before.part, before.value)
+    if same and not samples and before.state == "inactive":
         return before
     alerts = {unnamed(alert.labels): alert for alert in before.alerts}
     now_there = _advanced(rule, alerts, samples, evaluation.now)
@@ -2507,27 +2497,24 @@ SEE_ABSENCE = ("absent", "absent_over_time", "scalar")
 
 def _measuring(expr: Expr, lazy: bool = False) -> Callable[[Evaluation], Measure]:
     """Return what evaluates a rule, and finds the worst value that it limits."""
+    compute, name, left, right = compiled(expr, lazy), "", expr, expr
     if isinstance(expr, Operation) and is_filter(expr):
-        left, right = expr.operands
-        if isinstance(left, Number):
-            expr = expr._replace(name=MIRRORED[expr.name])
-            left, right = right, left
-        if isinstance(right, Number):
-            return partial(_limited, expr, compiled(left, lazy), right.value)
-    compute = compiled(expr, lazy)
-    return lambda evaluation: Measure(compute(evaluation))
+        name, (left, right) = expr.name, expr.operands
+    if isinstance(left, Number):
+        name, left, right = MIRRORED[name], right, left
+    if not isinstance(right, Number):
+        return lambda evaluation: Measure(compute(evaluation))
+    compute, limit, holds = compiled(left, lazy), right.value, OPERATORS[name]
+    worst = REDUCERS["min" if name in ("<", "<=") else "max"]
 
+    def measure(evaluation: Evaluation) -> Measure:
+        measured = compute(evaluation)
+        found = {k: v for k, v in measured.items() if holds(v, limit)}
+        # With == and != the worst is neither the greatest nor the least.
+        value = worst([*(found or measured).values()]) if measured else None
+        return Measure(found, value, limit)
 
-def _limited(
-    expr: Operation, compute: Callable[[Evaluation], Vector], limit: float,
-    evaluation: Evaluation,
-) -> Measure:  # fmt: skip
-    measured = compute(evaluation)
-    found = cast(Vector, operate(expr, measured, limit))
-    worst = REDUCERS["min" if expr.name in ("<", "<=") else "max"]
-    # With == and != the worst is neither the greatest nor the least.
-    value = worst(list((found or measured).values())) if measured else None
-    return Measure(found, value, limit)
+    return measure
 
 
 def _advanced(
@@ -7893,19 +7880,19 @@ def _checks(
 
 
 def _results(expr: Expr, evaluation: Evaluation) -> Iterator[str]:
-    now = f"@[{evaluation.wall:.3f}]"
-    if type_of(expr) == SCALAR:
-        yield f"scalar: {format_float(cast(float, evaluate(expr, evaluation)))} {now}"
-    elif type_of(expr) == STRING:
-        yield f"string: {quote(cast(str, evaluate(expr, evaluation)))} {now}"
-    elif type_of(expr) == RANGE:
-        for labels, points in cast(Range, evaluate(expr, evaluation)).windows():
+    found, now = evaluate(expr, evaluation), f"@[{evaluation.wall:.3f}]"
+    if isinstance(found, float):
+        yield f"scalar: {format_float(found)} {now}"
+    elif isinstance(found, str):
+        yield f"string: {quote(found)} {now}"
+    elif isinstance(found, Range):
+        for labels, points in found.windows():
             yield f"{format_series(labels)} =>"
             for at, value in zip(points.times, points.values):
                 unix = at - evaluation.now + evaluation.wall
                 yield f"{format_float(value)} @[{unix:.3f}]"
     else:
-        for labels, value in evaluate(expr, evaluation).items():
+        for labels, value in found.items():
             yield f"{format_series(labels)} => {format_float(value)} {now}"
 
 

@@ -144,7 +144,7 @@ def claims(block):
 
 
 def history(text, step=1.0, now=NOW):
-    """Return an instant that remembers ``series value value ...; series ...``.
+    """Return an evaluation that remembers ``series value value ...; series ...``.
 
     The last value is of now, each other ``step`` seconds older; ``_`` is no sample.
     """
@@ -1569,8 +1569,8 @@ class Rules(unittest.TestCase):
         """Return the initials of the states that a rule about x goes through."""
         status, states = RuleStatus(parse_rules(text)[0]), ""
         for index, value in enumerate(column.split()):
-            instant = history("" if value == "_" else f"x {value}", now=index * step)
-            status = judge(status, instant)
+            evaluation = history("" if value == "_" else f"x {value}", now=index * step)
+            status = judge(status, evaluation)
             states += status.state[0]
         return states
 
@@ -1738,14 +1738,14 @@ class Rules(unittest.TestCase):
         ):
             with self.subTest(text):
                 rule = parse_rules(text)[0]
-                instant = history('x{a="1"} 3; x{a="2"} 7')
-                status = judge(RuleStatus(rule), instant)
+                evaluation = history('x{a="1"} 3; x{a="2"} 7')
+                status = judge(RuleStatus(rule), evaluation)
                 self.assertEqual((status.value, status.limit), (value, limit))
 
     def test_the_series_that_its_selectors_match_are_counted(self):
         rule = parse_rules("x > 99 or sum(y{a!='1'}) > 99 or rate(z[5s]) > 99")[0]
-        instant = history('x 1; y{a="1"} 1; y{a="2"} 1; y{a="3"} 1; z 1 _')
-        self.assertEqual(judge(RuleStatus(rule), instant).matched, 4)
+        evaluation = history('x 1; y{a="1"} 1; y{a="2"} 1; y{a="3"} 1; z 1 _')
+        self.assertEqual(judge(RuleStatus(rule), evaluation).matched, 4)
 
 
 class Replay:

@@ -2226,8 +2226,8 @@ class WhatPrometheusThreeDoesDifferently(unittest.TestCase):
             label, _, value = pair.partition("=")
             labels: Labels = (("__name__", metric), *[(label, value)] * bool(pair))
             series[labels] = {int(at * 1000): float(v) for at, v in points.items()}
-        instant = hc.Evaluation(30.0, 30.0, remember(series, 30_000), {}, {})
-        return answered(text, instant)
+        evaluation = hc.Evaluation(30.0, 30.0, remember(series, 30_000), {}, {})
+        return answered(text, evaluation)
 
     def test_answers(self) -> None:
         for claim, (text, samples, expected) in THREE.items():
