@@ -477,17 +477,14 @@ class ProbeStatus(NamedTuple):
 
     def samples(self, labels: Labels) -> dict[Labels, float]:
         """Return what rules see of it."""
-        found: list[tuple[Labels, float]] = [
-            ((("__name__", "probe_http_status_code"),), float(self.code)),
-            ((("__name__", "probe_duration_seconds"),), self.seconds),
-        ]
+        found = {
+            "probe_http_status_code": float(self.code),
+            "probe_duration_seconds": self.seconds,
+        }
         if self.success is not None and self.stands:
-            found.append(((("__name__", "probe_success"),), float(self.success)))
-        if self.reason:
-            error = ("__name__", "probe_error"), ("reason", self.reason)
-            found.append((error, 1.0))
+            found["probe_success"] = float(self.success)
         own = ("instance", self.instance), ("probe", self.probe), *labels
-        return {tuple(sorted((*name, *own))): value for name, value in found}
+        return label_all(found, own, "probe_error", self.reason)
 
 
 class Verdict(NamedTuple):
@@ -581,6 +578,16 @@ def parse_float(text: str) -> float:
     if value is None or (math.isinf(value) and "n" not in text.lower()):
         raise ValueError(f"{text!r} is not a number")
     return value
+
+
+def label_all(
+    values: Mapping[str, float], labels: Labels, error: str, reason: str
+) -> dict[Labels, float]:
+    """Return the samples of some metrics, and of an error if it has a reason."""
+    named = {(("__name__", name), *labels): value for name, value in values.items()}
+    if reason:
+        named[(("__name__", error), ("reason", reason), *labels)] = 1.0
+    return {tuple(sorted(pairs)): value for pairs, value in named.items()}
 
 
 def float_or_nan(text: str) -> float:
@@ -2315,6 +2322,8 @@ def _format_grouping(grouping: Grouping | None, kept: str, dropped: str) -> str:
 
 MAX_FOUND = 20000
 MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
+# What answers to the absence of a metric.
+SEE_ABSENCE = ("absent", "absent_over_time", "scalar")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
 _PASTED = re.compile(r"(?:-\s+)?(?:alert|expr|groups|record)\s*:\s")
 
@@ -2491,8 +2500,6 @@ class Measure(NamedTuple):
     found: Vector
     value: float | None = None
     limit: float | None = None
-# What answers to the absence of a metric.
-SEE_ABSENCE = ("absent", "absent_over_time", "scalar")
 
 
 def _measuring(expr: Expr, lazy: bool = False) -> Callable[[Evaluation], Measure]:
@@ -2851,12 +2858,12 @@ BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], str]]] = {
     # At least two failures, as one is repeated within a minute.
     "Unresponsive": ("for 2m", lambda server, _: 'probe_success{probe="canary"} == 0'),
 }
+# Those that fire while nothing moves.
+HUNG = ("Stalling", "Stalled")
 # When each fires, for people.
 ABOUT = {
     "QueueFull": "when too many requests wait",
-    **dict.fromkeys(
-        ("Stalling", "Stalled"), "when requests run or wait and nothing moves"
-    ),
+    **dict.fromkeys(HUNG, "when requests run or wait and nothing moves"),
     "Unanswered": "when requests end and nothing moves",
     "Failing": "when three or more have failed within 5m and none was answered",
     "NoModel": "when no model, or no worker that works, is there",
@@ -2868,7 +2875,7 @@ ABOUT = {
 # Gauges that stand still on a sound engine are no stall, and the server counts a canary
 # that gave up as a client that did.
 ANSWERED_BY_CANARY = {
-    **dict.fromkeys(("Stalling", "Stalled"), 'probe_success{probe="canary"} == 1'),
+    **dict.fromkeys(HUNG, 'probe_success{probe="canary"} == 1'),
     "Unanswered": 'count_over_time(probe_error{probe="canary"}[2m10s])',
 }
 
@@ -3160,6 +3167,8 @@ OWN_PREFIXES = (
     "EXIT_",
 )  # fmt: skip
 SHOWN_VALUES = 16
+# A setting of such a name is a URL, which may hold a secret.
+SECRET = ("_ENDPOINT", "_URL")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 # Seconds; what is longer may be milliseconds.
 MAX_INTERVAL = 300.0
@@ -3292,9 +3301,8 @@ def load_config(environ: Mapping[str, str]) -> Config:
         problems += check(given, values)
     if problems:
         raise ConfigError("\n".join(problems + warnings))
-    # A URL may hold a secret.
-    plain = {s.name for s in SETTINGS if not s.name.endswith(("_ENDPOINT", "_URL"))}
-    values["given"] = {name: given[name] for name in given.keys() & plain}
+    plain = (s.name for s in SETTINGS if not s.name.endswith(SECRET))
+    values["given"] = {name: given[name] for name in plain if name in given}
     return _with_rules(Config(**values, warnings=tuple(warnings)))
 
 
@@ -3536,13 +3544,6 @@ def left_out(config: Config) -> dict[str, str]:
     return {**gone, **dict.fromkeys(config.without_rules, "WITHOUT_RULES")}
 
 
-def _rule_names(text: str) -> tuple[str, ...]:
-    for name in _items(text):
-        if name not in BUILTIN:
-            raise ValueError(f"{name} is no built-in rule: {', '.join(BUILTIN)}")
-    return tuple(_items(text))
-
-
 def _misspelt(given: Iterable[str]) -> Iterator[str]:
     known = [setting.name for setting in SETTINGS]
     for name in sorted(set(given) - set(known)):
@@ -3582,7 +3583,7 @@ def _doubtful(given: Mapping[str, str]) -> Iterator[str]:
 
 
 def _shown(name: str, text: str) -> str:
-    if name.endswith(("_ENDPOINT", "_URL")):
+    if name.endswith(SECRET):
         # A password ends at the last @, and a query may hold a token.
         text = re.sub(r"(?s)\?.*", "?***", re.sub(r"(?s).*@", "***@", text))
     return repr(shorten(text, MAX_VALUE_SHOWN))
@@ -3629,7 +3630,14 @@ def _basic(parts: urllib.parse.SplitResult) -> str:
     return "Basic " + base64.b64encode(user.encode()).decode()
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _builtin_names(text: str) -> tuple[str, ...]:
+    for name in _items(text):
+        if name not in BUILTIN:
+            raise ValueError(f"{name} is no built-in rule: {', '.join(BUILTIN)}")
+    return tuple(_items(text))
+
+
+def _rule_names(text: str) -> tuple[str, ...]:
     names = tuple(_items(text))
     if not all(_NAME.match(f"{name}:") for name in names):
         raise ValueError("expected names of rules as in Stalled,Unresponsive")
@@ -3769,7 +3777,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
      "another spelling of METRIC_THRESHOLD"),
     ("UNHEALTHY_WHEN", parse_rules, "",
      "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
-    ("WITHOUT_RULES", _rule_names, "",
+    ("WITHOUT_RULES", _builtin_names, "",
      "built-in rules to leave out, separated by commas"),
     ("HEALTH_ENDPOINT", _endpoints, "",
      "URL of the server's own health route, or several, asked beside each scrape"),
@@ -3784,7 +3792,7 @@ SETTINGS = tuple(itertools.starmap(Setting, (
     ("CANARY_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
     ("CANARY_WHEN", parse_rules, "",
      "EXPR [for DURATION] that asks for it, where the server is not a known one"),
-    ("EXIT_WHEN", _names, "",
+    ("EXIT_WHEN", _rule_names, "",
      "rules at which to exit with 88, which restarts a pod of Kubernetes 1.36"),
     ("EXIT_AFTER", partial(_duration, 0.0, 86400.0), "10m",
      "time from the start in which it does not exit so"),
@@ -5667,16 +5675,13 @@ class Scrape(NamedTuple):
     def synthetic(self) -> dict[Labels, float]:
         """Return the samples that Prometheus adds to a scrape, and why it failed."""
         status = self.status
-        added: list[tuple[Labels, float]] = [
-            ((("__name__", "up"),), float(not status.reason)),
-            ((("__name__", "scrape_duration_seconds"),), status.seconds),
-            ((("__name__", "scrape_body_size_bytes"),), float(status.size)),
-            ((("__name__", "scrape_samples_scraped"),), float(status.samples)),
-        ]
-        if status.reason:
-            error = ("__name__", "scrape_error"), ("reason", status.reason)
-            added.append((error, 1.0))
-        return {tuple(sorted((*own, *self.labels))): value for own, value in added}
+        added = {
+            "up": float(not status.reason),
+            "scrape_duration_seconds": status.seconds,
+            "scrape_body_size_bytes": float(status.size),
+            "scrape_samples_scraped": float(status.samples),
+        }
+        return label_all(added, self.labels, "scrape_error", status.reason)
 
 
 Found = Tuple[List[Scrape], Tuple[ProbeStatus, ...]]
@@ -6107,8 +6112,7 @@ class Monitor:
         """Let the canary be sent where CANARY_WHEN asks for it."""
         evaluation = self.history.evaluation(now, wall)
         self._when = tuple(_judged(status, evaluation) for status in self._when)
-        names = "Stalling", "Stalled"
-        stalls = [status for status in self._statuses if status.rule.name in names]
+        stalls = [status for status in self._statuses if status.rule.name in HUNG]
         # Who drains asks each second, and the engine is asked for nothing more then.
         when = self._when if now - self._drained > MAX_DRAIN_PAUSE else ()
         return canary.consider(latest, when, stalls, evaluation)
@@ -6233,7 +6237,9 @@ class Notifier:
     """Tells one Alertmanager which alerts fire, in a thread of its own.
 
     What it still has to say is derived from the latest verdict and from what it has
-    said, so that an Alertmanager that comes back gets the truth.
+    said, so that an Alertmanager that comes back gets the truth.  ``publish`` touches
+    ``_firing``, ``_changed`` and ``_verdict``, which it replaces as a whole; any thread
+    may read the counts ``sent`` and ``failed``; the rest is for its own thread alone.
     """
 
     def __init__(
@@ -7129,7 +7135,7 @@ MAX_LINES = 102
 MAX_UNREAD = 2 << 20
 MAX_UNKNOWN = 16
 MAX_DRAINING, DRAIN_PAUSE = 16, 1.0
-HUNG, TOO_LATE = ("Stalling", "Stalled"), "it is too late"
+TOO_LATE = "it is too late"
 HOUR = 3600.0
 # A TLS hello and a PROXY header of version 2, which would not end like a request.
 FOREIGN = (b"\x16", b"\r\n\r\n\0\r\nQUIT\n")
