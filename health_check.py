@@ -4396,6 +4396,9 @@ class Reading:
         self.reserved: set[str] = set()
         self.dropped: set[str] = set()
         self.size = self.lines = self._text = 0
+        # Thousands of series have the same few names and pairs.  Not sys.intern(), by
+        # which Python 3.12 keeps a name for ever.
+        self._shared: dict[Any, Any] = {}
         self._format, self._known = format, known
         self._openmetrics, self.lists_names = openmetrics, list_names
         self._value = _VALUE_OPENMETRICS if openmetrics else _VALUE
@@ -4485,7 +4488,9 @@ class Reading:
                 exported = "exported_" + exported
             if label in own:
                 labels[exported] = own[label]
-        return tuple(sorted(labels.items()))
+        share = self._shared.setdefault
+        pairs = [(share(label, label), labels[label]) for label in sorted(labels)]
+        return tuple(share(pair, pair) for pair in pairs)
 
 
 def normalize_bound(text: str) -> str:
@@ -4545,13 +4550,12 @@ def parse_series(text: bytes) -> dict[str, str]:
     {'__name__': 'x', 'a': 'b'}
     """
     name, _, rest = text.rstrip(b" \t").partition(b"{")
-    labels = {"__name__": sys.intern(name.decode().strip())} if name else {}
+    labels = {"__name__": name.decode().strip()} if name else {}
     try:
         for label, value in _pairs_of(rest[:-1].rstrip(b" \t")):
             if not label or label in labels:
                 raise ValueError("a label twice or without a name")
-            # Thousands of series have the same few names.
-            labels[sys.intern(label)] = value
+            labels[label] = value
         if not labels.get("__name__"):
             raise ValueError("no name")
     except ValueError as error:
@@ -5434,8 +5438,9 @@ def _read(response: Response, deadline: float) -> bytes:
 # --- 14. History: samples of each check -> what expressions are evaluated against ----
 
 POINTS_PER_RANGE, LEAST_POINTS = 512, 32
-# What a series takes besides its samples and the text of its labels, measured.
-SERIES_BYTES = 1200
+# What a series takes besides its samples and the text of its labels, with what a check
+# of it takes for a moment and what arrays leave behind as they grow, measured.
+SERIES_BYTES = 2000
 # Checks that are not looked at any more are forgotten so many at once, or a share.
 SPARE = 16
 
@@ -5545,7 +5550,7 @@ class History:
     def _keep_to_limit(self) -> None:
         tables = [table for table in self._tables.values() if table.series]
         # At most, as if each check had found each series, and less than before.
-        most = sum(len(table.checks) * (8 + 12 * len(table.series)) for table in tables)
+        most = sum(len(table.checks) * (9 + 13 * len(table.series)) for table in tables)
         room = self._limit - self._labels_size
         if most < room // 4:
             for table in self._tables.values():
@@ -5589,10 +5594,11 @@ class Table:
     def size(self) -> int:
         """Return the bytes that the samples take."""
         columns = ((s.values, s.falls, s.gaps) for s in self.series.values())
-        return 8 * len(self.checks) + sum(
-            8 * len(values) + 4 * (len(falls) + len(gaps))
-            for values, falls, gaps in columns
+        numbers = sum(
+            2 * len(values) + len(falls) + len(gaps) for values, falls, gaps in columns
         )
+        # An array that grows has room for a sixteenth more.
+        return (2 * len(self.checks) + numbers) * 17 // 4
 
     def thin(self) -> None:
         """Keep checks twice as far apart from now on."""

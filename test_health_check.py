@@ -2739,6 +2739,15 @@ class Exposition(unittest.TestCase):
         found = self.read("# a\n" + text).names
         self.assertEqual((len(found), len(max(found, key=len))), (2000, 5))
 
+    def test_series_share_what_they_have_in_common_and_it_goes_with_them(self):
+        text = "".join(f'x{{unheard="1",of_before="{n}"}} 1\n' for n in "ab")
+        one, other = self.read(text, own=(("job", "j"),)).samples
+        same = [a is b for a, b in zip(one, other)]
+        self.assertEqual(same, [True, True, False, True])
+        for label, _ in one[2:]:
+            # Python 3.12 keeps what is interned for ever.
+            self.assertIsNot(sys.intern(f"{label[:3]}{label[3:]}"), label)
+
     def test_all_samples_are_counted_if_that_is_asked_for(self):
         text = 'x 1\n\n# y 1\n \n  # z\ny{a="\\n#"} 2\n\tz 3 4\n# EOF'
         for size in WHOLE, 7:
@@ -3803,7 +3812,7 @@ class MonitorTest(NetworkTest):
             return [page("".join(f'q{{n="{next(count)}"}} 1\n' for _ in range(4000)))]
 
         server = self.metrics(answer)
-        rules = {"UNHEALTHY_WHEN": "Q: changes(q[1h]) > 1", "HISTORY_LIMIT": "16Mi"}
+        rules = {"UNHEALTHY_WHEN": "Q: changes(q[1h]) > 1", "HISTORY_LIMIT": "24Mi"}
         monitor = self.monitor(server, **rules)
         reasons = [monitor.check().targets[0].reason for _ in range(3)]
         self.assertEqual(reasons, ["", "", "too_large"])
