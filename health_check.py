@@ -3847,7 +3847,7 @@ _FAILURES = tuple(kind for kind, _ in REASONS)
 _LINE = operator.methodcaller("rstrip", b"\r\n")
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})(?: .*)?")
 FIELD_NAME = r"[\w!#$%&'*+.^`|~-]+"
-_FIELD = re.compile(rf"({FIELD_NAME}):([^\0\r]*)", re.ASCII)
+_FIELD = re.compile(rf"^({FIELD_NAME}):([^\0\r\n]*)$", re.ASCII | re.MULTILINE)
 _FOLD = re.compile(r"\n[ \t]+")
 # Python would ignore what it does not understand of these two.
 _FRAMING = (
@@ -3942,12 +3942,13 @@ def fetch(
     at, headers = target, {"Accept": ACCEPT}
     if body is not None:
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
+    if target.authorization:
+        headers["Authorization"] = target.authorization
     for _ in range(MAX_REDIRECTS + 1):
-        request = urllib.request.Request(at.address, body, headers)
-        if target.authorization:
-            request.add_header("Authorization", target.authorization)
         with _Translated():
-            response = send(request, deadline, credentials, overtime)
+            response = send(
+                at.address, deadline, credentials, headers, body=body, overtime=overtime
+            )
         location = response.fields.get("location")
         followed = REDIRECTS if body is None else REDIRECTS[-2:]
         if response.status not in followed or not location:
@@ -3987,31 +3988,43 @@ class _Translated:
 
 
 def send(
-    request: urllib.request.Request, deadline: float,
-    credentials: Credentials = ANONYMOUS, overtime: float = 0.0,
-) -> Response:
-    """Send a request with some credentials, and return whatever answer comes.
+    url: str, deadline: float, credentials: Credentials = ANONYMOUS,
+    headers: Mapping[str, str] = MappingProxyType({}), *, body: bytes | None = None,
+    overtime: float = 0.0,
+) -> Response:  # fmt: skip
+    """Send a GET, or a POST, with some credentials; return whatever answer comes.
 
     With ``overtime`` the first byte of an answer is waited for so long past the
     deadline, to no avail but that the server is not sent another request meanwhile.
     Raises ScrapeError for credentials that cannot be read, else what urllib raises.
     """
-    request.add_header("User-Agent", AGENT)
+    fields = {**headers, "User-Agent": AGENT}
     try:
         if credentials.token_file:
-            token = _token(credentials.token_file)
-            request.add_header("Authorization", f"Bearer {token}")
-        secure = request.type == "https"
+            fields["Authorization"] = f"Bearer {_token(credentials.token_file)}"
+        secure = url[:6].lower() == "https:"
         context = _context(credentials, _versions(credentials)) if secure else None
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or type(error).__name__
         name = getattr(error, "filename", None) or "a token, CA or certificate file"
         raise ScrapeError("credentials", f"{name}: {problem}") from None
+    get = body is None
+    request = _get(url, (*fields.items(),)) if get else _Request(url, body, fields)
     # An opener of urllib's would add proxies, redirects, other schemes, error pages.
-    request.timeout = _left(deadline)
     handler = urllib.request.AbstractHTTPHandler()
-    options = {"context": context, "overtime": overtime}
+    options = {"context": context, "deadline": deadline, "overtime": overtime}
     return cast(Response, handler.do_open(_Connection, request, **options))
+
+
+class _Request(urllib.request.Request):
+    # That is a matter of the connection.
+    timeout = None
+
+
+# Each scrape asks for the same, and it takes longer to say that than to send it.
+@lru_cache(maxsize=16)
+def _get(url: str, fields: Labels) -> _Request:
+    return _Request(url, headers=dict(fields))
 
 
 def _token(path: str) -> str:
@@ -4127,11 +4140,13 @@ def _head(lines: Iterator[bytes]) -> tuple[int, dict[str, str]]:
     text = b"\n".join(head).decode("latin-1")
     if text.count("\n") >= MAX_FIELDS:
         raise http.client.HTTPException(f"more than {MAX_FIELDS} header lines")
-    for line in _FOLD.sub(" ", text).split("\n") if text else ():
-        field = _FIELD.fullmatch(line)
-        if not field:
-            raise http.client.HTTPException(f"not a header field: {line[:40]!r}")
-        name, value = field[1].lower(), field[2].strip(" \t")
+    text = _FOLD.sub(" ", text)
+    found = _FIELD.findall(text)
+    if text and len(found) <= text.count("\n"):
+        line = next(x for x in text.split("\n") if not _FIELD.fullmatch(x))
+        raise http.client.HTTPException(f"not a header field: {line[:40]!r}")
+    for key, text in found:
+        name, value = key.lower(), text.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return int(status[1]), fields
 
@@ -4139,15 +4154,46 @@ def _head(lines: Iterator[bytes]) -> tuple[int, dict[str, str]]:
 AddressInfo = Tuple[int, int, int, str, Any]
 
 
+class _Writer(http.client.HTTPConnection):
+    """Keeps what it is to send."""
+
+    written = b""
+
+    def send(self, data: Any) -> None:
+        self.written += data
+
+
+# As above: http.client takes a while, for what it has written for the scrape before.
+@lru_cache(maxsize=16)
+def _head_of(
+    server: tuple[str, int, int], method: str, url: str, fields: Labels
+) -> bytes:
+    host, port, default_port = server
+    writer = _Writer(host, port)
+    writer.default_port = default_port
+    writer.request(method, url, None, dict(fields))
+    return writer.written
+
+
 class _Connection(http.client.HTTPConnection):
-    response_class = Response
+    """Connects to the first address that answers, all before one deadline."""
 
     def __init__(self, host: str, **options: Any) -> None:
-        self._context: ssl.SSLContext | None = options.pop("context")
-        self._overtime: float = options.pop("overtime")
-        self._deadline = time.monotonic() + options["timeout"]
+        self._context: ssl.SSLContext | None = options["context"]
+        self._deadline: float = options["deadline"]
+        self._overtime: float = options["overtime"]
         self.default_port = 443 if self._context else 80
-        super().__init__(host, **options)
+        super().__init__(host)
+
+    def request(
+        self, method: str, url: str, body: Any = None, headers: Any = None, **_: Any
+    ) -> None:
+        """Send a request."""
+        if body:
+            headers["Content-Length"] = str(len(body))
+        server = self.host, self.port, self.default_port
+        head = _head_of(server, method, url, tuple(headers.items()))
+        self.send(head + (body or b""))
 
     def connect(self) -> None:
         found = socket.getaddrinfo(self.host, self.port, 0, socket.SOCK_STREAM)
@@ -4161,11 +4207,19 @@ class _Connection(http.client.HTTPConnection):
         if self._context:
             self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
 
-    def getresponse(self) -> http.client.HTTPResponse:
+    def getresponse(self) -> Response:
+        """Read the head of the answer; its body keeps the socket open."""
         sock: Any = self.sock
         sock.deadline, sock.overtime = self._deadline, self._overtime
         sock.allowance, sock.cut = MAX_HEAD, "reset"
-        response = super().getresponse()
+        response = Response(sock)
+        try:
+            response.begin()
+        except Exception:
+            response.close()
+            raise
+        finally:
+            self.close()
         sock.allowance, sock.cut = math.inf, "truncated" if response.chunked else ""
         return response
 
@@ -6363,10 +6417,10 @@ class Notifier:
 
     def _post(self, batch: Sequence[dict[str, Any]]) -> bool:
         body, headers = json.dumps(batch).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.target.address, body, headers)
         deadline, status, problem = time.monotonic() + SEND_TIMEOUT, 0, ""
         try:
-            with _Translated(), send(request, deadline, self._credentials) as response:
+            to = self.target.address, deadline, self._credentials, headers
+            with _Translated(), send(*to, body=body) as response:
                 status = response.status
                 if not 200 <= status < 300:
                     problem = redact(f"HTTP {status}: {response.read(200)!r}")
@@ -7935,8 +7989,7 @@ def _answer_of_running(environ: Mapping[str, str], path: str) -> tuple[int, str]
         with _Translated():
             port = "8081" if not port or is_service_link(port) else str(_port(port))
             url = f"http://{host}:{port}{_with_reason(path)}"
-            request = urllib.request.Request(url)
-            with send(request, time.monotonic() + CALLER_TIMEOUT) as response:
+            with send(url, time.monotonic() + CALLER_TIMEOUT) as response:
                 answer = response.read(RECEIVE_BUFFER).decode(errors="replace")
         return response.status, answer
     except ScrapeError as error:
