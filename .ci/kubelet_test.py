@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, NamedTuple
 from unittest import mock
 
-from readme_test import Manifest, containers, deployments, environ_of, table
+from readme_test import Manifest, deployments, environ_of, named, table
 from server_test import PROGRAM, free_port
 
 import health_check as hc
@@ -195,7 +195,7 @@ class Container:
         """Ask as a kubelet does; return whether that was a success."""
         if "exec" in probe:
             environ = {"APP_PORT": str(self.ports[8081])}
-            return hc.probe(environ, probe["exec"]["command"][-1]) == 0
+            return hc.ask_running(environ, probe["exec"]["command"][-1]) == 0
         path, port = probe["httpGet"]["path"], self.ports[probe["httpGet"]["port"]]
         deadline = max(probe.get("timeoutSeconds", 1) * SCALE, LEAST)
         request = (f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
@@ -232,9 +232,9 @@ class Pod:
         self.engine.start()
         workers.append(threading.Thread(target=self.work, args=(self.engine,)))
         workers[1].start()
+        end = self.now() + LENGTH
         act(self)
-        while self.now() < LENGTH:
-            self.supervise()
+        self.wait(end - self.now())
         self.over.set()
         for worker in workers:
             worker.join()
@@ -377,8 +377,7 @@ def live(case: Case, deployment: Manifest) -> Seen:
     """Run a pod of a Deployment through a case."""
     engine, port = Engine(case.load), free_port()
     ports = {8081: port, 8000: engine.port}
-    (spec,) = [c for c in containers(deployment) if c["name"] == "health-check"]
-    (other,) = [c for c in containers(deployment) if c["name"] == "vllm"]
+    spec, other = (named(deployment, name) for name in ("health-check", "vllm"))
     environ = {
         **shortened(environ_of(spec)), "PATH": os.environ["PATH"],
         "METRICS_ENDPOINT": f"http://127.0.0.1:{engine.port}/metrics",
@@ -419,7 +418,7 @@ def live_all(runs: list[tuple[Case, str]]) -> dict[tuple[str, str], Seen]:
     # Compiled, as the image has it.
     py_compile.compile(str(PROGRAM), CODE)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(hc, "CALLER_TIMEOUT", 5 * SCALE))
+        stack.enter_context(mock.patch.object(hc, "CALLER_TIMEOUT", LEAST))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         pool = stack.enter_context(ThreadPoolExecutor(len(runs)))

@@ -73,8 +73,8 @@ CLAUSES = re.compile(r"(?:\s+(?:for|keep_firing_for)\s+\w+)+\s*\Z")
 def documented_rules() -> list[tuple[str, hc.Rule]]:
     """Return the expression of each rule in the README, as written, and the rule."""
     texts = re.findall(r"`([A-Z]\w+: [^`]+)`", README)
-    (checker,) = checkers(deployments()["production"])
-    for block in (environ_of(checker)["UNHEALTHY_WHEN"], *blocks("promql")):
+    environ = environ_of(named(deployments()["production"], "health-check"))
+    for block in (environ["UNHEALTHY_WHEN"], *blocks("promql")):
         texts += map(hc.format_rule, hc.parse_rules(block))
     found = []
     for text in texts:
@@ -237,26 +237,20 @@ spec:
   selector: {matchLabels: {app: vllm}}
   template:
     metadata: {labels: {app: vllm}}
-    spec:
-      containers:
-        - name: vllm
-          image: vllm
-          ports: [{containerPort: 8000}, {containerPort: 8080}]
+    spec: {containers: [{name: vllm, image: vllm}]}
 """)
 
 
 def merged(target: Any, patch: Any) -> Any:
-    """Return what a strategic merge patch makes of an object, as kubectl does."""
+    """Return what a patch makes of an object; what has a name is found by that."""
     if isinstance(patch, dict):
         target = target or {}
         both = {key: merged(target.get(key), value) for key, value in patch.items()}
         return {k: v for k, v in {**target, **both}.items() if v is not None}
-    if isinstance(patch, list) and any(isinstance(item, dict) for item in patch):
-        key = next(key for key in ("name", "containerPort", "configMapRef", "action")
-                   if key in patch[0])  # fmt: skip
-        known = {str(item.get(key)): item for item in target or []}
+    if isinstance(patch, list) and all("name" in item for item in patch):
+        known = {item["name"]: item for item in target or []}
         for item in patch:
-            known[str(item[key])] = merged(known.get(str(item[key])), item)
+            known[item["name"]] = merged(known.get(item["name"]), item)
         return list(known.values())
     return patch
 
@@ -267,12 +261,26 @@ def pod(deployment: Manifest) -> Manifest:
     return spec
 
 
-def changed(deployment: Manifest, name: str, fields: Manifest) -> Manifest:
-    """Return a Deployment whose container of a name is changed, or there as well."""
-    first = [c["name"] for c in pod(deployment).get("initContainers", [])]
-    kind = "initContainers" if name in first else "containers"
-    patch = {"spec": {"template": {"spec": {kind: [{"name": name, **fields}]}}}}
-    found: Manifest = merged(deployment, patch)
+def containers(deployment: Manifest) -> list[Manifest]:
+    """Return the containers of a Deployment, in the order of their start."""
+    spec = pod(deployment)
+    return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+def named(deployment: Manifest, name: str) -> Manifest:
+    """Return a container of a Deployment by its name."""
+    (found,) = (one for one in containers(deployment) if one["name"] == name)
+    return found
+
+
+def environ_of(container: Manifest) -> dict[str, str]:
+    """Return the environment of a container."""
+    return {one["name"]: one["value"] for one in container.get("env", [])}
+
+
+def patched(deployment: Manifest, spec: Manifest) -> Manifest:
+    """Return a Deployment with a patch of its pod."""
+    found: Manifest = merged(deployment, {"spec": {"template": {"spec": spec}}})
     return found
 
 
@@ -293,36 +301,27 @@ def over_http(path: str) -> Manifest:
 def deployments() -> dict[str, Manifest]:
     """Return each Deployment that the README makes, by what it is for."""
     (smallest,) = holding("spec.containers")
-    tgi, whole, checker = map(holding, ("tgi_queue", "initContainers", "EXIT_WHEN"))
-    production = merged(STUB, {"spec": {"template": {"spec": whole}}})
-    server = containers(production)[-1]
-    asks = server["livenessProbe"]["exec"]["command"][-1]
-    drain = {"preStop": {"httpGet": {"path": "/drain", "port": 8081}}}
-    route = {"exec": None, **server["readinessProbe"]}
-    exits = changed(production, "health-check", checker)
-    return {
-        "smallest": changed(STUB, "health-check", smallest),
-        "TGI": changed(STUB, "health-check", {**smallest, **tgi}),
-        "production": production,
-        "over HTTP": changed(production, "vllm", {"livenessProbe": over_http(asks)}),
-        "1.36": changed(exits, "vllm", {"lifecycle": drain, "livenessProbe": route}),
+    tgi, whole, exits = map(holding, ("tgi_queue", "initContainers", "EXIT_WHEN"))
+    production = patched(STUB, whole)
+    server = named(production, "vllm")
+    over = over_http(server["livenessProbe"]["exec"]["command"][-1])
+    newest = {
+        "name": "vllm",
+        "livenessProbe": {"exec": None, **server["readinessProbe"]},
+        "lifecycle": {"preStop": {"httpGet": {"path": "/drain", "port": 8081}}},
     }
-
-
-def containers(deployment: Manifest) -> list[Manifest]:
-    """Return the containers of a Deployment, those that come first among them."""
-    spec = pod(deployment)
-    return [*spec.get("initContainers", []), *spec["containers"]]
-
-
-def environ_of(container: Manifest) -> dict[str, str]:
-    """Return the environment of a container."""
-    return {one["name"]: one["value"] for one in container.get("env", [])}
-
-
-def checkers(deployment: Manifest) -> list[Manifest]:
-    """Return the containers that run this program."""
-    return [c for c in containers(deployment) if c["name"] == "health-check"]
+    return {
+        "smallest": patched(STUB, {"containers": [smallest]}),
+        "TGI": patched(STUB, {"containers": [{**smallest, **tgi}]}),
+        "production": production,
+        "over HTTP": patched(
+            production, {"containers": [{"name": "vllm", "livenessProbe": over}]}
+        ),
+        "1.36": patched(production, {
+            "initContainers": [{"name": "health-check", **exits}],
+            "containers": [newest],
+        }),
+    }  # fmt: skip
 
 
 class Kubernetes(unittest.TestCase):
@@ -335,24 +334,15 @@ class Kubernetes(unittest.TestCase):
 
     def test_variables_are_settings_and_their_values_are_right(self) -> None:
         for name, deployment in deployments().items():
-            for container in checkers(deployment):
-                with self.subTest(name, container=container["name"]):
-                    environ = environ_of(container)
-                    self.assertLessEqual(set(environ), SETTINGS)
-                    self.assertEqual(hc.load_config(environ).warnings, ())
-                    ports = [p["containerPort"] for p in container.get("ports", [])]
-                    self.assertIn(ports, ([], [hc.load_config(environ).app_port]))
-                    status, _, err = run_main("--check-config", **environ)
-                    self.assertEqual((status, err), (0, ""))
-
-    def test_the_checker_scrapes_its_neighbour(self) -> None:
-        for name, deployment in deployments().items():
-            (server,) = [c for c in containers(deployment) if c["name"] == "vllm"]
-            ports = {p["containerPort"] for p in server["ports"]}
-            for container in checkers(deployment):
-                (target,) = hc.load_config(environ_of(container)).metrics_endpoint
-                neighbours = {f"localhost:{port}" for port in ports}
-                self.assertIn(target.instance, neighbours, name)
+            with self.subTest(name):
+                environ = environ_of(named(deployment, "health-check"))
+                self.assertLessEqual(set(environ), SETTINGS)
+                config = hc.load_config(environ)
+                self.assertEqual((config.warnings, config.app_port), ((), 8081))
+                (target,) = config.metrics_endpoint
+                self.assertIn(target.instance, ("localhost:8000", "localhost:8080"))
+                status, _, err = run_main("--check-config", **environ)
+                self.assertEqual((status, err), (0, ""))
 
     def test_names_that_a_pod_refers_to_are_there(self) -> None:
         for name, deployment in deployments().items():
@@ -365,36 +355,34 @@ class Kubernetes(unittest.TestCase):
 
     def test_probes_ask_for_what_there_is(self) -> None:
         for name, deployment in deployments().items():
-            for container in containers(deployment):
-                probes = {k: v for k, v in container.items() if k.endswith("Probe")}
-                for kind, probe in probes.items():
-                    with self.subTest(name, container=container["name"], kind=kind):
-                        self.check_probe(kind, probe, container, deployment)
+            checker = named(deployment, "health-check")
+            rules = {rule.name for rule in hc.load_config(environ_of(checker)).rules}
+            for asked in containers(deployment):
+                for kind in (key for key in asked if key.endswith("Probe")):
+                    with self.subTest(name, container=asked["name"], kind=kind):
+                        own = asked is checker
+                        self.check_probe(kind, asked[kind], rules, own=own)
 
     def check_probe(
-        self, kind: str, probe: Manifest, container: Manifest, other: Manifest
+        self, kind: str, probe: Manifest, rules: set[str], *, own: bool
     ) -> None:
-        """Check what a container is asked."""
+        """Check what the checker is asked itself, or what a server is."""
         (action,) = [probe[key] for key in ("exec", "httpGet") if key in probe]
         path = action["path"] if "path" in action else action["command"][-1]
-        own = container["name"] == "health-check"
-        if kind == "startupProbe" and own:
-            self.assertEqual((path, container["restartPolicy"]), ("/livez", "Always"))
-        elif kind == "livenessProbe" and own:
-            self.assertEqual((path, action["port"]), ("/livez", 8081))
-        elif kind == "readinessProbe" and own:
-            self.assertIn(path, ("/health", "/health?exclude=QueueFull"))
-        elif path != "/health":
+        if own:
+            due = "/livez" if kind != "readinessProbe" else "/health?exclude=QueueFull"
+            self.assertEqual((path, action["port"]), (due, 8081))
+        elif path == "/health":
+            self.assertEqual(action["port"], 8000)
+        else:
             self.assertEqual(kind, "livenessProbe")
-            config = hc.load_config(environ_of(checkers(other)[0]))
-            rules = {rule.name for rule in config.rules}
             self.assertLessEqual(set(path.split("/")[-1].split(",")), rules)
             if "command" in action:
-                self.assertEqual(action["command"][-2:-1], ["--probe"])
+                self.assertEqual(action["command"][-2], "--probe")
             else:
                 # The kubelet's longest rest, which ends late.
-                asked = probe["failureThreshold"] - 1
-                self.assertGreater(probe["periodSeconds"] * asked, 300 + 30)
+                rest = probe["periodSeconds"] * (probe["failureThreshold"] - 1)
+                self.assertGreater(rest, 300 + 30)
 
     def test_a_wrong_rule_stops_a_rollout_before_it_starts_a_server(self) -> None:
         checker, _ = containers(deployments()["production"])
@@ -408,20 +396,17 @@ class Kubernetes(unittest.TestCase):
         self.assertIn("^", err)
 
     def test_what_an_exit_restarts(self) -> None:
-        checker, _ = containers(deployments()["1.36"])
+        checker = named(deployments()["1.36"], "health-check")
         (rule,) = checker["restartPolicyRules"]
         self.assertEqual(rule["exitCodes"], {"operator": "In", "values": [88]})
-        config = hc.load_config(environ_of(checker))
-        rules = {rule.name for rule in config.rules}
-        self.assertLessEqual(set(environ_of(checker)["EXIT_WHEN"].split(",")), rules)
+        self.assertIn("`preStop` waits for `/drain` at port 8081", words(README))
 
     def test_the_checker_is_restricted(self) -> None:
-        for container in checkers(deployments()["production"]):
-            own = container["securityContext"]
-            self.assertTrue(own["runAsNonRoot"])
-            self.assertEqual(own["seccompProfile"], {"type": "RuntimeDefault"})
-            self.assertIs(own["allowPrivilegeEscalation"], False)
-            self.assertEqual(own["capabilities"], {"drop": ["ALL"]})
+        own = named(deployments()["production"], "health-check")["securityContext"]
+        self.assertTrue(own["runAsNonRoot"])
+        self.assertEqual(own["seccompProfile"], {"type": "RuntimeDefault"})
+        self.assertIs(own["allowPrivilegeEscalation"], False)
+        self.assertEqual(own["capabilities"], {"drop": ["ALL"]})
 
     def test_images_are_of_this_version(self) -> None:
         tags = set(re.findall(r"/health-check:([\d.]+)", README))
