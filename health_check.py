@@ -2712,15 +2712,19 @@ def nearest_server(names: Iterable[str]) -> KnownServer | None:
     'SGLang'
     """
     plain = {name.replace(":", "_") for name in names}
-    words = {name.partition("_")[0] for name in plain}
-    best: tuple[int, KnownServer | None] = 0, None
-    for server in (server for server in SERVERS if server.watched):
-        own = [name.replace(":", "_") for name in own_names(server)]
+
+    def likeness(server: KnownServer) -> int:
+        own = {name.replace(":", "_") for name in own_names(server)}
         alike = sum(any(name in other for other in plain) for name in own)
-        related = words.intersection(name.partition("_")[0] for name in own)
-        likeness = 2 * alike or bool(related)
-        best = max(best, (likeness, server), key=operator.itemgetter(0))
-    return best[1]
+        return 2 * alike or not _first_words(own).isdisjoint(_first_words(plain))
+
+    watched = [server for server in SERVERS if server.watched]
+    nearest = max(watched, key=likeness)
+    return nearest if likeness(nearest) else None
+
+
+def _first_words(names: Iterable[str]) -> set[str]:
+    return {name.partition("_")[0] for name in names}
 
 
 def port_conflict(port: int, servers: Iterable[KnownServer] = ()) -> str:
@@ -2743,17 +2747,22 @@ def drain_expression(expressions: Iterable[Expr]) -> Expr | None:
     >>> print(format_expression(drain_expression(rules)))
     tgi_queue_size > 0 or tgi_batch_current_size > 0
     """
-    names = {s.name for expr in expressions for s in find_selectors(expr)}
-    texts = []
-    for server in SERVERS:
-        gauges = f"{server.waiting} {server.running} {server.open}".split()
-        # A sole gauge that counts the scrape itself is corrected for the queue.
-        text = "" if server.waiting or not server.queue else f"({server.queue}) > 0"
-        text = text or " or ".join(f"{name} > 0" for name in dict.fromkeys(gauges))
-        read = {s.name for s in find_selectors(parse_expression(text or "0"))}
-        if server.running and read <= names:
-            texts.append(text)
-    return parse_expression(" or ".join(texts)) if texts else None
+    names = lookbacks(expressions).keys()
+    found = [
+        text for text in map(_in_flight, SERVERS)
+        if text and lookbacks([parse_expression(text)]).keys() <= names
+    ]  # fmt: skip
+    return parse_expression(" or ".join(found)) if found else None
+
+
+def _in_flight(server: KnownServer) -> str:
+    gauges = f"{server.waiting} {server.running} {server.open}".split()
+    if not server.running:
+        return ""
+    # A sole gauge that counts the scrape itself is corrected for the queue.
+    if server.queue and not server.waiting:
+        return f"({server.queue}) > 0"
+    return " or ".join(f"{name} > 0" for name in dict.fromkeys(gauges))
 
 
 @lru_cache(maxsize=None)
@@ -2891,6 +2900,14 @@ def _like_vllm(prefix: str, name: str, at: str, seen: str, **more: str) -> Known
         "match": "ignoring (pid)",
     }
     return KnownServer(name, at, seen, **{**names, **more})
+
+
+def _alive(gauge: str) -> str:
+    """Return what gives a gauge, unless it has stood still for ten minutes."""
+    return (
+        f"last_over_time({gauge}[1m])"
+        f" unless (changes({gauge}[10m]) == 0 and {gauge} offset 9m)"
+    )
 
 
 _VLLM_REQUESTS = f'http_requests_total{{handler=~"{GENERATE}",status='
@@ -3078,6 +3095,7 @@ SERVERS: tuple[KnownServer, ...] = (
         "what a worker had when it was killed stays in its gauge: a stall is seen only"
         " while more requests come",
         waiting=_BENTOML_RUNNING, running=_BENTOML_RUNNING,
+        queue=_alive(_BENTOML_RUNNING),
         moving="bentoml_service_request_total",
         stuck=f"delta({_BENTOML_RUNNING}[2m10s]) > 0"
               " unless on (instance, service_name, endpoint)"
@@ -3123,6 +3141,7 @@ SERVERS: tuple[KnownServer, ...] = (
         "the exporter's port; what a model had when it was killed stays in its gauge: a"
         " stall is seen only while more requests come",
         waiting="xinference:model_serve_count", running="xinference:model_serve_count",
+        queue=_alive("xinference:model_serve_count"),
         moving="xinference:model_request_total",
         stuck="delta(xinference:model_serve_count[2m10s]) > 0"
               " unless on (instance, model_uid, replica_index)"
@@ -4448,12 +4467,12 @@ class Reading:
         self.series: dict[bytes, Labels] = {}
         self.names: set[bytes] = set()
         self.reserved: set[str] = set()
-        self.dropped: set[str] = set()
+        self.dropped: set[bytes] = set()
         self.size = self.lines = self._text = 0
         # Thousands of series have the same few names and pairs.  Not sys.intern(), by
         # which Python 3.12 keeps a name for ever.
         self._shared: dict[Any, Any] = {}
-        self._format, self._known = format, known
+        self._format, self._known, self._wanted = format, known, format.names
         self._openmetrics, self.lists_names = openmetrics, list_names
         self._value = _VALUE_OPENMETRICS if openmetrics else _VALUE
         self._started = self._ended = False
@@ -4517,20 +4536,21 @@ class Reading:
         if not size:
             limits = f"{MAX_SERIES} series, or {MAX_SERIES_TEXT} bytes of them"
             raise ScrapeError("too_large", f"more than {limits}, are wanted")
-        self.dropped.add(largest)
-        self._known = {}
+        self.dropped.add(largest.encode())
+        self._known, self._wanted = {}, self._wanted - {largest}
         for text in [text for text, name in names.items() if name == largest]:
             self.samples.pop(self.series.pop(text), None)
         self._text = sum(map(len, self.series))
 
     def _labels(self, text: bytes) -> Labels:
-        if self.dropped and text.partition(b"{")[0].decode() in self.dropped:
+        # Without this, the labels of each of many series would be read.
+        if text.partition(b"{")[0] in self.dropped:
             return ()
         own = parse_series(text)
         name = own["__name__"]
         if name in self._format.reserved:
             self.reserved.add(name)
-        if name not in self._format.names or name in self.dropped:
+        if name not in self._wanted:
             return ()
         for bound in ("le", "quantile"):
             if bound in own:
@@ -6141,7 +6161,8 @@ class Monitor:
     def _give_up(self, scrapes: Iterable[Scrape]) -> None:
         """Let no built-in rule conclude anything from what there is no room for."""
         readings = [scrape.reading for scrape in scrapes if scrape.reading]
-        for name in {n for r in readings for n in r.dropped} - self._dropped:
+        dropped = {n.decode() for r in readings for n in r.dropped}
+        for name in dropped - self._dropped:
             self._dropped.add(name)
             self.scraper.give_up(name)
             self.history.forget(name)

@@ -25,7 +25,7 @@ MOVING = {
     for server in hc.SERVERS
     for name in re.sub(r"\{.*?\}", "", f"{server.moving} {server.prefill}").split()
 }
-MINUTES = 12
+MINUTES = 9
 STALL = ("Stalling", "Stalled")
 # What each page makes fire that stands still from the first check on; else nothing.
 STANDING: dict[tuple[str, ...], str] = {
@@ -182,6 +182,16 @@ class Pages(unittest.TestCase):
             with self.subTest(file.stem):
                 firing = set(Rules().since(going_on(page(file.stem), 6 * MINUTES)))
                 self.assertEqual(firing, {*expected(file.stem)} - {*STALL})
+
+    def test_what_killed_workers_left_in_a_gauge_is_no_queue_for_ever(self) -> None:
+        for name, gauge in (
+            ("bentoml-1.4.40-busy", "bentoml_service_request_in_progress"),
+            ("xinference-4.1.0-busy", "xinference:model_serve_count"),
+        ):
+            with self.subTest(name):
+                judged, left = Rules(), risen(page(name), gauge, 15)
+                self.assertEqual(judged.since([left] * 6), {"QueueFull": 30})
+                self.assertEqual(judged.since([left] * 66), {})
 
     def test_what_rises_alone(self) -> None:
         for name, pattern, count, rules in RISES:
