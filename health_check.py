@@ -360,11 +360,15 @@ class Alert(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What of a rule concerns the metrics of these ``names``, and what evaluates it."""
+    """What of a rule concerns the metrics of these ``names``, and what evaluates it.
+
+    ``visible`` is what people are shown, None if nothing does; it has ``selectors``.
+    """
 
     names: frozenset[str]
     measure: Callable[..., Any]
     selectors: tuple[Selector, ...]
+    visible: Expr | None
 
 
 class _RuleStatus(NamedTuple):
@@ -416,7 +420,7 @@ class RuleStatus(_RuleStatus):
         return self.state == "firing"
 
     @property
-    def failing(self) -> bool:
+    def fails(self) -> bool:
         """Whether the rule makes ``/health`` Unhealthy."""
         return self.state in ("error", "firing")
 
@@ -507,7 +511,7 @@ class Verdict(NamedTuple):
 
     def failing_rules(self, excluded: Container[str] = ()) -> tuple[str, ...]:
         """Return the names of the rules that make it Unhealthy."""
-        names = (status.rule.name for status in self.rules if status.failing)
+        names = (status.rule.name for status in self.rules if status.fails)
         return tuple(name for name in names if name not in excluded)
 
     @property
@@ -2431,8 +2435,7 @@ def visible_rule(status: RuleStatus) -> Rule | None:
     rule, part = status.rule, status.part
     if not part or not rule.builtin:
         return rule
-    expr = _visible(rule.expr, part.names)
-    return rule._replace(expr=expr) if expr else None
+    return rule._replace(expr=part.visible) if part.visible else None
 
 
 def prune(expr: Expr, names: Container[str]) -> Expr | None:
@@ -2481,17 +2484,14 @@ def _part(status: RuleStatus, evaluation: Evaluation) -> Part:
     if part and part.names == names:
         return part
     if not rule.builtin:
-        return Part(names, _measuring(rule.expr), tuple(find_selectors(rule.expr)))
-    left, shown = prune(rule.expr, names), _visible(rule.expr, names)
-    selectors = find_selectors(shown) if shown else ()
-    wanted = {selector.name: selector for selector in selectors}
-    measure = _measuring(left, lazy=True) if left else lambda _: Measure({})
-    return Part(names, measure, tuple(wanted.values()))
-
-
-def _visible(expr: Expr, names: frozenset[str]) -> Expr | None:
+        selectors = tuple(find_selectors(rule.expr))
+        return Part(names, _measuring(rule.expr), selectors, rule.expr)
     # What scrapes and probes add is always meant, there or not.
-    return prune(expr, names.union(SYNTHETIC, PROBED))
+    visible = prune(rule.expr, names.union(SYNTHETIC, PROBED))
+    left, shown = prune(rule.expr, names), find_selectors(visible) if visible else ()
+    wanted = {selector.name: selector for selector in shown}
+    measure = _measuring(left, lazy=True) if left else lambda _: Measure({})
+    return Part(names, measure, tuple(wanted.values()), visible)
 
 
 class Measure(NamedTuple):
@@ -3992,7 +3992,8 @@ class _Translated:
             inner = getattr(error, "reason", None)
             cause = inner if isinstance(inner, Exception) else error
             reason = next(name for kind, name in REASONS if isinstance(cause, kind))
-            message = "timed out" if reason == "timeout" else str(cause)[:200]
+            message = str(getattr(cause, "strerror", None) or cause)[:200]
+            message = "timed out" if reason == "timeout" else message
             raise ScrapeError(reason, message or type(cause).__name__) from error
 
 
@@ -4602,7 +4603,8 @@ def _line(
         if not final:
             return None
     shown = bytes(buffer[start : min(end, start + 80)]).partition(b"\n")[0]
-    raise ScrapeError("bad_line", f"not a sample: {shown!r}")
+    text = shown.decode(errors="backslashreplace")
+    raise ScrapeError("bad_line", f"not a sample: {text!r}")
 
 
 def parse_series(text: bytes) -> dict[str, str]:
@@ -4827,7 +4829,7 @@ def _rule_transition(
     old: RuleStatus, status: RuleStatus, verdict: Verdict
 ) -> Iterator[Message]:
     if (status.state, status.error) != (old.state, old.error):
-        level = logging.WARNING if status.failing else logging.INFO
+        level = logging.WARNING if status.fails else logging.INFO
         text = f"{status.rule.name}: {describe(status, verdict)}"
         if status.last_words not in ("", old.last_words):
             text += f"; {status.last_words}"
@@ -4920,19 +4922,18 @@ def describe(status: RuleStatus, verdict: Verdict) -> str:
     'ok: 3 (limit 10)'
     """
     state = verdict.state_of(status)
-    if state == "error":
-        return f"error: {status.error}"
-    if state == "unknown":
-        return f"unknown: {why_unknown(verdict)}"
+    if state in ("error", "unknown"):
+        return f"{state}: {why_unknown(status, verdict)}"
     if state == "inactive":
         return f"ok{_found(status, verdict)}"
     since, series = first_series(status, verdict.time)
     return f"{state} for {since}: {series}"
 
 
-def why_unknown(verdict: Verdict) -> str:
-    """Return why the rules that a scrape must tell are unknown."""
-    return verdict.fault or "a scrape fails"
+def why_unknown(status: RuleStatus, verdict: Verdict) -> str:
+    """Return why it is not known whether a rule fires, empty if it is."""
+    unknown = verdict.state_of(status) == "unknown"
+    return (verdict.fault or "a scrape fails") if unknown else status.error
 
 
 def _found(status: RuleStatus, verdict: Verdict) -> str:
@@ -6325,7 +6326,7 @@ class Notifier:
         self._verdict: Verdict | None = None
         self._firing: frozenset[tuple[str, Labels]] = frozenset()
         self._notices: dict[Labels, Notice] = {}
-        self._problem, self._retry, self._crowded = "", -math.inf, False
+        self._problem, self._retry, self._too_many = "", -math.inf, False
         self._changed, self._stopping = threading.Event(), False
 
     def start(self) -> None:
@@ -6384,7 +6385,7 @@ class Notifier:
         return True
 
     def _update(self, verdict: Verdict, now: float) -> None:
-        self._warn_if_crowded(sum(status.counts["firing"] for status in verdict.rules))
+        self._warn_if_too_many(sum(status.counts["firing"] for status in verdict.rules))
         firing, failures = self._choose(verdict), _failures(verdict.targets)
         for labels, (status, alert) in firing.items():
             old, started = self._notices.pop(labels, None), alert.fired or verdict.time
@@ -6407,9 +6408,9 @@ class Notifier:
         for labels in list(self._notices)[: -2 * MAX_ALERTS]:
             del self._notices[labels]
 
-    def _warn_if_crowded(self, total: int) -> None:
-        crowded, self._crowded = self._crowded, total > MAX_ALERTS
-        if self._crowded and not crowded:
+    def _warn_if_too_many(self, total: int) -> None:
+        before, self._too_many = self._too_many, total > MAX_ALERTS
+        if self._too_many and not before:
             text = f"{total} alerts fire: only {MAX_ALERTS} of them are sent"
             log(logging.WARNING, text, alertmanager=self.target.url)
 
@@ -6562,6 +6563,9 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
+HEALTHY, UNHEALTHY = Answer(200, "Healthy\n"), Answer(503, "Unhealthy\n")
+
+
 def answer_health(verdict: Verdict, query: str = "") -> Answer:
     """Answer ``/health``: it fails closed, so only a healthy verdict is 200.
 
@@ -6569,6 +6573,8 @@ def answer_health(verdict: Verdict, query: str = "") -> Answer:
     last words of each rule that fires; ``format=json`` is
     draft-inadarei-api-health-check-06.
     """
+    if not query:
+        return _plain(verdict.reason)
     options = _options(query)
     excluded = {*options.get("exclude", [])}
     reason = verdict.fault or name_some(verdict.failing_rules(excluded))
@@ -6585,12 +6591,13 @@ def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Ans
     statuses = {status.rule.name: status for status in verdict.rules}
     asked = [(name, statuses.get(name)) for name in names]
     firing = [name for name, status in asked if status and status.fires]
-    unknown = dict.fromkeys(_why_unknown(*pair, verdict) for pair in asked)
-    return _answer(
-        _options(query), name_some(firing), _asked_lines(asked, verdict),
-        _asked_json(asked, verdict), (verdict.state_of(s) for _, s in asked if s),
-        unknown=shorten(", ".join(filter(None, unknown))),
-    )  # fmt: skip
+    doubts = dict.fromkeys(_doubt(*pair, verdict) for pair in asked)
+    reason, unknown = name_some(firing), shorten(", ".join(filter(None, doubts)))
+    if not query:
+        return _plain(reason, unknown)
+    states = (verdict.state_of(status) for _, status in asked if status)
+    lines, checks = _asked_lines(asked, verdict), _asked_json(asked, verdict)
+    return _answer(_options(query), reason, lines, checks, states, unknown=unknown)
 
 
 Asked = Sequence[Tuple[str, Union[RuleStatus, None]]]
@@ -6601,22 +6608,28 @@ def _answer(
     options: Mapping[str, Sequence[str]], reason: str, lines: Iterator[str],
     checks: Checks, states: Iterable[str], *, unknown: str = "",
 ) -> Answer:  # fmt: skip
-    code, word = (503, "Unhealthy") if reason else (200, "Healthy")
-    if unknown and not reason:
-        word += f" (unknown: {unknown})"
+    plain = _plain(reason, unknown)
     if options.get("format") == ["json"]:
         warns = unknown or {"pending", "unknown"}.intersection(states)
         status = "fail" if reason else "warn" if warns else "pass"
         parts = _health_json(status, reason or unknown, checks)
-        return Answer(code, parts, "application/health+json")
+        return Answer(plain.status, parts, "application/health+json")
     if "verbose" not in options:
-        return Answer(code, _escaped_line(word))
-    return Answer(code, _lines(lines, f"{word}: {reason}" if reason else word))
+        return plain
+    last = _escaped_line(f"Unhealthy: {reason}") if reason else str(plain.body)
+    shown = _bounded(map(_escaped_line, lines), "warn: the rest is left out\n")
+    return Answer(plain.status, itertools.chain(shown, [last]))
+
+
+def _plain(reason: str, unknown: str = "") -> Answer:
+    if reason or not unknown:
+        return UNHEALTHY if reason else HEALTHY
+    return Answer(200, _escaped_line(f"Healthy (unknown: {unknown})"))
 
 
 def _asked_lines(asked: Asked, verdict: Verdict) -> Iterator[str]:
     for name, status in asked:
-        why = _why_unknown(name, status, verdict)
+        why = _doubt(name, status, verdict)
         if status and not why:
             yield _rule_line(status, verdict, "-" if status.fires else "+")
         else:
@@ -6625,7 +6638,7 @@ def _asked_lines(asked: Asked, verdict: Verdict) -> Iterator[str]:
 
 def _asked_json(asked: Asked, verdict: Verdict) -> Checks:
     for name, status in asked:
-        why = _why_unknown(name, status, verdict)
+        why = _doubt(name, status, verdict)
         unknown = {"status": "warn", "state": "unknown", "output": why}
         yield name, [_rule_json(status, verdict) if status else unknown]
 
@@ -6634,13 +6647,11 @@ def _rule_line(status: RuleStatus, verdict: Verdict, sign: str, note: str = "") 
     return f"[{sign}]{status.rule.name}{note} {describe(status, verdict)}"
 
 
-def _why_unknown(name: str, status: RuleStatus | None, verdict: Verdict) -> str:
-    """Return why it is not known whether a rule fires, empty if it is."""
-    if not status:
-        # Without a verdict of the rules nobody knows which there are.
-        return (not verdict.rules and verdict.fault) or f"no rule {name}"
-    unknown = verdict.state_of(status) == "unknown"
-    return status.error or (why_unknown(verdict) if unknown else "")
+def _doubt(name: str, status: RuleStatus | None, verdict: Verdict) -> str:
+    if status:
+        return why_unknown(status, verdict)
+    # Without a verdict of the rules nobody knows which there are.
+    return (not verdict.rules and verdict.fault) or f"no rule {name}"
 
 
 def _options(query: str) -> dict[str, list[str]]:
@@ -6649,12 +6660,6 @@ def _options(query: str) -> dict[str, list[str]]:
 
 def _escaped_line(text: str) -> str:
     return f"{escape_controls(text)}\n"
-
-
-def _lines(lines: Iterable[str], last: str) -> Iterator[str]:
-    left_out = "warn: the rest is left out"
-    yield from _bounded(map(_escaped_line, lines), _escaped_line(left_out))
-    yield _escaped_line(last)
 
 
 def _bounded(parts: Iterable[str], left_out: str) -> Iterator[str]:
@@ -6671,7 +6676,7 @@ def _bounded(parts: Iterable[str], left_out: str) -> Iterator[str]:
 def answer_livez(alive: bool) -> Answer:
     """Answer ``/livez``: whether this program can check, whatever the checks find."""
     dead = Answer(503, "Unhealthy: no check has come round for a minute\n")
-    return Answer(200, "Healthy\n") if alive else dead
+    return HEALTHY if alive else dead
 
 
 def _verbose_lines(
@@ -6684,7 +6689,7 @@ def _verbose_lines(
             yield f"[-]{describe_probe(probe)}"
     for status in verdict.rules:
         left_out = status.rule.name in excluded
-        sign = "-" if status.failing and not left_out else "+"
+        sign = "-" if status.fails and not left_out else "+"
         sign = "?" if verdict.state_of(status) == "unknown" else sign
         yield _rule_line(status, verdict, sign, " excluded:" * left_out)
         if window and status.last_words:
@@ -6719,10 +6724,17 @@ def _health_json(status: str, output: str, checks: Checks) -> Iterator[str]:
 
 def _json_checks(verdict: Verdict) -> Checks:
     # A rule's name has no colon, so scrape:targets is none.
-    yield "scrape:targets", [_target_json(t, verdict) for t in verdict.targets]
+    now = format_time(verdict.wall)
+    yield "scrape:targets", [
+        _json_of(
+            target, time=now, since=format_time(verdict.wall_of(target.since)),
+            series=target.series, bytes=target.size, remark=target.remark,
+        )
+        for target in verdict.targets
+    ]  # fmt: skip
     for name in dict.fromkeys(probe.probe for probe in verdict.probes):
-        found = [p for p in verdict.probes if p.probe == name]
-        yield f"probe:{name}", list(map(_probe_json, found))
+        found = (probe for probe in verdict.probes if probe.probe == name)
+        yield f"probe:{name}", [_json_of(probe, code=probe.code) for probe in found]
     for status in _worst_first(verdict):
         yield status.rule.name, [_rule_json(status, verdict)]
 
@@ -6732,26 +6744,11 @@ def _worst_first(verdict: Verdict) -> list[RuleStatus]:
     return sorted(verdict.rules, key=lambda s: severity(verdict.state_of(s)))
 
 
-def _target_json(target: TargetStatus, verdict: Verdict) -> dict[str, Any]:
+def _json_of(found: TargetStatus | ProbeStatus, **more: Any) -> dict[str, Any]:
     return _present({
-        "componentId": target.instance,
-        "status": "fail" if target.reason else "pass",
-        "time": format_time(verdict.wall),
-        "since": format_time(verdict.wall_of(target.since)),
-        "observedValue": round(target.seconds, 6), "observedUnit": "s",
-        "series": target.series, "bytes": target.size,
-        "output": target.reason and f"{target.reason}: {target.message}",
-        "remark": target.remark,
-    })  # fmt: skip
-
-
-def _probe_json(probe: ProbeStatus) -> dict[str, Any]:
-    return _present({
-        "componentId": probe.instance,
-        "status": "fail" if probe.reason else "pass",
-        "observedValue": round(probe.seconds, 6), "observedUnit": "s",
-        "code": probe.code,
-        "output": probe.reason and f"{probe.reason}: {probe.message}",
+        "componentId": found.instance, "status": "fail" if found.reason else "pass",
+        "observedValue": round(found.seconds, 6), "observedUnit": "s",
+        "output": found.reason and f"{found.reason}: {found.message}", **more,
     })  # fmt: skip
 
 
@@ -6769,7 +6766,7 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
         "matched": status.matched, "observedValue": _json_number(status.value),
         "limit": _json_number(status.limit), "series": series,
         "alerts": len(status.alerts),
-        "output": _why_unknown(status.rule.name, status, verdict),
+        "output": why_unknown(status, verdict),
     })  # fmt: skip
 
 

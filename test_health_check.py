@@ -4887,7 +4887,8 @@ class ServeTest(NetworkTest):
 
     def judged(self, rule, **known):
         """Return the status of a rule that has found a series, and does not fire."""
-        part = Part(frozenset(), rule.expr, (*health_check.find_selectors(rule.expr),))
+        selectors = tuple(health_check.find_selectors(rule.expr))
+        part = Part(frozenset(), None, selectors, rule.expr)
         return RuleStatus(rule, **{"matched": 1, "part": part, **known})
 
     def test_while_no_scrape_succeeds_what_scrapes_tell_is_unknown(self):
