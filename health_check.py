@@ -4940,7 +4940,7 @@ def _found(status: RuleStatus, verdict: Verdict) -> str:
     if not status.matched and not status.reads_only(ANSWERED):
         return " (no series)"
     if asks_for_an_answer(status):
-        return " so far" if misses_an_answer(status, verdict) else ""
+        return " so far" * ok_so_far(verdict)
     if status.value is None or status.limit is None:
         return ""
     return f": {format_float(status.value)} (limit {format_float(status.limit)})"
@@ -4955,34 +4955,24 @@ def asks_for_an_answer(status: RuleStatus) -> bool:
     return status.limit in (None, 0.0) and status.reads_only(names)
 
 
-def misses_an_answer(status: RuleStatus, verdict: Verdict) -> bool:
-    """Tell whether what such a rule asks for fails, maybe not for long enough yet."""
-    if status.reads_only(ANSWERED):
-        return bool(verdict.failed_scrapes)
-    return any(probe.reason for probe in verdict.probes)
+def ok_so_far(verdict: Verdict) -> bool:
+    """Tell whether an answer is missing, maybe not for long enough to fire yet."""
+    return bool(verdict.failed_scrapes or any(p.reason for p in verdict.probes))
 
 
-def explain(status: RuleStatus) -> str:
-    """Return when a rule fires and what it reads, in a line or two.
+def explain(status: RuleStatus, *, reads: bool = True) -> str:
+    """Return when a rule fires, and what a built-in one ``reads``, in a line or two.
 
     >>> explain(RuleStatus(*parse_rules("Full: q > 1 for 30s")))
     'q > 1 for 30s'
     """
-    text = summarise(status)
-    selectors = status.part.selectors if status.part else ()
-    names = [s.name for s in selectors if s.name not in (*SYNTHETIC, *PROBED)]
-    if text == expression_of(status) or not names:
-        return text
-    return f"{text}: {name_some(names, MAX_READ)}"
-
-
-def summarise(status: RuleStatus) -> str:
-    """Return the text of a rule, of a built-in one words if that is long."""
-    rule, text = status.rule, expression_of(status)
+    rule, part, text = status.rule, status.part, expression_of(status)
     if text and (len(text) <= MAX_RULE or not rule.builtin):
         return text
-    clauses = format_clauses(rule)
-    return f"{ABOUT[rule.name]}{clauses and ','}{clauses}"
+    about = ",".join(filter(None, (ABOUT[rule.name], format_clauses(rule))))
+    names = [selector.name for selector in part.selectors] if part and reads else []
+    names = [name for name in names if name not in (*SYNTHETIC, *PROBED)]
+    return f"{about}: {name_some(names, MAX_READ)}" if names else about
 
 
 def expression_of(status: RuleStatus) -> str:
@@ -6541,6 +6531,8 @@ HEALTH_STATUS = {
     "firing": "fail", "error": "fail", "pending": "warn", "unknown": "warn",
     "inactive": "pass",
 }  # fmt: skip
+# What ?verbose marks a rule with, as kube-apiserver does, if not with a plus.
+SIGNS = {"firing": "-", "error": "-", "unknown": "?"}
 TEXT = "text/plain; charset=utf-8"
 # A word that may fill a line of a telephone, and where it may be broken then: rather
 # between the parts of an expression than within a name.
@@ -6588,19 +6580,17 @@ def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Ans
 
     A rule that is not there is unknown: a change of rules may restart no server.
     """
-    statuses = {status.rule.name: status for status in verdict.rules}
-    asked = [(name, statuses.get(name)) for name in names]
-    firing = [name for name, status in asked if status and status.fires]
-    doubts = dict.fromkeys(_doubt(*pair, verdict) for pair in asked)
-    reason, unknown = name_some(firing), shorten(", ".join(filter(None, doubts)))
+    asked = [*_asked(names, verdict)]
+    reason = name_some([name for name, status, _ in asked if status and status.fires])
+    unknown = shorten(", ".join(dict.fromkeys(doubt for *_, doubt in asked if doubt)))
     if not query:
         return _plain(reason, unknown)
-    states = (verdict.state_of(status) for _, status in asked if status)
-    lines, checks = _asked_lines(asked, verdict), _asked_json(asked, verdict)
+    lines = itertools.starmap(partial(_asked_line, verdict), asked)
+    checks = ((name, [_rule_json(verdict, s, doubt)]) for name, s, doubt in asked)
+    states = (verdict.state_of(status) for _, status, _ in asked if status)
     return _answer(_options(query), reason, lines, checks, states, unknown=unknown)
 
 
-Asked = Sequence[Tuple[str, Union[RuleStatus, None]]]
 Checks = Iterator[Tuple[str, List[Dict[str, Any]]]]
 
 
@@ -6627,31 +6617,34 @@ def _plain(reason: str, unknown: str = "") -> Answer:
     return Answer(200, _escaped_line(f"Healthy (unknown: {unknown})"))
 
 
-def _asked_lines(asked: Asked, verdict: Verdict) -> Iterator[str]:
-    for name, status in asked:
-        why = _doubt(name, status, verdict)
-        if status and not why:
-            yield _rule_line(status, verdict, "-" if status.fires else "+")
-        else:
-            yield f"[?]{name} unknown: {why}"
+def _asked(
+    names: Iterable[str], verdict: Verdict
+) -> Iterator[tuple[str, RuleStatus | None, str]]:
+    """Yield each name with its status, and why it is unknown whether it fires."""
+    statuses = {status.rule.name: status for status in verdict.rules}
+    for name in names:
+        status = statuses.get(name)
+        # Without a verdict of the rules nobody knows which there are.
+        doubt = (not statuses and verdict.fault) or f"no rule {name}"
+        yield name, status, why_unknown(status, verdict) if status else doubt
 
 
-def _asked_json(asked: Asked, verdict: Verdict) -> Checks:
-    for name, status in asked:
-        why = _doubt(name, status, verdict)
-        unknown = {"status": "warn", "state": "unknown", "output": why}
-        yield name, [_rule_json(status, verdict) if status else unknown]
+def _asked_line(
+    verdict: Verdict, name: str, status: RuleStatus | None, doubt: str
+) -> str:
+    if status and not doubt:
+        return _rule_line(status, verdict)
+    return f"[?]{name} unknown: {doubt}"
 
 
-def _rule_line(status: RuleStatus, verdict: Verdict, sign: str, note: str = "") -> str:
-    return f"[{sign}]{status.rule.name}{note} {describe(status, verdict)}"
-
-
-def _doubt(name: str, status: RuleStatus | None, verdict: Verdict) -> str:
-    if status:
-        return why_unknown(status, verdict)
-    # Without a verdict of the rules nobody knows which there are.
-    return (not verdict.rules and verdict.fault) or f"no rule {name}"
+def _rule_line(
+    status: RuleStatus, verdict: Verdict, excluded: Container[str] = ()
+) -> str:
+    name, sign = status.rule.name, SIGNS.get(verdict.state_of(status), "+")
+    text = describe(status, verdict)
+    if name not in excluded:
+        return f"[{sign}]{name} {text}"
+    return f"[{'?' if sign == '?' else '+'}]{name} excluded: {text}"
 
 
 def _options(query: str) -> dict[str, list[str]]:
@@ -6684,14 +6677,9 @@ def _verbose_lines(
 ) -> Iterator[str]:
     for target in verdict.targets:
         yield from _target_lines(target, verdict.time)
-    for probe in verdict.probes:
-        if probe.reason:
-            yield f"[-]{describe_probe(probe)}"
+    yield from (f"[-]{describe_probe(p)}" for p in verdict.probes if p.reason)
     for status in verdict.rules:
-        left_out = status.rule.name in excluded
-        sign = "-" if status.fails and not left_out else "+"
-        sign = "?" if verdict.state_of(status) == "unknown" else sign
-        yield _rule_line(status, verdict, sign, " excluded:" * left_out)
+        yield _rule_line(status, verdict, excluded)
         if window and status.last_words:
             yield f"   {status.last_words}"
     for name in sorted(excluded - {status.rule.name for status in verdict.rules}):
@@ -6736,7 +6724,8 @@ def _json_checks(verdict: Verdict) -> Checks:
         found = (probe for probe in verdict.probes if probe.probe == name)
         yield f"probe:{name}", [_json_of(probe, code=probe.code) for probe in found]
     for status in _worst_first(verdict):
-        yield status.rule.name, [_rule_json(status, verdict)]
+        doubt = why_unknown(status, verdict)
+        yield status.rule.name, [_rule_json(verdict, status, doubt)]
 
 
 def _worst_first(verdict: Verdict) -> list[RuleStatus]:
@@ -6752,7 +6741,11 @@ def _json_of(found: TargetStatus | ProbeStatus, **more: Any) -> dict[str, Any]:
     })  # fmt: skip
 
 
-def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
+def _rule_json(
+    verdict: Verdict, status: RuleStatus | None, doubt: str
+) -> dict[str, Any]:
+    if not status:
+        return {"status": "warn", "state": "unknown", "output": doubt}
     series = [
         {"labels": dict(a.labels), "value": _json_number(a.value), "state": a.state,
          "since": format_time(verdict.wall_of(a.began))}
@@ -6765,8 +6758,7 @@ def _rule_json(status: RuleStatus, verdict: Verdict) -> dict[str, Any]:
         "description" if status.rule.builtin else "expression": explain(status),
         "matched": status.matched, "observedValue": _json_number(status.value),
         "limit": _json_number(status.limit), "series": series,
-        "alerts": len(status.alerts),
-        "output": why_unknown(status, verdict),
+        "alerts": len(status.alerts), "output": doubt,
     })  # fmt: skip
 
 
@@ -7029,7 +7021,7 @@ def _inactive_words(
         return "unknown", "no series of it is there"
     if not asks_for_an_answer(status):
         return "pass", value or "ok"
-    if misses_an_answer(status, verdict):
+    if ok_so_far(verdict):
         return "warn", "ok so far"
     slowest = max((target.seconds for target in verdict.targets), default=0.0)
     return "pass", f"answers in {_brief(slowest)}" * status.reads_only(ANSWERED) or "ok"
@@ -7052,7 +7044,7 @@ def _section(state: str, title: str, text: str, graph: str = "", more: str = "")
 
 def _rule_text(status: RuleStatus) -> str:
     # Some rules are as long as a page: the rest is shown to those who want it.
-    short, whole = summarise(status), expression_of(status)
+    short, whole = explain(status, reads=False), expression_of(status)
     if short == whole and len(whole) > MAX_SHOWN:
         short = whole[:MAX_SHOWN].rpartition(" ")[0] or whole[:MAX_SHOWN]
         short += " ..."
@@ -7203,7 +7195,6 @@ MAX_LINES = 102
 MAX_UNREAD = 2 << 20
 MAX_UNKNOWN = 16
 MAX_DRAINING, DRAIN_PAUSE = 16, 1.0
-TOO_LATE = "it is too late"
 HOUR = 3600.0
 # A TLS hello and a PROXY header of version 2, which would not end like a request.
 FOREIGN = (b"\x16", b"\r\n\r\n\0\r\nQUIT\n")
@@ -7654,23 +7645,23 @@ class Server:
             if verdict.sequence > seen and verdict.left is not None:
                 seen, left = verdict.sequence, verdict.left
                 quiet = 0 if left else quiet + 1
-            why = self._why_in_vain(verdict, end)
+            why = self._why_in_vain(verdict, end, known=left is not None)
         if quiet == 2:
             return Answer(200, "Drained\n")
-        if left is None and why == TOO_LATE:
-            left = "nothing is known yet"
         reasons = dict.fromkeys(filter(None, (why, left)))
         return Answer(503, _escaped_line(f"Not drained: {'; '.join(reasons)}"))
 
-    def _why_in_vain(self, verdict: Verdict, end: float) -> str:
-        for status in verdict.rules:
+    def _why_in_vain(self, verdict: Verdict, end: float, *, known: bool) -> str:
+        # Said with what is left, so not before that is known.
+        for status in verdict.rules if known else ():
             if status.rule.name in HUNG and status.state == "firing":
                 return f"{status.rule.name} fires, so nothing will end"
         if verdict.left == NO_SERVER:
             return NO_SERVER
         if self._stopping:
             return "this program ends"
-        return TOO_LATE if time.monotonic() >= end else ""
+        late = "it is too late" if known else "it is too late; nothing is known yet"
+        return late if time.monotonic() >= end else ""
 
     def _warn_unknown(self, name: str) -> None:
         # Callers choose the names, so there is a bound on how many are remembered.
