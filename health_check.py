@@ -996,11 +996,11 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Any:
 
     Raises EvaluationError where Prometheus does.
     """
-    return compiled(expr)(evaluation)
+    return compiled(expr, False)(evaluation)
 
 
 @lru_cache(maxsize=4096)
-def compiled(expr: Expr, lazy: bool = False) -> Callable[[Evaluation], Any]:
+def compiled(expr: Expr, lazy: bool) -> Callable[[Evaluation], Any]:
     """Return what evaluates an expression, equal ones once for each evaluation.
 
     A ``lazy`` one looks for no error in what cannot change the answer.
@@ -1111,7 +1111,7 @@ def matches(matcher: Matcher, value: str) -> bool:
 
 def count_matched(selector: Selector, evaluation: Evaluation) -> int:
     """Return how many series a selector finds."""
-    found = compiled(selector)(evaluation)
+    found = evaluate(selector, evaluation)
     if isinstance(found, Range):
         return sum(series.time > found.start for series in found.series.values())
     return len(found)
