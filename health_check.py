@@ -1490,15 +1490,14 @@ def _predict(points: Points, _: float, end: float, ahead: float) -> float:
 def _top(sign: float) -> Callable[..., Vector]:
     """Keep the series of each group whose value times ``sign`` is greatest."""
 
-    def order(item: tuple[Labels, float]) -> tuple[bool, float]:
-        return math.isnan(item[1]), -sign * item[1]
-
     def apply(expr: Operation, _: Evaluation, most: float, vector: Vector) -> Vector:
         if not abs(most) < 2**63:
             raise EvaluationError(f"{expr.name} of {format_float(most)} series")
+        # NaN comes last.
+        ranks = {k: (math.isnan(value), -sign * value) for k, value in vector.items()}
         groups = _grouped(vector, expr.grouping).values()
-        tops = (sorted(group.items(), key=order) for group in groups)
-        return dict(pair for top in tops for pair in top[: max(0, int(most))])
+        tops = (sorted(group, key=ranks.__getitem__)[: max(0, int(most))] for group in groups)
+        return {labels: vector[labels] for top in tops for labels in top}
 
     return apply
 
@@ -1791,15 +1790,15 @@ MIN_RANGE = 0.001
 SUBQUERY_STEP = 60.0
 
 _TOKENS = (
-    r"""(?P<blank>(?:[ \t\r]|\#[^\n]*)+)
-    |(?P<newline>\n(?:[ \t\r\n]|\#[^\n]*)*)
-    |(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`[^`]*`)
+    r"""(?:[ \t\r]|\#[^\n]*)*(?:
+    (?P<word>[a-z_:][\w:]*)
+    |(?P<op>=~|!~|==|!=|<=|>=|</|>/|[-+*/%^<>=(){}\[\],;@:])
     |(?P<number>(?:0x(?:_?[0-9a-f])+|(?:\d+(?-i:ms|[smhdwy]))+
         |(?:\d(?:_?\d)*(?:\.(?:\d(?:_?\d)*)?)?|\.\d(?:_?\d)*)
          (?:e[+-]?\d(?:_?\d)*)?)(?![\w.]))
-    |(?P<word>[a-z_:][\w:]*)
-    |(?P<op>=~|!~|==|!=|<=|>=|</|>/|[-+*/%^<>=(){}\[\],;@:])
-    |(?P<wrong>.)"""
+    |(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`[^`]*`)
+    |(?P<newline>\n(?:[ \t\r\n]|\#[^\n]*)*)
+    |(?P<end>\Z)|(?P<wrong>.))"""
 )
 _TOKEN = re.compile(_TOKENS, re.VERBOSE | re.ASCII | re.IGNORECASE)
 # A colon in square brackets begins no name.
@@ -1876,25 +1875,24 @@ def tokenize(text: str) -> Iterator[Token]:
     JOINERS only continues a rule and is left out; where an expression cannot end yet,
     the parser skips it.  Raises PromQLError.
     """
-    depth, newline, last, at, tokens = 0, None, "", 0, _TOKEN
-    while at < len(text):
+    depth, newline, last, at, kind, tokens = 0, None, "", 0, "", _TOKEN
+    while kind != "end":
         match = cast("re.Match[str]", tokens.match(text, at))
-        at = match.end()
-        kind, found = str(match.lastgroup), match[0]
+        kind, at = str(match.lastgroup), match.end()
+        found = match[kind]
         key = found.lower() if kind in ("word", "op") else ""
-        token = Token(kind, found, key, match.start(), text)
+        token = Token(kind, found, key, match.start(kind), text)
         if kind == "wrong":
             raise token.wrong()
         depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
         tokens = {"[": _TOKEN_IN_BRACKETS, "]": _TOKEN}.get(found, tokens)
-        if kind == "newline" and depth <= 0:
-            newline = token._replace(key="\n")
-        elif kind not in ("newline", "blank"):
+        if kind != "newline":
             if newline and not _goes_on(token, last):
                 yield newline
             newline, last = None, key
             yield token
-    yield Token("end", "", "", len(text), text)
+        elif depth <= 0:
+            newline = token._replace(key="\n")
 
 
 def _goes_on(token: Token, last: str) -> bool:
