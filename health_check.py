@@ -1496,8 +1496,8 @@ def _top(sign: float) -> Callable[..., Vector]:
         # NaN comes last.
         ranks = {k: (math.isnan(value), -sign * value) for k, value in vector.items()}
         groups = _grouped(vector, expr.grouping).values()
-        tops = (sorted(group, key=ranks.__getitem__)[: max(0, int(most))] for group in groups)
-        return {labels: vector[labels] for top in tops for labels in top}
+        tops = (sorted(group, key=ranks.__getitem__) for group in groups)
+        return {k: vector[k] for top in tops for k in top[: max(0, int(most))]}
 
     return apply
 
