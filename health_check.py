@@ -2596,7 +2596,6 @@ NOT_SERVING = """probe_success{probe="health"} == 0
   unless on (instance) (probe_error{probe="health", reason="timeout"}
     and on (instance) max_over_time(probe_success{probe="health"}[30s]) > 0)
 """
-LATEST, MOVED = "last_over_time({}[2m10s])", "idelta({}[5m]) != 0"
 GENERATE = "/v1/(chat/)?completions|/v1/responses|/v1/messages"
 PROBES = "/livez|/readyz|/healthz"
 
@@ -2610,11 +2609,10 @@ class KnownServer(NamedTuple):
     API, without labels of an engine.  ``queue`` and ``stuck`` stand for what follows
     from these, where it does not fit.  Requests that end count as ``answered``,
     as ``failed``, or as ``abandoned`` by a client whom they may have answered or not;
-    ``accepted`` changes when one reaches the engine.  Without ``beside`` there is no
-    stall.  ``own`` is there with no other server, as those of ``known_by`` are.
-    ``no_model`` has series where no model is loaded, ``asleep`` is 0 where the server
-    sleeps on purpose.  ``ports`` are those that it needs besides.  Several names are
-    separated by blanks.
+    ``accepted`` changes when one reaches the engine.  ``own`` is there with no other
+    server, as those of ``known_by`` are.  ``no_model`` has series where no model is
+    loaded, ``asleep`` is 0 where the server sleeps on purpose.  ``ports`` are those
+    that it needs besides.  Several names are separated by blanks.
     """
 
     name: str
@@ -2633,7 +2631,6 @@ class KnownServer(NamedTuple):
     failed: str = ""
     abandoned: str = ""
     accepted: str = ""
-    beside: str = ""
     own: str = ""
     known_by: str = ""
     no_model: str = ""
@@ -2667,9 +2664,10 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     """
     moving = [s for s in SERVERS if s.moving]
     gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in moving).split()
-    moved = [text for server in moving for text in _changed(server, MOVED)]
-    busy = (f"{LATEST.format(gauge)} > 0" for gauge in gauges)
-    idle = (f"{LATEST.format(gauge)} == 0" for gauge in gauges)
+    forms = [_changed(server, "idelta({}[5m]) != 0") for server in moving]
+    moved = [*itertools.chain.from_iterable(forms)]
+    busy = map("last_over_time({}[2m10s]) > 0".format, gauges)
+    idle = map("last_over_time({}[2m10s]) == 0".format, gauges)
     asleep = map(_sleeps, filter(operator.attrgetter("asleep"), SERVERS))
     nowhere = Grouping(True, ())
     quiet = Operation("unless", (_union(idle), _union([*busy, *asleep])), nowhere)
@@ -2692,13 +2690,15 @@ def with_canary(rule: Rule, labels: tuple[str, ...]) -> Rule:
 
 
 def servers_there(names: Iterable[str]) -> Iterator[KnownServer]:
-    """Return the known servers that have one of these metrics.
+    """Yield the known servers that have one of these metrics.
 
     >>> [server.name for server in servers_there(["vllm:num_requests_waiting"])]
     ['vLLM']
     """
     there = set(names)
-    return (server for server in SERVERS if there.intersection(own_names(server)))
+    for server in SERVERS if there else ():
+        if there.intersection(own_names(server)):
+            yield server
 
 
 def nearest_server(names: Iterable[str]) -> KnownServer | None:
@@ -2766,7 +2766,8 @@ def own_names(server: KnownServer) -> frozenset[str]:
     """Return the metrics by which a server is known."""
     fields = server.waiting, server.running, server.moving, server.prefill, server.own
     names = re.sub(r"\{[^}]*\}", "", " ".join(fields)).split()
-    return frozenset((*names, *server.known_by.split()))
+    backends = re.findall(r"\w+_worker_health", server.no_model)
+    return frozenset((*names, *backends, *server.known_by.split()))
 
 
 def _union(texts: Iterable[str]) -> Expr:
@@ -2791,20 +2792,21 @@ def _queue_full(server: KnownServer, limit: str) -> str:
 
 
 def _stuck(server: KnownServer, _: str) -> str:
-    gauges = f"{server.running} {server.waiting}"
-    standing = _standing(server, gauges, server.match), _standing(server, server.open)
-    stuck = server.stuck or " or ".join(filter(None, standing))
+    stuck = server.stuck
+    for gauges, match in (
+        (f"{server.running} {server.waiting}", server.match),
+        (server.open, "on (instance)"),
+    ):
+        names = dict.fromkeys(gauges.split()) if server.moving else ()
+        busy = " or ".join(f"last_over_time({name}[2m10s]) > 0" for name in names)
+        if busy and not server.stuck:
+            moved = _unless(match, _changed(server, "idelta({}[5m]) != 0"))
+            stuck += f"{stuck and ' or '}({busy}){moved}"
     if server.asleep:
         stuck += f" unless ignoring (pid, sleep_state) {_sleeps(server)}"
     # From one sample nothing is known, whatever the rest says of it.
     known = " and on (instance) sum_over_time(up[5m]) > 1"
-    return stuck and f"({stuck}){_only_with(server.beside)}{known}"
-
-
-def _standing(server: KnownServer, gauges: str, match: str = "on (instance)") -> str:
-    names = dict.fromkeys(gauges.split()) if server.moving else ()
-    busy = " or ".join(f"{LATEST.format(name)} > 0" for name in names)
-    return busy and f"({busy}){_unless(match, _changed(server, MOVED))}"
+    return stuck and f"({stuck}){known}"
 
 
 def _unanswered(server: KnownServer, _: str) -> str:
@@ -2839,11 +2841,11 @@ def _unless(match: str, texts: Iterable[str]) -> str:
 
 
 def _sleeps(server: KnownServer) -> str:
-    return f"{LATEST.format(server.asleep)} == 0"
+    return f"last_over_time({server.asleep}[2m10s]) == 0"
 
 
 def _only_with(own: str) -> str:
-    return f" and on (instance) {LATEST.format(own)}" if own else ""
+    return f" and on (instance) last_over_time({own}[2m10s])" if own else ""
 
 
 BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], str]]] = {
@@ -2904,13 +2906,16 @@ def _alive(gauge: str) -> str:
     )
 
 
-def _ended(series: str) -> dict[str, str]:
-    """Return how requests end, ``#`` being the first digit of their status."""
-    return {"answered": series.replace("#", "2"), "failed": series.replace("#", "5")}
-
-
-_VLLM_ENDED = f'http_requests_total{{handler=~"{GENERATE}",status="#xx"}}'
+_VLLM_REQUESTS = f'http_requests_total{{handler=~"{GENERATE}",status='
+_BENTOML_REQUESTS = f'bentoml_service_request_total{{endpoint!~"{PROBES}",'
 _BENTOML_RUNNING = f'bentoml_service_request_in_progress{{endpoint!~"{PROBES}"}}'
+_SGLANG_RESPONSES = (
+    f'sglang:http_responses_total{{endpoint=~"{GENERATE}|/generate",status_code='
+)
+_SMG_RESPONSES = (
+    f'smg_http_responses_total{{path=~"{GENERATE}|/generate",status_code='
+)
+_RAY_REQUESTS = 'ray_serve_num_http_requests_total{route!="/-/healthz",status_code='
 _TRITON = "nv_inference_"
 _LITELLM = "litellm_proxy_total_requests_metric_total"
 
@@ -2919,7 +2924,8 @@ SERVERS: tuple[KnownServer, ...] = (
         "vllm:", "vLLM", ":8000/metrics", "0.7, 0.26, 0.32, run",
         remark="not with --disable-log-stats; nothing tells of a hang while it is idle"
                " until two clients have given up",
-        **_ended(_VLLM_ENDED), abandoned=_VLLM_ENDED.replace("#", "2"),
+        answered=f'{_VLLM_REQUESTS}"2xx"}}', failed=f'{_VLLM_REQUESTS}"5xx"}}',
+        abandoned=f'{_VLLM_REQUESTS}"2xx"}}',
         accepted="vllm:prefix_cache_queries_total", own="vllm:prompt_tokens_total",
         asleep='vllm:engine_sleep_state{sleep_state="awake"}',
     ),
@@ -2932,8 +2938,7 @@ SERVERS: tuple[KnownServer, ...] = (
         match="ignoring (mode, pid, priority)",
         # The prefill of a sole request shows only here.
         open=f'sglang:http_requests_active{{endpoint=~"{GENERATE}|/generate"}}',
-        **_ended(f'sglang:http_responses_total{{endpoint=~"{GENERATE}|/generate",'
-                 'status_code=~"#.."}'),
+        answered=f'{_SGLANG_RESPONSES}~"2.."}}', failed=f'{_SGLANG_RESPONSES}~"5.."}}',
         abandoned="sglang:num_aborted_requests_total",
         known_by="sglang:scheduler_idle_seconds_total",
     ),
@@ -2957,8 +2962,14 @@ SERVERS: tuple[KnownServer, ...] = (
         waiting="num_requests_waiting", running="num_requests_running",
         moving="generation_tokens_total",
         prefill="prompt_tokens_total gpu_cache_usage_perc",
+        match="ignoring (pid)",
         # Others have these names, and no counter of tokens.
-        match="ignoring (pid)", beside="generation_tokens_total",
+        stuck="(last_over_time(num_requests_running[2m10s]) > 0"
+              " or last_over_time(num_requests_waiting[2m10s]) > 0)"
+              " and on (instance) last_over_time(generation_tokens_total[2m10s])"
+              " unless ignoring (pid) (idelta(generation_tokens_total[5m]) != 0"
+              " or idelta(prompt_tokens_total[5m]) != 0"
+              " or idelta(gpu_cache_usage_perc[5m]) != 0)",
     ),
     KnownServer(
         "Triton", ":8002/metrics", "pytriton 0.7, run",
@@ -3033,7 +3044,8 @@ SERVERS: tuple[KnownServer, ...] = (
         waiting="maxserve_num_requests_queued", running="maxserve_num_requests_running",
         moving="maxserve_batch_execution_time_milliseconds_count",
         prefill="maxserve_batch_execution_time_milliseconds_count",
-        **_ended('maxserve_request_count_total{code=~"#.."}'),
+        answered='maxserve_request_count_total{code=~"2.."}',
+        failed='maxserve_request_count_total{code=~"5.."}',
         abandoned='maxserve_request_count_total{code="499"}',
         known_by="maxserve_pipeline_load_total",
     ),
@@ -3050,16 +3062,13 @@ SERVERS: tuple[KnownServer, ...] = (
               " or idelta(ray_serve_deployment_processing_latency_ms_count[5m]) != 0)"
               " unless on (instance) (idelta(ray_vllm:generation_tokens_total[5m]) != 0"
               " or idelta(ray_vllm_generation_tokens_total[5m]) != 0)",
-        **_ended('ray_serve_num_http_requests_total{route!="/-/healthz",'
-                 'status_code=~"#.."}'),
+        answered=f'{_RAY_REQUESTS}~"2.."}}', failed=f'{_RAY_REQUESTS}~"5.."}}',
     ),
     KnownServer(
         "smg", ":29000/metrics", "1.13, run", "a gateway: hangs on its workers",
         waiting="smg_admission_queue_depth", running="smg_worker_requests_active",
-        **_ended(f'smg_http_responses_total{{path=~"{GENERATE}|/generate",'
-                 'status_code=~"#.."}'),
+        answered=f'{_SMG_RESPONSES}~"2.."}}', failed=f'{_SMG_RESPONSES}~"5.."}}',
         no_model="max by (instance) (smg_worker_health) == 0",
-        known_by="smg_worker_health",
     ),
     KnownServer(
         "vllm-router", ":29000/metrics", "0.1.17, run",
@@ -3067,7 +3076,6 @@ SERVERS: tuple[KnownServer, ...] = (
         answered='vllm_router_cb_outcomes_total{outcome="success"}',
         failed='vllm_router_cb_outcomes_total{outcome="failure"}',
         no_model="max by (instance) (vllm_router_worker_health) == 0",
-        known_by="vllm_router_worker_health",
     ),
     KnownServer(
         "mosec", ":8000/metrics", "0.9.8, run",
@@ -3088,8 +3096,8 @@ SERVERS: tuple[KnownServer, ...] = (
         stuck=f"delta({_BENTOML_RUNNING}[2m10s]) > 0"
               " unless on (instance, service_name, endpoint)"
               " changes(bentoml_service_request_total[2m10s]) > 0",
-        **_ended(f'bentoml_service_request_total{{endpoint!~"{PROBES}",'
-                 'http_response_code=~"#.."}'),
+        answered=f'{_BENTOML_REQUESTS}http_response_code=~"2.."}}',
+        failed=f'{_BENTOML_REQUESTS}http_response_code=~"5.."}}',
     ),
     KnownServer(
         "MLServer", ":8082/metrics", "1.7.1, run",
@@ -3097,7 +3105,8 @@ SERVERS: tuple[KnownServer, ...] = (
         waiting='rest_server_requests_in_progress{method="POST"}',
         running='rest_server_requests_in_progress{method="POST"}',
         moving="model_infer_request_duration_count",
-        **_ended('rest_server_requests_total{method="POST",status_code=~"#.."}'),
+        answered='rest_server_requests_total{method="POST",status_code=~"2.."}',
+        failed='rest_server_requests_total{method="POST",status_code=~"5.."}',
         own="model_infer_request_duration_count", ports="8080 8081",
     ),
     KnownServer(
@@ -3120,7 +3129,8 @@ SERVERS: tuple[KnownServer, ...] = (
         stuck="last_over_time(litellm_in_flight_requests[2m10s]) > 1 unless on"
               f" (instance) (idelta({_LITELLM}[5m]) != 0"
               f" or count_over_time({_LITELLM}[5m]) == 1)",
-        **_ended(f'{_LITELLM}{{status_code=~"#.."}}'),
+        answered=f'{_LITELLM}{{status_code=~"2.."}}',
+        failed=f'{_LITELLM}{{status_code=~"5.."}}',
     ),
     KnownServer(
         "Xinference", ":9998/metrics", "4.1, run",
@@ -5011,11 +5021,15 @@ RENAMED = {"gpu", "kv"}
 
 
 class Page(NamedTuple):
-    """What the good scrape of a target has shown; no ``names`` if not asked for."""
+    """What the good scrape of a target has shown; no ``names`` if not asked for.
+
+    ``reserved`` are those of the names that are set here, so that it may not have them.
+    """
 
     instance: str
     samples: Iterable[Labels]
     names: frozenset[str] | None = None
+    reserved: AbstractSet[str] = frozenset()
 
 
 class Search(NamedTuple):
@@ -5088,6 +5102,9 @@ class Lookout:
         self._searches.update(_searches_for(others, added))
         self._unwatched: dict[str, Unwatched] = {}
         self._asked = False
+        self._reserved: set[str] = set()
+        self._ranges = [(r.name, s) for r in rules for s in find_selectors(r.expr)]
+        self._thinned: dict[tuple[str, Selector], float] = {}
 
     def wants_names(self, now: float) -> bool:
         """Tell whether the next scrapes should list the names of all metrics."""
@@ -5102,8 +5119,21 @@ class Lookout:
         ]
         return any(due) or (self._builtin and not self._asked)
 
-    def look(self, pages: Sequence[Page], evaluation: Evaluation) -> Iterator[Message]:
-        """Yield what is to be said of what the good scrapes of a check have shown."""
+    def look(
+        self, pages: Sequence[Page], evaluation: Evaluation,
+        thinned: Mapping[str, float] = MappingProxyType({}),
+    ) -> Iterator[Message]:  # fmt: skip
+        """Yield what is to be said of what the good scrapes of a check have shown.
+
+        ``thinned`` has the seconds between two samples of a metric that are kept, where
+        some were forgotten for their size.  What is not taken is yielded again.
+        """
+        for name in {n for page in pages for n in page.reserved} - self._reserved:
+            self._reserved.add(name)
+            text = f"the target serves {name}, which is set here: dropped"
+            yield logging.WARNING, text, {"metric": name}
+        if thinned:
+            yield from self._look_at_ranges(thinned)
         for page in pages if self._builtin else ():
             for text in self._look_at(page, evaluation.now):
                 message = f"{page.instance}: {text}"
@@ -5130,6 +5160,16 @@ class Lookout:
                 text = describe_missing(selector, state, names, evaluation, own)
                 fields = {"rule": rule, "selector": format_expression(selector)}
                 yield logging.WARNING, f"{rule}: {text}", fields
+
+    def _look_at_ranges(self, thinned: Mapping[str, float]) -> Iterator[Message]:
+        for rule, selector in self._ranges:
+            apart = thinned.get(selector.name, 0.0) if selector.window else 0.0
+            if apart > self._thinned.get((rule, selector), 0.0):
+                self._thinned[rule, selector] = apart
+                text = format_expression(selector)
+                kept = f"only samples that are {format_duration(apart)} apart are kept"
+                message = f"{rule}: {kept} of {text}: HISTORY_LIMIT is too small"
+                yield logging.WARNING, message, {"rule": rule, "selector": text}
 
     def _look_at(self, page: Page, now: float) -> Iterator[str]:
         if any(dict(labels)["__name__"] in self._names for labels in page.samples):
@@ -5212,22 +5252,6 @@ def homes_of(
         instance for instance in instances
         if any(("instance", instance) in k and s.time == now for k, s in found)
     )  # fmt: skip
-
-
-def thinned_ranges(
-    rules: Iterable[Rule], thinned: Mapping[str, float]
-) -> Iterator[Message]:
-    """Yield a warning for each range of which samples were forgotten for their size.
-
-    ``thinned`` has the seconds between two samples of a metric that are kept.
-    """
-    for rule in rules if thinned else ():
-        for selector in find_selectors(rule.expr):
-            if selector.window and selector.name in thinned:
-                text, apart = format_expression(selector), thinned[selector.name]
-                kept = f"only samples that are {format_duration(apart)} apart are kept"
-                message = f"{rule.name}: {kept} of {text}: HISTORY_LIMIT is too small"
-                yield logging.WARNING, message, {"rule": rule.name, "selector": text}
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
@@ -5722,7 +5746,8 @@ class Scrape(NamedTuple):
         reading = self.reading
         names = reading.names if reading and reading.lists_names else None
         decoded = None if names is None else frozenset(map(bytes.decode, names))
-        return Page(self.status.instance, self.samples, decoded)
+        reserved = reading.reserved if reading else frozenset()
+        return Page(self.status.instance, self.samples, decoded, reserved)
 
     def failed(self, reason: str, message: str) -> Scrape:
         """Return the same scrape as one that has failed."""
@@ -5748,13 +5773,14 @@ Found = Tuple[List[Scrape], Tuple[ProbeStatus, ...]]
 class Job(NamedTuple):
     """The order to scrape all targets once, until a monotonic deadline.
 
-    Each worker puts what it has found into ``results``, under its name, and the one
-    that puts the last calls ``then`` with the job, maybe long after the deadline.
+    ``results`` are late until each worker, by its number, has put there what it has
+    found; the last of them calls ``then`` with the job, maybe long after the deadline.
     """
 
     deadline: float
     list_names: bool
-    results: dict[str, Any]
+    results: list[Any]
+    done: list[int]
     then: Callable[[Job], object]
 
     @property
@@ -5787,19 +5813,20 @@ class Scraper:
             queue.SimpleQueue() for _ in (*self._targets, *self._routes)
         ]
         self._threads: list[threading.Thread] = []
+        timeout = config.metrics_timeout
+        late = "timeout", f"no answer within {format_duration(timeout)}"
+        late_probe = False, 0, *late, timeout
+        self._late = [
+            *(self._blank(target, timeout).failed(*late) for target in self._targets),
+            *(ProbeStatus("health", r.instance, *late_probe) for r in self._routes),
+        ]
 
     def start(self) -> None:
         """Start the workers."""
-        workers: dict[str, Callable[[Job, float], object]] = {}
-        for index, target in enumerate(self._targets):
-            workers[f"scrape {target.instance}"] = partial(self._scrape, index)
-        for route in self._routes:
-            workers[f"health {route.instance}"] = partial(self._ask, route)
-        for (name, ask), orders in zip(workers.items(), self._orders):
-            work = partial(self._work, name, ask, orders)
+        for number, target in enumerate((*self._targets, *self._routes)):
+            work, name = partial(self._work, number), f"scrape {target.instance}"
             self._threads.append(threading.Thread(target=work, name=name, daemon=True))
-        for thread in self._threads:
-            thread.start()
+            self._threads[-1].start()
 
     def alive(self) -> bool:
         """Tell whether all workers live."""
@@ -5828,26 +5855,14 @@ class Scraper:
         ``list_names`` asks for the names of all metrics too.
         """
         deadline = time.monotonic() + self._config.metrics_timeout
-        job = Job(deadline, list_names, {}, then)
+        job = Job(deadline, list_names, list(self._late), [], then)
         self._order(job)
         return job
 
     def found(self, job: Job) -> Found:
         """Return what is known of each target, and what the health routes say."""
-        results, timeout = job.results, self._config.metrics_timeout
-        late = "timeout", f"no answer within {format_duration(timeout)}"
-        scrapes = [
-            results.get(f"scrape {target.instance}")
-            or self._blank(target, timeout).failed(*late)
-            for target in self._targets
-        ]
-        late_probe = False, 0, *late, timeout, job.deadline
-        probes = [
-            results.get(f"health {route.instance}")
-            or ProbeStatus("health", route.instance, *late_probe)
-            for route in self._routes
-        ]
-        return scrapes, tuple(probes)
+        count = len(self._targets)
+        return job.results[:count], tuple(job.results[count:])
 
     def _blank(self, target: Target, seconds: float = 0.0) -> Scrape:
         labels = (("instance", target.instance), *self._config.target_labels)
@@ -5860,28 +5875,26 @@ class Scraper:
                 orders.get_nowait()
             orders.put(job)
 
-    def _work(
-        self, name: str, ask: Callable[[Job, float], object],
-        orders: queue.SimpleQueue[Job | None],
-    ) -> None:
+    def _work(self, number: int) -> None:
         overtime = LEAST_OVERTIME
-        for job in iter(orders.get, None):
-            result = ask(job, overtime)
+        ask = self._scrape if number < len(self._targets) else self._ask
+        for job in iter(self._orders[number].get, None):
+            job.results[number] = ask(number, job, overtime)
             given_up = time.monotonic() >= job.deadline + overtime
             overtime = min(2 * overtime, MOST_OVERTIME) if given_up else LEAST_OVERTIME
-            job.results[name] = result
-            if len(job.results) == len(self._orders):
+            job.done.append(number)
+            if len(job.done) == len(self._orders):
                 job.then(job)
 
-    def _scrape(self, index: int, job: Job, overtime: float) -> Scrape:
-        target, started = self._targets[index], time.monotonic()
+    def _scrape(self, number: int, job: Job, overtime: float) -> Scrape:
+        target, started = self._targets[number], time.monotonic()
         scrape, credentials = self._blank(target), credentials_of(self._config)
         try:
             with open_stream(target, job.deadline, credentials, overtime) as stream:
-                known, format = self._known[index], self._formats[index]
+                known, format = self._known[number], self._formats[number]
                 reading = read_samples(stream, format, known, job.list_names)
             remark = too_many(format.dropped) if format.dropped else ""
-            self._known[index], count = reading.series, len(reading.samples)
+            self._known[number], count = reading.series, len(reading.samples)
             status = scrape.status._replace(
                 size=reading.size, series=count, samples=reading.lines, remark=remark
             )
@@ -5893,8 +5906,9 @@ class Scraper:
         status = scrape.status._replace(seconds=time.monotonic() - started)
         return scrape._replace(status=status)
 
-    def _ask(self, route: Target, job: Job, overtime: float) -> ProbeStatus:
+    def _ask(self, number: int, job: Job, overtime: float) -> ProbeStatus:
         # The token is for the metrics alone.
+        route = self._routes[number - len(self._targets)]
         credentials = credentials_of(self._config)._replace(token_file="")
         try:
             return ask("health", route, job.deadline, credentials, overtime=overtime)
@@ -5905,11 +5919,9 @@ class Scraper:
 # --- 16. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
-MAX_DRAIN_PAUSE = 5.0
-MAX_OVERDUE = 60.0
+MAX_LATE, MAX_OVERDUE, MAX_DRAIN_PAUSE = 0.25, 60.0, 5.0
 TREND, MAX_TOLD = 120, 5
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-MAX_LATE = 0.25
 NO_SERVER = "whether a request runs is not known: set DRAIN_WHILE"
 NO_ROOM = (
     "too many series: label values may change with each scrape; all there is room for"
@@ -5917,15 +5929,12 @@ NO_ROOM = (
 )
 
 
-class Trend(NamedTuple):
-    """The worst value of a rule, NaN for none, and its state, in the latest checks."""
-
-    values: collections.deque[float]
-    states: collections.deque[str]
+Listener = Callable[[Verdict, Verdict], object]
+"""What is called with the verdict before and the new one."""
 
 
 class Check(NamedTuple):
-    """A check that runs: when it began, what it was asked for, and for what it asks.
+    """A check that runs: when it began, and if it tells what DRAIN_WHILE gives.
 
     ``answer`` is the canary's from before the scrape, which so has seen what that
     answer has moved.
@@ -5935,7 +5944,6 @@ class Check(NamedTuple):
     wall: float
     drain: bool
     answer: ProbeStatus | None
-    list_names: bool
     again: bool
 
 
@@ -5945,10 +5953,10 @@ class Monitor:
     One check runs at a time, from when scrapes are ordered for it until its verdict is
     published: by the worker that has the last scrape, or by this class' own thread, if
     the deadline is before it.  Only that thread, or whoever calls ``check`` instead of
-    starting any, touches the history, the rules' statuses and the counts.  The lock
-    guards what is asked for, which check runs, and whose scrapes are waited for.
+    starting any, touches ``judge``.  The lock guards what is asked for, which check
+    runs, and whose scrapes are waited for.
     ``verdict`` is replaced as a whole: any thread may read it.  ``listeners`` are
-    called in order, with the verdict before and the new one.
+    called in order.
     """
 
     def __init__(
@@ -5957,43 +5965,20 @@ class Monitor:
     ) -> None:
         self.config, self._clock, self._wall = config, clock, wall
         self.verdict = Verdict(0, "not checked yet", clock(), wall())
-        self.listeners: list[Callable[[Verdict, Verdict], object]] = []
         # How long a request waits at most for the check that it asked for.
         self.verdict_timeout = config.metrics_timeout + 2 * GRACE
         self._changed = threading.Condition()
-        self._asked, self._drain_asked, self._stopped = -1, False, False
+        self._asked, self._stopped = -1, False
         self._running: Check | None = None
         self._awaited: Job | None = None
         # When the schedule wants a check, and until when the thread sleeps.
         self._due = self._wakes = math.inf
-        self._drained = -math.inf
+        # Checks that begin until then tell what DRAIN_WHILE still gives.
+        self.drains_until = -math.inf
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        rules = (*config.rules, *config.canary_when)
-        self._expressions = [rule.expr for rule in rules]
-        if config.drain_while:
-            self._expressions.append(config.drain_while)
-        wanted = lookbacks(self._expressions)
-        spare = spare_names(rules) - {*lookbacks(self._expressions[len(rules) :])}
-        self.scraper = Scraper(config, wanted, spare)
-        self.history = History(wanted, config.history_limit)
-        self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
-        self._when = tuple(RuleStatus(rule) for rule in config.canary_when)
-        url = config.canary_url
-        self.canary = Canary(config, url) if url else None
-        self._scraped = False
-        self._lookout = Lookout(config.rules, config, rules_of_settings(config))
-        self._reserved: set[str] = set()
-        self._dropped: set[str] = set()
-        self._thinned: dict[str, float] = {}
-        self.scrapes: Counter[tuple[str, str]] = collections.Counter()
-        self.durations, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
-        self.moments: collections.deque[float] = collections.deque(maxlen=TREND)
-        self.trends = {
-            rule.name: Trend(
-                collections.deque(maxlen=TREND), collections.deque(maxlen=TREND)
-            )
-            for rule in config.rules
-        }
+        self.judge, self.statistics = Judge(config), Statistics(config.rules)
+        self.scraper, self.canary = self.judge.scraper, self.judge.canary
+        self.listeners: list[Listener] = [self.statistics.add]
 
     def start(self) -> None:
         """Start the threads; what they do is asked for."""
@@ -6017,25 +6002,17 @@ class Monitor:
         late = self._clock() - check.now - self.verdict_timeout if check else 0.0
         return live and late < MAX_OVERDUE
 
-    @cached_property
-    def drain_while(self) -> Expr | None:
-        """What gives the requests that run or wait; it is made when first asked for."""
-        return self.config.drain_while or drain_expression(self._expressions)
-
-    def request(self, sequence: int, *, drain: bool = False) -> None:
-        """Ask for a verdict after the one of that number; a running check will do.
-
-        With ``drain`` for one that has what is left, for which it will not do.
-        """
+    def request(self, sequence: int) -> None:
+        """Ask for a verdict after the one of that number; a running check will do."""
         with self._changed:
             self._asked = max(self._asked, sequence)
-            self._drain_asked = self._drain_asked or drain
             self._begin_if_wanted()
 
     def check(self) -> Verdict:
         """Check in the thread of the caller, who has started none."""
         check = self._new_check()
-        self._finish(check, self.scraper.scrape(list_names=check.list_names))
+        list_names = self.judge.lookout.wants_names(check.now)
+        self._finish(check, self.scraper.scrape(list_names=list_names))
         return self.verdict
 
     def _run(self) -> None:
@@ -6066,16 +6043,15 @@ class Monitor:
             except Exception as error:
                 self._publish(self._fault(error))
             else:
+                list_names = self.judge.lookout.wants_names(check.now)
                 end = partial(self._end, check)
-                self._awaited = self.scraper.begin(end, list_names=check.list_names)
+                self._awaited = self.scraper.begin(end, list_names=list_names)
         if self._next_deadline() < self._wakes:
             self._changed.notify()
 
     def _new_check(self, *, again: bool = False) -> Check:
-        drain, self._drain_asked = self._drain_asked, False
-        answer, now = self.canary.latest if self.canary else None, self._clock()
-        list_names = self._lookout.wants_names(now)
-        return Check(now, self._wall(), drain, answer, list_names, again)
+        now, answer = self._clock(), self.canary.latest if self.canary else None
+        return Check(now, self._wall(), now < self.drains_until, answer, again)
 
     def _end(self, check: Check, job: Job) -> None:
         """Judge what a job has found, unless another thread was first."""
@@ -6085,14 +6061,14 @@ class Monitor:
             self._awaited = None
             if job.overdue > MAX_LATE and not check.again:
                 # This process was suspended meanwhile: what it has seen is old.
-                self._running, self._drain_asked = None, check.drain
+                self._running = None
                 self._begin_if_wanted(again=True)
                 return
         self._finish(check, self.scraper.found(job))
 
     def _finish(self, check: Check, found: Found) -> None:
         try:
-            verdict = self._judge(check, *found)
+            verdict = self.judge.judge(check, found, self.verdict)
         except Exception as error:
             verdict = self._fault(error)
         self._publish(verdict)
@@ -6111,29 +6087,58 @@ class Monitor:
         for listener in self.listeners:
             _tell(listener, before, verdict)
 
-    def _judge(
-        self, check: Check, scrapes: list[Scrape], probes: tuple[ProbeStatus, ...]
-    ) -> Verdict:
-        now, wall, answer = check.now, check.wall, check.answer
-        self._drained = now if check.drain else self._drained
-        self._restart_after_gap(now)
+
+class Judge:
+    """Judges what scrapes find: has the rules with their states, and what they read.
+
+    It has no thread and no lock: one thread at a time calls it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        rules = (*config.rules, *config.canary_when)
+        self._config, self._expressions = config, [rule.expr for rule in rules]
+        if config.drain_while:
+            self._expressions.append(config.drain_while)
+        wanted = lookbacks(self._expressions)
+        spare = spare_names(rules) - {*lookbacks(self._expressions[len(rules) :])}
+        self.scraper = Scraper(config, wanted, spare)
+        self.history = History(wanted, config.history_limit)
+        self.lookout = Lookout(config.rules, config, rules_of_settings(config))
+        url = config.canary_url
+        self.canary = Canary(config, url) if url else None
+        self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
+        self._when = tuple(RuleStatus(rule) for rule in config.canary_when)
+        self._dropped: set[str] = set()
+        self._scraped = False
+
+    @cached_property
+    def drain_while(self) -> Expr | None:
+        """What gives the requests that run or wait; it is made when first asked for."""
+        return self._config.drain_while or drain_expression(self._expressions)
+
+    def judge(self, check: Check, found: Found, before: Verdict) -> Verdict:
+        """Return the verdict of a check from what was found, and the one before."""
+        (scrapes, probes), now = found, check.now
+        self._restart_after_gap(now, before)
         self._give_up(scrapes)
-        before = self.verdict.targets
-        targets = record_scrapes(scrapes, self.history, now, self.config, before)
-        if self.canary and answer:
-            answer = self._consider(self.canary, answer, now, wall)
-            probes += (answer,) if answer.sent > -math.inf else ()
-        record_probes(probes, self.history, now, self.config)
+        config, history = self._config, self.history
+        targets = record_scrapes(scrapes, history, now, config, before.targets)
+        probes += self._answers(check)
+        record_probes(probes, history, now, config)
         self._scraped = self._scraped or not all(target.reason for target in targets)
-        evaluation = self.history.evaluation(now, wall)
+        evaluation = history.evaluation(now, check.wall)
         self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
         self._warn(scrapes, evaluation)
-        targets = tuple(map(self._lookout.remark, targets))
+        targets = tuple(map(self.lookout.remark, targets))
+        left = self._left(targets, evaluation) if check.drain else None
         fault = "" if self._scraped else "never scraped"
-        sequence = self.verdict.sequence + 1
-        verdict = Verdict(sequence, fault, now, wall, self._statuses, targets, probes)
-        self._count(verdict)
-        return verdict._replace(left=self._left(targets, evaluation, check.drain))
+        known = before.sequence + 1, fault, now, check.wall
+        return Verdict(*known, self._statuses, targets, probes, left)
+
+    def _restart_after_gap(self, now: float, before: Verdict) -> None:
+        gap = max(MAX_GAP, MAX_INTERVALS * self._config.scrape_interval)
+        if before.sequence and now - before.time > gap:
+            self._change(restart_clocks)
 
     def _give_up(self, scrapes: Iterable[Scrape]) -> None:
         """Let no built-in rule conclude anything from what there is no room for."""
@@ -6143,64 +6148,72 @@ class Monitor:
             self._dropped.add(name)
             self.scraper.give_up(name)
             self.history.forget(name)
-            self._statuses = tuple(_without(s, name) for s in self._statuses)
-            self._when = tuple(_without(s, name) for s in self._when)
+            self._change(partial(_without, name))
             log(logging.WARNING, too_many([name]), metric=name)
 
-    def _restart_after_gap(self, now: float) -> None:
-        gap = max(MAX_GAP, MAX_INTERVALS * self.config.scrape_interval)
-        if self.verdict.sequence and now - self.verdict.time > gap:
-            self._statuses = tuple(map(restart_clocks, self._statuses))
-            self._when = tuple(map(restart_clocks, self._when))
+    def _change(self, change: Callable[[RuleStatus], RuleStatus]) -> None:
+        self._statuses = tuple(map(change, self._statuses))
+        self._when = tuple(map(change, self._when))
+
+    def _answers(self, check: Check) -> tuple[ProbeStatus, ...]:
+        """Let the canary be sent where CANARY_WHEN asks for it; return what it says."""
+        if not self.canary or not check.answer:
+            return ()
+        evaluation = self.history.evaluation(check.now, check.wall)
+        self._when = tuple(_judged(status, evaluation) for status in self._when)
+        stalls = [status for status in self._statuses if status.rule.name in HUNG]
+        # While somebody drains the engine is asked for nothing more.
+        when = () if check.drain else self._when
+        answer = self.canary.consider(check.answer, when, stalls, evaluation)
+        return (answer,) if answer.sent > -math.inf else ()
+
+    def _warn(self, scrapes: Iterable[Scrape], evaluation: Evaluation) -> None:
+        pages = [scrape.page for scrape in scrapes if scrape.reading]
+        messages = self.lookout.look(pages, evaluation, self.history.thinned())
+        # Names made to be alike are slow to compare: the rest is for the next check.
+        for level, text, fields in itertools.islice(messages, MAX_TOLD):
+            log(level, text, **fields)
 
     def _left(
-        self, targets: Iterable[TargetStatus], evaluation: Evaluation, drain: bool
+        self, targets: Iterable[TargetStatus], evaluation: Evaluation
     ) -> str | None:
-        if not drain or not self.drain_while:
+        if not self.drain_while:
             return None
         left = remaining(self.drain_while, targets, evaluation)
         there = (select(s, evaluation) for s in find_selectors(self.drain_while))
         # Of a server that is not known the table's expression gives nothing either.
-        known = left or self.config.drain_while or any(there)
+        known = left or self._config.drain_while or any(there)
         return left if known else NO_SERVER
 
-    def _consider(
-        self, canary: Canary, latest: ProbeStatus, now: float, wall: float
-    ) -> ProbeStatus:
-        """Let the canary be sent where CANARY_WHEN asks for it."""
-        evaluation = self.history.evaluation(now, wall)
-        self._when = tuple(_judged(status, evaluation) for status in self._when)
-        stalls = [status for status in self._statuses if status.rule.name in HUNG]
-        # Who drains asks each second, and the engine is asked for nothing more then.
-        when = self._when if now - self._drained > MAX_DRAIN_PAUSE else ()
-        return canary.consider(latest, when, stalls, evaluation)
 
-    def _warn(self, scrapes: Sequence[Scrape], evaluation: Evaluation) -> None:
-        readings = [scrape.reading for scrape in scrapes if scrape.reading]
-        for name in {n for r in readings for n in r.reserved} - self._reserved:
-            self._reserved.add(name)
-            text = f"the target serves {name}, which is set here: dropped"
-            log(logging.WARNING, text, metric=name)
-        before, self._thinned = self._thinned, self.history.thinned()
-        thinned = dict(self._thinned.items() - before.items())
-        for level, text, fields in thinned_ranges(self.config.rules, thinned):
-            log(level, text, **fields)
-        pages = [scrape.page for scrape in scrapes if scrape.reading]
-        # Names made to be alike are slow to compare: the rest is for the next check.
-        missing = self._lookout.look(pages, evaluation)
-        for level, text, fields in itertools.islice(missing, MAX_TOLD):
-            log(level, text, **fields)
+Trend = Sequence[Tuple[float, str]]
+"""The worst value of a rule, NaN for none, and its state, in the latest checks."""
 
-    def _count(self, verdict: Verdict) -> None:
+
+class Statistics:
+    """Counts what verdicts say, and keeps the latest of it for graphs.
+
+    Whoever publishes adds to it, and any thread may read it meanwhile.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        latest: Callable[[], Any] = partial(collections.deque, maxlen=TREND)
+        self.scrapes: Counter[tuple[str, str]] = collections.Counter()
+        self.durations, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
+        self.moments: collections.deque[float] = latest()
+        self.trends = {rule.name: latest() for rule in rules}
+
+    def add(self, _: Verdict, verdict: Verdict) -> None:
+        """Count a new verdict."""
         for target in verdict.targets:
             self.scrapes[target.instance, target.reason or "success"] += 1
             self.durations[bisect_left(BUCKETS, target.seconds)] += 1
             self.seconds += target.seconds
-        self.moments.append(verdict.time)
+        if verdict.rules:
+            self.moments.append(verdict.time)
         for status in verdict.rules:
-            trend = self.trends[status.rule.name]
-            trend.values.append(math.nan if status.value is None else status.value)
-            trend.states.append(verdict.state_of(status))
+            value = math.nan if status.value is None else status.value
+            self.trends[status.rule.name].append((value, verdict.state_of(status)))
 
 
 def record_scrapes(
@@ -6238,16 +6251,14 @@ def record_probes(
         history.record(dict(collections.ChainMap(*found)), now, PROBED)
 
 
-def _tell(
-    listener: Callable[[Verdict, Verdict], object], before: Verdict, verdict: Verdict
-) -> None:
+def _tell(listener: Listener, before: Verdict, verdict: Verdict) -> None:
     try:
         listener(before, verdict)
     except Exception as error:
         report(error)
 
 
-def _without(status: RuleStatus, name: str) -> RuleStatus:
+def _without(name: str, status: RuleStatus) -> RuleStatus:
     rule = status.rule
     rule = rule._replace(expr=without(rule.expr, name)) if rule.builtin else rule
     return status._replace(rule=rule, part=None)
@@ -6841,20 +6852,20 @@ def _probe_families(verdict: Verdict) -> Iterator[Family]:
     )  # fmt: skip
 
 
-def scrape_families(monitor: Monitor) -> Iterator[Family]:
+def scrape_families(statistics: Statistics) -> Iterator[Family]:
     """Yield what has been counted of scrapes, as metrics."""
     # A copy: the thread that checks may count meanwhile.
-    scrapes = dict(monitor.scrapes).items()
+    scrapes = dict(statistics.scrapes).items()
     yield from _families(
         ("health_check_scrapes_total", "Scrapes by target and outcome.",
          [({"target": t, "outcome": o}, count) for (t, o), count in scrapes]),
     )  # fmt: skip
     bounds = map(format_float, (*BUCKETS, math.inf))
-    counts = list(itertools.accumulate(monitor.durations))
+    counts = list(itertools.accumulate(statistics.durations))
     buckets = [("_bucket", {"le": le}, n) for le, n in zip(bounds, counts)]
     yield Family(
         "health_check_scrape_duration_seconds", "histogram", "Time of a scrape.",
-        [*buckets, ("_sum", {}, monitor.seconds), ("_count", {}, counts[-1])],
+        [*buckets, ("_sum", {}, statistics.seconds), ("_count", {}, counts[-1])],
     )
 
 
@@ -7071,15 +7082,15 @@ def _escape(text: str) -> str:
 
 
 def _figure(status: RuleStatus, site: Site) -> str:
-    trend = site.trends.get(status.rule.name)
+    trend = tuple(site.trends.get(status.rule.name, ()))
     # The Monitor may add to these meanwhile.
     moments = tuple(site.moments)
     if not trend or len(moments) < 2 or not visible_rule(status):
         return ""
     if status.limit is None or asks_for_an_answer(status):
-        graph = _strip(tuple(trend.states))
+        graph = _strip([state for _, state in trend])
     else:
-        graph = _graph(tuple(trend.values), status.limit)
+        graph = _graph([value for value, _ in trend], status.limit)
     span = format_duration(int(moments[-1] - moments[0]))
     return graph and f"<figure>{graph}, last {span}</figcaption></figure>"
 
@@ -7423,6 +7434,10 @@ class Server:
         }
         self._selector = selectors.DefaultSelector()
         self._stopping, self._unsent = False, 0
+        # Half the descriptors at most, or callers could leave none for a scrape; a
+        # system without a limit says -1.
+        files = os.sysconf("SC_OPEN_MAX")
+        self._most = min(MAX_CONNECTIONS, files // 2 if files > 0 else MAX_CONNECTIONS)
         self._warned: dict[str, float] = {}
         self._woken, self.waker = socket.socketpair()
         for sock in (listener, self._woken, self.waker):
@@ -7472,7 +7487,6 @@ class Server:
             self._step(connection)
 
     def _accept(self) -> None:
-        most = _most_connections()
         for taken in range(ACCEPTS):
             try:
                 sock, address = self._listener.accept()
@@ -7488,7 +7502,7 @@ class Server:
             client = address[0].replace("::ffff:", "")
             connection = Connection(sock, client, self._converse(sock, client))
             self._step(connection)
-            if sum(map(len, self._waiting.values())) > most:
+            if sum(map(len, self._waiting.values())) > self._most:
                 self._close(self._oldest() or connection)
 
     def _free_a_descriptor(self) -> None:
@@ -7630,10 +7644,11 @@ class Server:
         end = time.monotonic() + monitor.config.drain_timeout
         full = len(self._waiting[DRAIN]) >= MAX_DRAINING
         why = f"{MAX_DRAINING} callers wait already" if full else ""
-        why = why if monitor.drain_while else NO_SERVER
+        why = why if monitor.judge.drain_while else NO_SERVER
         seen, left = monitor.verdict.sequence, None
         while quiet < 2 and not why:
-            monitor.request(monitor.verdict.sequence, drain=True)
+            monitor.drains_until = time.monotonic() + MAX_DRAIN_PAUSE
+            monitor.request(monitor.verdict.sequence)
             with suppress(TimeoutError):
                 yield from _read_past(sock, DRAIN)
                 raise ConnectionError("did not wait")
@@ -7675,10 +7690,9 @@ class Server:
         age = time.monotonic() - latest.time
         if latest.sequence and age <= MAX_INTERVALS * monitor.config.scrape_interval:
             return latest
-        most = _most_connections()
         try:
             # Room is left for those who need no verdict: load must not drive liveness.
-            if len(self._waiting[PARK]) >= most - most // 8:
+            if len(self._waiting[PARK]) >= self._most - self._most // 8:
                 raise TimeoutError("too many callers wait for a verdict")
             monitor.request(latest.sequence)
             while monitor.verdict.sequence <= latest.sequence:
@@ -7695,24 +7709,17 @@ class Server:
         urls = {target.instance: target.url for target in config.metrics_endpoint}
         site = Site(
             config.pod_name, urls, config.scrape_interval,
-            monitor.moments, monitor.trends, last_words,
+            monitor.statistics.moments, monitor.statistics.trends, last_words,
         )  # fmt: skip
         return answer_page(verdict, site, query)
 
     def _metrics(self, verdict: Verdict) -> Iterator[Family]:
         yield from verdict_families(verdict)
-        yield from scrape_families(self._monitor)
+        yield from scrape_families(self._monitor.statistics)
         # Callers choose the names: the log has some of them, and no label.
         unknown = sum(self._unknown.values())
         yield from service_families(self._requests, unknown, self._notifiers)
         yield from process_families()
-
-
-def _most_connections() -> int:
-    # Half the descriptors at most, or callers could leave none for a scrape; a system
-    # without a limit says -1.
-    files = os.sysconf("SC_OPEN_MAX")
-    return MAX_CONNECTIONS if files < 0 else min(MAX_CONNECTIONS, files // 2)
 
 
 def _receive(sock: socket.socket) -> Conversation[Request]:
@@ -7794,12 +7801,24 @@ NOT_IN_PROMETHEUS = {
 }
 
 
-def say(text: str, *, error: bool = False, end: str = "\n") -> None:
+def say(text: str, *, error: bool = False) -> None:
     """Print a result or an error; a reader who has gone changes no exit status."""
     stream = sys.stderr if error else sys.stdout
-    try:
+    with _unread(stream):
         if stream:
-            print(text, file=stream, flush=True, end=end)
+            print(text, file=stream, flush=True)
+
+
+def flush_output() -> None:
+    """Write what ``print`` has kept, as ``say`` does."""
+    with _unread(sys.stdout):
+        print(end="", flush=True)
+
+
+@contextmanager
+def _unread(stream: Any) -> Iterator[None]:
+    try:
+        yield
     except OSError:
         # What is buffered would be written, and fail, once more as Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -7831,7 +7850,8 @@ def print_query(config: Config, text: str) -> int:
 
     Raises PromQLError or ConfigError for one that can give nothing.
     """
-    expr = _holdable(parse_expression(text), config)
+    expr = parse_expression(text)
+    _refuse_hopeless(expr, config)
     again = bool(_range_text([expr]))
     targets, evaluation = _scrape_for([Rule("Query", expr)], config, again=again)
     failed = [target for target in targets if target.reason]
@@ -7852,7 +7872,8 @@ def wait(config: Config, text: str, timeout: float) -> int:
 
     Prints each ten seconds what it waits for.  Raises as ``print_query`` does.
     """
-    expr = _holdable(parse_vector(text), config)
+    expr = parse_vector(text)
+    _refuse_hopeless(expr, config)
     rules = [Rule("Wait", expr)]
     quiet, told, end = 0, -math.inf, time.monotonic() + timeout
     lookout = Lookout(rules, config)
@@ -7871,13 +7892,12 @@ def wait(config: Config, text: str, timeout: float) -> int:
     return 1
 
 
-def _holdable(expr: Expr, config: Config) -> Expr:
+def _refuse_hopeless(expr: Expr, config: Config) -> None:
     added = added_series(config._asdict())
     problems = list(hopeless_selectors(expr, added, config.target_labels))
     problems += unholdable([expr])
     if problems:
         raise ConfigError("\n".join(problems))
-    return expr
 
 
 def _scrape_for(
@@ -7984,26 +8004,29 @@ def _with_reason(path: str) -> str:
     return f"{path}{'&' if '?' in path else '?'}verbose"
 
 
-def check_config(config: Config, *, as_group: bool) -> int:
-    """Print the rules as understood, or as a rule group of Prometheus; return 0.
+def check_config(config: Config, format: str | None) -> int:
+    """Print the rules as understood, or as a rule group of Prometheus; return 0."""
+    as_group = format == "prometheus"
+    lines = () if as_group else _describe_config(config)
+    say(prometheus_rules(config.rules) if as_group else "\n".join(lines))
+    return 0
 
-    That is what concerns the servers that answer now; if none does, the table of
-    servers that built-in rules are made from.
+
+def _describe_config(config: Config) -> Iterator[str]:
+    """Yield each rule, for the servers that answer now.
+
+    If none does, the table of servers that built-in rules are made from.
     """
-    if as_group:
-        say(prometheus_rules(config.rules))
-        return 0
     targets, evaluation = next(_checks(config.rules, config))[1:]
     there = not all(target.reason for target in targets)
     for rule in config.rules:
+        status = judge(RuleStatus(rule), evaluation)
         names = {selector.name for selector in find_selectors(rule.expr)}
         if there or not rule.builtin or names.issubset((*SYNTHETIC, *PROBED)):
-            say(describe_rule(judge(RuleStatus(rule), evaluation)))
+            yield describe_rule(status)
         else:
-            say(f"{rule.name}: {ABOUT[rule.name]},{format_clauses(rule)}")
-    for server in () if there else SERVERS:
-        say(describe_server(server))
-    return 0
+            yield f"{rule.name}: {ABOUT[rule.name]},{format_clauses(rule)}"
+    yield from map(describe_server, () if there else SERVERS)
 
 
 def describe_server(server: KnownServer) -> str:
@@ -8164,8 +8187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"health_check.py: {error}: too many processes, or no memory", error=True)
         return 1
     finally:
-        # What argparse has printed is not written yet.
-        say("", end="")
+        flush_output()
 
 
 def _run(options: Options) -> int:
@@ -8174,7 +8196,7 @@ def _run(options: Options) -> int:
     config = load_config({**(DEMO_RULES if options.demo else {}), **os.environ})
     log_to_stderr(config)
     if options.check_config:
-        return check_config(config, as_group=options.format == "prometheus")
+        return check_config(config, options.format)
     if options.once:
         return check_once(config)
     if options.query is not None:

@@ -1460,7 +1460,7 @@ class FromItself(AttackTest):
 
     def test_a_Monitor_that_is_dead_is_not_alive(self) -> None:
         """Killed by what no handler of errors takes for one."""
-        for method, interval in (("_judge", "0"), ("_judge", "0.1"), ("_run", "0")):
+        for method, interval in (("_end", "0"), ("_end", "0.1"), ("_run", "0")):
             after = BUG.format(name=f"Monitor.{method}", error="SystemExit")
             with self.subTest(method), Upstream(
                 sends(page(FINE))
@@ -1469,7 +1469,7 @@ class FromItself(AttackTest):
                 command=patched(after=after), PYTHONPATH=str(PROGRAM.parent),
                 BROKEN=str(file),
             ) as checker:  # fmt: skip
-                if method == "_judge":
+                if method == "_end":
                     self.assertTrue(until(lambda: get(checker.port)[0] == 200))
                     self.assertEqual(get(checker.port, "/livez")[0], 200)
                     file.touch()

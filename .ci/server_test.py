@@ -925,7 +925,7 @@ def storm() -> dict[str, int]:
             clock.now += 0.05
             unhealthy += not monitor.check().healthy
             if count % 1000 == 999:
-                history = monitor.history.evaluation(0.0, 0.0).history
+                history = monitor.judge.history.evaluation(0.0, 0.0).history
                 points = [p for s in history.values() for p in s.values()]
                 most_series = max(most_series, len(points))
                 most_points = max(most_points, *(len(p.values) for p in points))
