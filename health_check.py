@@ -7829,14 +7829,18 @@ def check_once(config: Config) -> int:
 
     One check is no time: ``for`` counts as over, and a rule with a range is left out.
     """
-    ranges = {rule.name: _needed_range(rule) for rule in config.rules}
-    for name in filter(ranges.get, ranges):
-        say(f"[?]{name} undecided: one check has no {ranges[name]}")
-    decided = [r._replace(hold=0.0) for r in config.rules if not ranges[r.name]]
     targets, evaluation = _scrape_for(config.rules, config)
-    rules = tuple(judge(RuleStatus(rule), evaluation) for rule in decided)
+    decided = []
+    for rule in config.rules:
+        status = judge(RuleStatus(rule._replace(hold=0.0)), evaluation)
+        visible = visible_rule(status)
+        if visible and _needed_range(visible):
+            say(f"[?]{rule.name} undecided: one check has no {_needed_range(visible)}")
+        else:
+            decided.append(status)
     fault = "never scraped" if all(target.reason for target in targets) else ""
-    verdict = Verdict(1, fault, evaluation.now, evaluation.wall, rules, targets)
+    now, wall = evaluation.now, evaluation.wall
+    verdict = Verdict(1, fault, now, wall, tuple(decided), targets)
     answer = answer_health(verdict, "verbose")
     if not decided:
         say("no rule can be decided by one check")

@@ -6006,6 +6006,12 @@ class MainTest(NetworkTest):
         self.assertEqual(code, 1)
         self.assertIn("failed for 0s: http_status: HTTP 404 Not Found\n", out)
 
+    def test_once_asks_for_no_range_that_another_server_would_need(self):
+        server = self.metrics(page("tgi_queue_size 11\n"))
+        code, out, _ = self.run_main("--once", METRICS_ENDPOINT=server.url)
+        self.assertEqual(code, 1)
+        self.assertTrue(out.endswith("Unhealthy: QueueFull\n"), out)
+
     def test_probe_prints_the_reason_and_exits_0_or_1(self):
         server = self.metrics(page("q 11\n"))
         monitor = self.running(server, UNHEALTHY_WHEN="Q: q > 10; R: q > 20")
