@@ -8185,10 +8185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, PromQLError) as error:
         say(f"health_check.py: {error}", error=True)
         return 2
-    except RuntimeError as error:
-        if "start new thread" not in str(error):
+    except (OSError, RuntimeError) as error:
+        exhausted = isinstance(error, OSError) and error.errno in EXHAUSTED
+        if not exhausted and "start new thread" not in str(error):
             raise
-        say(f"health_check.py: {error}: too many processes, or no memory", error=True)
+        lacking = "processes, open files or memory"
+        say(f"health_check.py: {error}: too few {lacking} are allowed", error=True)
         return 1
     finally:
         flush_output()

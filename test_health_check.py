@@ -5813,6 +5813,19 @@ class MainTest(NetworkTest):
         with mock.patch.object(threading.Thread, "start", side_effect=another):
             self.assertRaises(RuntimeError, self.run_main, "--once")
 
+    def test_no_descriptor_to_be_had_is_a_sentence(self):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        with open(os.devnull) as lowest:
+            first = lowest.fileno()
+        for spare in range(4):
+            limit = first + spare, limits[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            code, said = self.serve_briefly()
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            self.assertEqual((code, said.count("\n")), (1, 1), said)
+            self.assertIn("Too many open files", said)
+
     def test_SIGTERM_among_the_imports_ends_it_without_a_word(self):
         started = []
         for *argv, code in ((0,), ("--demo", 0), ("--once", 1), ("--query", "up", 1)):
