@@ -798,6 +798,49 @@ class FromUpstream(AttackTest):
             self.assertLess(after.peak - before.rss, 4 * MIB)
             self.assertGreater(fastest, 20)
 
+    def test_a_history_at_its_limit_lives_in_64_MiB(self) -> None:
+        bodies = [
+            page("".join(f'x{{s="{n}"}} {n + more}\n' for n in range(5000)).encode())
+            for more in (0, 1)
+        ]
+        answers = itertools.cycle(bodies)
+        with memory_group(64 * MIB * 1024) as group, Upstream(
+            lambda sock: sock.sendall(next(answers))
+        ) as upstream, Checker(
+            upstream.url, METRICS_TIMEOUT="9", UNHEALTHY_WHEN="Q: rate(x[1m]) > 1e9",
+            command=("sh", "-c", ENTER, str(group), sys.executable, str(PROGRAM)),
+        ) as checker:  # fmt: skip
+            before, worst = checker.begin(), 0.0
+            for _ in range(200):
+                status, seconds = timed(checker.port)
+                self.assertEqual(status, 200, checker.log)
+                worst = max(worst, seconds)
+            self.assertIn("HISTORY_LIMIT is too small", checker.log)
+            after = checker.end(before)
+            name = "5,000 series in a cgroup of 64 MiB"
+            self.note(name, 200, "alive, thinned", worst, before, after)
+
+
+ENTER = 'echo $$ >"$0/cgroup.procs" && exec "$@"'
+
+
+@contextlib.contextmanager
+def memory_group(most: int) -> Iterator[Path]:
+    """Give the directory of a cgroup whose processes are killed beyond some bytes."""
+    old = Path("/sys/fs/cgroup/memory")
+    parent, file = (old, "limit_in_bytes") if old.is_dir() else (old.parent, "max")
+    group = parent / f"attack-{os.getpid()}"
+    try:
+        group.mkdir()
+        Path(group, f"memory.{file}").write_text(str(most))
+    except OSError as error:
+        raise unittest.SkipTest(f"no right to make a cgroup: {error}") from None
+    try:
+        yield group
+    finally:
+        until(lambda: not Path(group, "cgroup.procs").read_text())
+        group.rmdir()
+
 
 class FromACanary(AttackTest):
     """What the canary asks is broken or hostile: no check is later for it."""

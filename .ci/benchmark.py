@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 from functools import partial
+from importlib.machinery import SourcelessFileLoader
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
 
@@ -367,6 +368,17 @@ def program() -> Any:
     return health_check
 
 
+def monitor_of(path: str, url: str, rules: str) -> Any:
+    """Return the Monitor of a build, from byte-code, its workers started."""
+    module = SourcelessFileLoader("health_check", path).load_module()
+    environ = {"METRICS_ENDPOINT": url, "METRICS_TIMEOUT": "9", "UNHEALTHY_WHEN": rules}
+    monitor = module.Monitor(module.load_config(environ))
+    # The build before had the workers' methods in its Monitor.
+    before = hasattr(monitor, "start_workers")
+    (monitor.start_workers if before else monitor.scraper.start)()
+    return monitor
+
+
 def wanted_names(module: Any, which: str) -> set[str]:
     """Return four names, or those of the default rules."""
     if which == "4 names":
@@ -472,6 +484,15 @@ def child_alerts(count: str) -> list[float]:
         verdict = module.Verdict(1, "", 1.0, 1.0, (status,))
         seconds.append(timed(partial(said, verdict)))
     return seconds
+
+
+def child_firing(path: str, url: str) -> list[float]:
+    """Return the seconds of the first check in which ten rules fire, and the next."""
+    monitor = monitor_of(path, url, "\n".join(f"R{n}: q > {n}" for n in range(10)))
+    seconds = [timed(monitor.check) for _ in range(3)]
+    if sum(len(status.alerts) for status in monitor.verdict.rules) < 10 * 4900:
+        raise WrongError(f"they do not fire: {monitor.verdict.reason}")
+    return seconds[1:]
 
 
 # A process of its own without what this file imports: prints the most MiB that a build
@@ -641,13 +662,18 @@ def rows_hang(bench: Bench) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def metrics_server(
-    body: Callable[[], bytes], hang: threading.Event | None = None
+    body: Callable[[], bytes], hang: threading.Event | None = None,
+    asked: Iterator[int] = itertools.count(),  # noqa: B008
 ) -> Iterator[str]:
-    """Serve what a function gives, until ``hang`` is set; give the URL."""
+    """Serve what a function gives, until ``hang`` is set; give the URL.
+
+    Each request takes a number of those ``asked``.
+    """
     done = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            next(asked)
             if hang and hang.is_set():
                 done.wait(60)
                 return
@@ -920,6 +946,42 @@ def rows_alerts(bench: Bench) -> Iterator[Row]:
         ]
         text = f"?verbose, a rule of {count:,} alerts"
         yield row(text, "ms", ours, Limit("ours", "<=", most))
+
+
+def rows_firing(bench: Bench) -> Iterator[Row]:
+    """The first check in which ten rules fire for thousands of series."""
+    found: list[list[list[float]]] = [[], []]
+    for _ in range(min(bench.rounds, 3)):
+        for side, build in enumerate((bench.bytecode, bench.before())):
+            values = itertools.chain([0], itertools.repeat(10))
+
+            def body(values: Iterator[int] = values) -> bytes:
+                value = next(values)
+                return "".join(f'q{{n="{n}"}} {value}\n' for n in range(4900)).encode()
+
+            with metrics_server(body) as url:
+                found[side].append(bench.child("firing", build, url))
+    first, following = ([pair[at] * 1000 for pair in found[0]] for at in (0, 1))
+    text = "the first check in which 10 x 4,900 fire"
+    yield row(text, "ms", first, Limit("ratio", "<=", 3), "the next", following)
+    before = [pair[0] * 1000 for pair in found[1]]
+    yield row(text, "ms", first, None, BEFORE, before)
+
+
+def rows_blocked(bench: Bench) -> Iterator[Row]:
+    """How many requests a server has to answer that has answered none of many."""
+    found = []
+    for build in bench.bytecode, bench.before():
+        hang, asked = threading.Event(), itertools.count()
+        with metrics_server(lambda: b"q 1\n", hang, asked) as url, bench.build(
+            build, url, METRICS_TIMEOUT="0.05"
+        ) as process:
+            hang.set()
+            before = next(asked)
+            bench.load(process, "-either", requests=20 if bench.short else 100)
+            found.append([float(next(asked) - before - 1)])
+    text = "requests that a blocked server owes"
+    yield row(text, "", found[0], Limit("ours", "<=", 1), BEFORE, found[1])
 
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
