@@ -1948,12 +1948,11 @@ class Parser:
             token = self.take()
             returns_bool = self.accept("bool")
             grouping = self._grouping("on", "ignoring")
-            group = self._group() if grouping else None
+            group = self._group(grouping) if grouping else None
             # Only the power is right-associative.
             right = self._binary(PRECEDENCE[token.key] + (token.key != "^"))
             left = Operation(token.key, (left, right), grouping, returns_bool, group)
-            _check_types(left, token)
-            _check_matching(left, token)
+            _check_operator(left, token)
         return left
 
     def _unary(self) -> Expr:
@@ -2056,13 +2055,15 @@ class Parser:
         label = partial(self._label, besides=("inf", "nan", "without"))
         return Grouping(word in ("by", "on"), tuple(self._list("()", label)))
 
-    def _group(self) -> Group | None:
+    def _group(self, grouping: Grouping) -> Group | None:
         if self.token.key not in ("group_left", "group_right"):
             return None
-        side = self.take().key[len("group_") :]
+        word = self.take()
         self.accept("\n")
         labels = self._list("()", self._label) if self.token.key == "(" else []
-        return Group(side, tuple(labels))
+        if grouping.keep and {*labels} & {*grouping.labels}:
+            raise word.error("a label is in on and in group")
+        return Group(word.key[len("group_") :], tuple(labels))
 
     def _label(self, besides: Sequence[str] = ()) -> str:
         token = self.token
@@ -2123,27 +2124,22 @@ class Parser:
         return matcher
 
 
-def _check_types(expr: Operation, token: Token) -> None:
-    types, comparison = set(map(type_of, expr.operands)), token.key in COMPARISONS
-    for wrong in {RANGE, STRING}.intersection(types):
-        raise token.error(f"{token.key!r} takes no {wrong}")
-    if SCALAR in types and token.key in SET_OPERATORS:
-        raise token.error(f"{token.key!r} takes no scalar")
-    if expr.returns_bool and not comparison:
-        raise token.error("bool stands after a comparison")
-    if comparison and types == {SCALAR} and not expr.returns_bool:
-        raise token.error("comparisons between scalars must use bool")
-
-
-def _check_matching(expr: Operation, token: Token) -> None:
-    keep, labels = expr.grouping or (False, ())
-    included = expr.group.labels if expr.group else ()
-    if labels and SCALAR in map(type_of, expr.operands):
-        raise token.error("on and ignoring stand between two instant vectors")
-    if expr.group and token.key in SET_OPERATORS:
-        raise token.error(f"{token.key!r} has no group")
-    if keep and set(labels).intersection(included):
-        raise token.error("a label is in on and in group")
+def _check_operator(expr: Operation, token: Token) -> None:
+    op, types = token.key, set(map(type_of, expr.operands))
+    labels = expr.grouping and expr.grouping.labels
+    for wrong, problem in (
+        (RANGE in types, f"{op!r} takes no {RANGE}"),
+        (STRING in types, f"{op!r} takes no {STRING}"),
+        (op in SET_OPERATORS and SCALAR in types, f"{op!r} takes no scalar"),
+        (op in SET_OPERATORS and expr.group, f"{op!r} has no group"),
+        (op not in COMPARISONS and expr.returns_bool, "bool stands after a comparison"),
+        (types == {SCALAR} and is_filter(expr),
+         "comparisons between scalars must use bool"),
+        (labels and SCALAR in types,
+         "on and ignoring stand between two instant vectors"),
+    ):  # fmt: skip
+        if wrong:
+            raise token.error(problem)
 
 
 def _check_operands(

@@ -869,7 +869,7 @@ class PromQL(unittest.TestCase):
         self.refused(parse_expression, claims("""
             a * «group_left c => found 'group_left'
             a «and on (b) group_left c => has no group
-            a «* on (b) group_left (b) c => in on and in group
+            a * on (b) «group_left (b) c => in on and in group
         """))
 
     def test_what_Prometheus_refuses_is_refused(self):
