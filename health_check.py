@@ -7797,24 +7797,12 @@ NOT_IN_PROMETHEUS = {
 }
 
 
-def say(text: str, *, error: bool = False) -> None:
+def say(text: str, *, error: bool = False, end: str = "\n") -> None:
     """Print a result or an error; a reader who has gone changes no exit status."""
     stream = sys.stderr if error else sys.stdout
-    with _unread(stream):
-        if stream:
-            print(text, file=stream, flush=True)
-
-
-def flush_output() -> None:
-    """Write what ``print`` has kept, as ``say`` does."""
-    with _unread(sys.stdout):
-        print(end="", flush=True)
-
-
-@contextmanager
-def _unread(stream: Any) -> Iterator[None]:
     try:
-        yield
+        if stream:
+            print(text, file=stream, flush=True, end=end)
     except OSError:
         # What is buffered would be written, and fail, once more as Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -7850,8 +7838,7 @@ def print_query(config: Config, text: str) -> int:
 
     Raises PromQLError or ConfigError for one that can give nothing.
     """
-    expr = parse_expression(text)
-    _refuse_hopeless(expr, config)
+    expr = _holdable(parse_expression(text), config)
     again = bool(_range_text([expr]))
     targets, evaluation = _scrape_for([Rule("Query", expr)], config, again=again)
     failed = [target for target in targets if target.reason]
@@ -7872,8 +7859,7 @@ def wait(config: Config, text: str, timeout: float) -> int:
 
     Prints each ten seconds what it waits for.  Raises as ``print_query`` does.
     """
-    expr = parse_vector(text)
-    _refuse_hopeless(expr, config)
+    expr = _holdable(parse_vector(text), config)
     rules = [Rule("Wait", expr)]
     quiet, told, end = 0, -math.inf, time.monotonic() + timeout
     lookout = Lookout(rules, config)
@@ -7892,12 +7878,13 @@ def wait(config: Config, text: str, timeout: float) -> int:
     return 1
 
 
-def _refuse_hopeless(expr: Expr, config: Config) -> None:
+def _holdable(expr: Expr, config: Config) -> Expr:
     added = added_series(config._asdict())
     problems = list(hopeless_selectors(expr, added, config.target_labels))
     problems += unholdable([expr])
     if problems:
         raise ConfigError("\n".join(problems))
+    return expr
 
 
 def _scrape_for(
@@ -8004,29 +7991,26 @@ def _with_reason(path: str) -> str:
     return f"{path}{'&' if '?' in path else '?'}verbose"
 
 
-def check_config(config: Config, format: str | None) -> int:
-    """Print the rules as understood, or as a rule group of Prometheus; return 0."""
-    as_group = format == "prometheus"
-    lines = () if as_group else _describe_config(config)
-    say(prometheus_rules(config.rules) if as_group else "\n".join(lines))
-    return 0
+def check_config(config: Config, *, as_group: bool) -> int:
+    """Print the rules as understood, or as a rule group of Prometheus; return 0.
 
-
-def _describe_config(config: Config) -> Iterator[str]:
-    """Yield each rule, for the servers that answer now.
-
-    If none does, the table of servers that built-in rules are made from.
+    That is what concerns the servers that answer now; if none does, the table of
+    servers that built-in rules are made from.
     """
+    if as_group:
+        say(prometheus_rules(config.rules))
+        return 0
     targets, evaluation = next(_checks(config.rules, config))[1:]
     there = not all(target.reason for target in targets)
     for rule in config.rules:
-        status = judge(RuleStatus(rule), evaluation)
         names = {selector.name for selector in find_selectors(rule.expr)}
         if there or not rule.builtin or names.issubset((*SYNTHETIC, *PROBED)):
-            yield describe_rule(status)
+            say(describe_rule(judge(RuleStatus(rule), evaluation)))
         else:
-            yield f"{rule.name}: {ABOUT[rule.name]},{format_clauses(rule)}"
-    yield from map(describe_server, () if there else SERVERS)
+            say(f"{rule.name}: {ABOUT[rule.name]},{format_clauses(rule)}")
+    for server in () if there else SERVERS:
+        say(describe_server(server))
+    return 0
 
 
 def describe_server(server: KnownServer) -> str:
@@ -8189,7 +8173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"health_check.py: {error}: too few {lacking} are allowed", error=True)
         return 1
     finally:
-        flush_output()
+        # What argparse has printed is not written yet.
+        say("", end="")
 
 
 def _run(options: Options) -> int:
@@ -8198,7 +8183,7 @@ def _run(options: Options) -> int:
     config = load_config({**(DEMO_RULES if options.demo else {}), **os.environ})
     log_to_stderr(config)
     if options.check_config:
-        return check_config(config, options.format)
+        return check_config(config, as_group=options.format == "prometheus")
     if options.once:
         return check_once(config)
     if options.query is not None:

@@ -461,144 +461,6 @@ class NetworkTest(unittest.TestCase):
     def assert_any(self, pattern, lines):
         self.assertTrue(any(re.search(pattern, line) for line in lines), lines)
 
-# --- 6. Scrape -----------------------------------------------------------------------
-
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-ZIPPED = b"HTTP/1.0 200 OK\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b\x08\0\0\0\0\0\0\3"
-
-UNTIL_CLOSE = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n"
-
-# A key that is good for nothing else, and its certificate for 127.0.0.1, until 2120.
-CERTIFICATE = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg4zfIaSXN0/KylEbk
-2q2Gfr+gGZWSnU9Ce/asBGpguJGhRANCAASHqFl8UE4zKLx84p55U7mA6XQ0OiPU
-qP36pKQ/Sc9ueNfw40IoPVFoE18pO4sSrhqTxAYcSH60tFIhtNmcFOJE
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBbzCCARWgAwIBAgIUbifFTrrlMO7RFZOktYRXzs0LAHQwCgYIKoZIzj0EAwIw
-DDEKMAgGA1UEAwwBdDAgFw0yMDAxMDEwMDAwMDBaGA8yMTIwMDEwMTAwMDAwMFow
-DDEKMAgGA1UEAwwBdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABIeoWXxQTjMo
-vHzinnlTuYDpdDQ6I9So/fqkpD9Jz2541/DjQig9UWgTXyk7ixKuGpPEBhxIfrS0
-UiG02ZwU4kSjUzBRMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0G
-A1UdDgQWBBS2fxpXD5/RlMCPk7/v9/rZtud9rzAPBgNVHREECDAGhwR/AAABMAoG
-CCqGSM49BAMCA0gAMEUCIFfN12VWUse6Nqa1vZ/zN4EWdiXfu8PQwfaj6o6WL67N
-AiEAmq+v66jUSsnNQ6DrcTCxzksy2HCokVLVNePKJs6DDNQ=
------END CERTIFICATE-----
-"""
-
-# --- 10. Serve -----------------------------------------------------------------------
-
-MANIFEST = {"METRICS_THRESHOLD": "10", "METRIC_TO_CHECK": "tgi_queue_size"}
-
-# Of each kind of mistake in settings one or two; a bar parts two settings.
-MISTAKES = """
-METRICS_ENDPOINT=htps://h:8000/metrics
-METRICS_ENDPOINT=ftp://h:8000/metrics
-METRICS_ENDPOINT=javascript://h:8000/metrics
-METRICS_ENDPOINT=localhost:8000/metrics
-METRICS_ENDPOINT=http:/localhost:8000/metrics
-METRICS_ENDPOINT=http//localhost:8000/metrics
-METRICS_ENDPOINT=http://localhost:80000/metrics
-METRICS_ENDPOINT=http://localhost: 8000/metrics
-METRICS_ENDPOINT=http://:8000/metrics
-METRICS_ENDPOINT=http://$(HOST):8000/metrics
-METRICS_ENDPOINT=http://${HOST}:8000/metrics
-METRICS_ENDPOINT=http://<host>:8000/metrics
-METRICS_ENDPOINT="http://localhost:8000/metrics"
-METRICS_ENDPOINT=http://h/metrics,http://h/metrics
-METRICS_ENDPOINT=http://h/metrics#all
-METRICS_ENDPOINT=http://h/metrics;http://i/metrics
-METRICS_ENDPOINT=http://h/metrics http://i/metrics
-METRICS_ENDPOINT=http://localhost:8081/metrics
-METRICS_ENDPOINT=http://127.0.0.1:9000/metrics|APP_PORT=9000
-ALERTMANAGER_URL=htps://am:9093
-ALERTMANAGER_URL=am:9093
-ALERTMANAGER_URL=http://u:p@am:9093
-ALERTMANAGER_URL=http://am:9093,http://am:9093/
-HEALTH_ENDPOINT=htps://h:8000/health
-CANARY_URL=htps://h:8000/v1/completions
-TARGET_LABELS=job:vllm
-TARGET_LABELS=job
-TARGET_LABELS=job=
-TARGET_LABELS==vllm
-TARGET_LABELS=job="vllm
-TARGET_LABELS={job="vllm"}
-TARGET_LABELS=job=vllm namespace=prod
-TARGET_LABELS=job=vllm;namespace=prod
-TARGET_LABELS=job==vllm
-TARGET_LABELS=job=~vllm
-TARGET_LABELS=job=vllm,job=sglang
-TARGET_LABELS=instance=a
-TARGET_LABELS=__name__=a
-TARGET_LABELS=__meta=a
-TARGET_LABELS=le=1
-TARGET_LABELS=reason=a
-TARGET_LABELS=probe=a
-TARGET_LABELS=pod=$(POD_NAME)
-TARGET_LABELS=pod={{ .Values.pod }}
-EXIT_AFTER=5m
-LAST_WORDS=/tmp/last
-ALERT_LABELS=severity=critical
-ALERTMANAGER_BEARER_TOKEN_FILE=/dev/null
-ALERTMANAGER_CA_FILE=/dev/null
-ALERT_LABELS=value={{ $value }}
-ALERT_LABELS=alertname=X
-ALERT_LABELS=severity
-ALERT_LABELS=a.b=c
-POD_NAME=$(POD)
-UNHEALTHY_WHEN=up{job="vllm"} == 0
-UNHEALTHY_WHEN=up{instance="vllm:8000"} == 0
-UNHEALTHY_WHEN=scrape_error{reason="time-out"}
-UNHEALTHY_WHEN=ALERTS{alertname="X"}
-UNHEALTHY_WHEN=scrape_timeout_seconds > 1
-UNHEALTHY_WHEN=rate(x[10s]) > 1|SCRAPE_INTERVAL=10
-UNHEALTHY_WHEN=rate(x[15s]) > 1|SCRAPE_INTERVAL=10
-METRICS_TIMEOUT=800
-METRICS_TIMEOUT=0
-METRICS_TIMEOUT=-1
-METRICS_TIMEOUT=0,8
-METRICS_TIMEOUT=0.8 s
-METRICS_TIMEOUT=1 second
-METRICS_TIMEOUT=1m1
-SCRAPE_INTERVAL=0.5
-SCRAPE_INTERVAL=5000
-SCRAPE_INTERVAL=5m
-SCRAPE_INTERVAL=1000
-SCRAPE_INTERVAL=10 s
-SCRAPE_INTERVAL=10sec
-SCRAPE_INTERVAL=15S
-SCRAPE_INTERVAL=infinity
-SCRAPE_INTERVAL=15_000
-APP_PORT=tcp://10.0.0.1:80
-APP_PORT=udp://10.0.0.1:80
-APP_PORT=http://10.0.0.1:80
-APP_PORT=http
-APP_PORT=:8081
-METRIC_ENDPOINT=http://h/
-metrics_endpoint=http://h/
-METRICS_URL=http://h/
-METRICS-ENDPOINT=http://h/
-METRICS_ENDPOINTS=http://h/
-UNHEALTHY_IF=x > 1
-SCRAPE_TIMEOUT=1
-ALERTMANAGER_ENDPOINT=http://am
-METRIC_THRESHHOLD=1
-METRIC_TO_CHECK=x|METRIC_THRESHOLD=inf
-METRIC_TO_CHECK=x
-METRIC_THRESHOLD=1|UNHEALTHY_WHEN=x > 1
-UNHEALTHY_WHEN=A: x > 1; A: y > 1
-UNHEALTHY_WHEN=High-Queue: x > 1
-EXIT_WHEN=Staled
-METRICS_CERT_FILE=/nowhere|METRICS_KEY_FILE=/nowhere
-METRICS_KEY_FILE=/nowhere
-LOG_LEVEL=warn
-LOG_FORMAT=jsn
-METRICS_TLS_SKIP_VERIFY=yes
-"""
-
-
 class Documentation(unittest.TestCase):
     def test_its_examples_are_true(self):
         failed, attempted = doctest.testmod(health_check)
@@ -2007,6 +1869,115 @@ class Servers(unittest.TestCase):
             self.assertEqual(server and server.name, expected)
 
 
+MANIFEST = {"METRICS_THRESHOLD": "10", "METRIC_TO_CHECK": "tgi_queue_size"}
+
+# Of each kind of mistake in settings one or two; a bar parts two settings.
+MISTAKES = """
+METRICS_ENDPOINT=htps://h:8000/metrics
+METRICS_ENDPOINT=ftp://h:8000/metrics
+METRICS_ENDPOINT=javascript://h:8000/metrics
+METRICS_ENDPOINT=localhost:8000/metrics
+METRICS_ENDPOINT=http:/localhost:8000/metrics
+METRICS_ENDPOINT=http//localhost:8000/metrics
+METRICS_ENDPOINT=http://localhost:80000/metrics
+METRICS_ENDPOINT=http://localhost: 8000/metrics
+METRICS_ENDPOINT=http://:8000/metrics
+METRICS_ENDPOINT=http://$(HOST):8000/metrics
+METRICS_ENDPOINT=http://${HOST}:8000/metrics
+METRICS_ENDPOINT=http://<host>:8000/metrics
+METRICS_ENDPOINT="http://localhost:8000/metrics"
+METRICS_ENDPOINT=http://h/metrics,http://h/metrics
+METRICS_ENDPOINT=http://h/metrics#all
+METRICS_ENDPOINT=http://h/metrics;http://i/metrics
+METRICS_ENDPOINT=http://h/metrics http://i/metrics
+METRICS_ENDPOINT=http://localhost:8081/metrics
+METRICS_ENDPOINT=http://127.0.0.1:9000/metrics|APP_PORT=9000
+ALERTMANAGER_URL=htps://am:9093
+ALERTMANAGER_URL=am:9093
+ALERTMANAGER_URL=http://u:p@am:9093
+ALERTMANAGER_URL=http://am:9093,http://am:9093/
+HEALTH_ENDPOINT=htps://h:8000/health
+CANARY_URL=htps://h:8000/v1/completions
+TARGET_LABELS=job:vllm
+TARGET_LABELS=job
+TARGET_LABELS=job=
+TARGET_LABELS==vllm
+TARGET_LABELS=job="vllm
+TARGET_LABELS={job="vllm"}
+TARGET_LABELS=job=vllm namespace=prod
+TARGET_LABELS=job=vllm;namespace=prod
+TARGET_LABELS=job==vllm
+TARGET_LABELS=job=~vllm
+TARGET_LABELS=job=vllm,job=sglang
+TARGET_LABELS=instance=a
+TARGET_LABELS=__name__=a
+TARGET_LABELS=__meta=a
+TARGET_LABELS=le=1
+TARGET_LABELS=reason=a
+TARGET_LABELS=probe=a
+TARGET_LABELS=pod=$(POD_NAME)
+TARGET_LABELS=pod={{ .Values.pod }}
+EXIT_AFTER=5m
+LAST_WORDS=/tmp/last
+ALERT_LABELS=severity=critical
+ALERTMANAGER_BEARER_TOKEN_FILE=/dev/null
+ALERTMANAGER_CA_FILE=/dev/null
+ALERT_LABELS=value={{ $value }}
+ALERT_LABELS=alertname=X
+ALERT_LABELS=severity
+ALERT_LABELS=a.b=c
+POD_NAME=$(POD)
+UNHEALTHY_WHEN=up{job="vllm"} == 0
+UNHEALTHY_WHEN=up{instance="vllm:8000"} == 0
+UNHEALTHY_WHEN=scrape_error{reason="time-out"}
+UNHEALTHY_WHEN=ALERTS{alertname="X"}
+UNHEALTHY_WHEN=scrape_timeout_seconds > 1
+UNHEALTHY_WHEN=rate(x[10s]) > 1|SCRAPE_INTERVAL=10
+UNHEALTHY_WHEN=rate(x[15s]) > 1|SCRAPE_INTERVAL=10
+METRICS_TIMEOUT=800
+METRICS_TIMEOUT=0
+METRICS_TIMEOUT=-1
+METRICS_TIMEOUT=0,8
+METRICS_TIMEOUT=0.8 s
+METRICS_TIMEOUT=1 second
+METRICS_TIMEOUT=1m1
+SCRAPE_INTERVAL=0.5
+SCRAPE_INTERVAL=5000
+SCRAPE_INTERVAL=5m
+SCRAPE_INTERVAL=1000
+SCRAPE_INTERVAL=10 s
+SCRAPE_INTERVAL=10sec
+SCRAPE_INTERVAL=15S
+SCRAPE_INTERVAL=infinity
+SCRAPE_INTERVAL=15_000
+APP_PORT=tcp://10.0.0.1:80
+APP_PORT=udp://10.0.0.1:80
+APP_PORT=http://10.0.0.1:80
+APP_PORT=http
+APP_PORT=:8081
+METRIC_ENDPOINT=http://h/
+metrics_endpoint=http://h/
+METRICS_URL=http://h/
+METRICS-ENDPOINT=http://h/
+METRICS_ENDPOINTS=http://h/
+UNHEALTHY_IF=x > 1
+SCRAPE_TIMEOUT=1
+ALERTMANAGER_ENDPOINT=http://am
+METRIC_THRESHHOLD=1
+METRIC_TO_CHECK=x|METRIC_THRESHOLD=inf
+METRIC_TO_CHECK=x
+METRIC_THRESHOLD=1|UNHEALTHY_WHEN=x > 1
+UNHEALTHY_WHEN=A: x > 1; A: y > 1
+UNHEALTHY_WHEN=High-Queue: x > 1
+EXIT_WHEN=Staled
+METRICS_CERT_FILE=/nowhere|METRICS_KEY_FILE=/nowhere
+METRICS_KEY_FILE=/nowhere
+LOG_LEVEL=warn
+LOG_FORMAT=jsn
+METRICS_TLS_SKIP_VERIFY=yes
+"""
+
+
 class Config(unittest.TestCase):
     def problems(self, **environ):
         """Return the first line of each problem of a configuration."""
@@ -2319,6 +2290,32 @@ class Config(unittest.TestCase):
         ):
             with self.subTest(url):
                 self.assertNotIn("s3cret", "".join(self.problems(METRICS_ENDPOINT=url)))
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+ZIPPED = b"HTTP/1.0 200 OK\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b\x08\0\0\0\0\0\0\3"
+
+UNTIL_CLOSE = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+
+# A key that is good for nothing else, and its certificate for 127.0.0.1, until 2120.
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg4zfIaSXN0/KylEbk
+2q2Gfr+gGZWSnU9Ce/asBGpguJGhRANCAASHqFl8UE4zKLx84p55U7mA6XQ0OiPU
+qP36pKQ/Sc9ueNfw40IoPVFoE18pO4sSrhqTxAYcSH60tFIhtNmcFOJE
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBbzCCARWgAwIBAgIUbifFTrrlMO7RFZOktYRXzs0LAHQwCgYIKoZIzj0EAwIw
+DDEKMAgGA1UEAwwBdDAgFw0yMDAxMDEwMDAwMDBaGA8yMTIwMDEwMTAwMDAwMFow
+DDEKMAgGA1UEAwwBdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABIeoWXxQTjMo
+vHzinnlTuYDpdDQ6I9So/fqkpD9Jz2541/DjQig9UWgTXyk7ixKuGpPEBhxIfrS0
+UiG02ZwU4kSjUzBRMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0G
+A1UdDgQWBBS2fxpXD5/RlMCPk7/v9/rZtud9rzAPBgNVHREECDAGhwR/AAABMAoG
+CCqGSM49BAMCA0gAMEUCIFfN12VWUse6Nqa1vZ/zN4EWdiXfu8PQwfaj6o6WL67N
+AiEAmq+v66jUSsnNQ6DrcTCxzksy2HCokVLVNePKJs6DDNQ=
+-----END CERTIFICATE-----
+"""
 
 
 class ScrapeTest(NetworkTest):
@@ -2962,7 +2959,166 @@ class Exposition(unittest.TestCase):
             self.assertEqual(caught.exception.reason, "bad_line")
 
 
-# --- 10. Probe -----------------------------------------------------------------------
+class LogTest(NetworkTest):
+    """What the program writes to stderr."""
+
+    def test_a_terminal_that_nobody_reads_stops_nothing(self):
+        read, write = os.openpty()
+        for descriptor in read, write:
+            self.addCleanup(os.close, descriptor)
+        server = self.metrics(page("x 1\n"))
+        environ = {"METRICS_ENDPOINT": server.url, "LOG_LEVEL": "debug"}
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM], stderr=write,
+            env={**os.environ, "APP_PORT": "0", **environ},
+        )  # fmt: skip
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        started = ""
+        while "rules: " not in started:
+            started += os.read(read, 4096).decode()
+        port = int(re.search(r"is up: port (\d+)", started)[1])
+        fill(f"/proc/{process.pid}/fd/2")
+        server.pieces = (page("", status="500 No"),)
+        for path in "/nowhere", "/health", "/nowhere":
+            get(port, path)
+        self.assertEqual(get(port), (503, "Unhealthy\n"))
+        self.assertEqual(get(port, "/livez"), (200, "Healthy\n"))
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(20), 0)
+
+    def test_what_the_log_has_lost_is_counted_and_said_once(self):
+        writer, read, write = self.log_writer()
+        fill(f"/proc/self/fd/{write}")
+        with mock.patch.multiple(health_check, MAX_BACKLOG=900, FLUSH_TIME=0.01):
+            for message in "a" * 800, "b" * 800, "c":
+                writer.emit(logging.makeLogRecord({"msg": message}))
+            writer.flush()
+        lines = os.fdopen(os.dup(read))
+        self.addCleanup(lines.close)
+        while lines.readline() != "a" * 800 + "\n":
+            pass
+        self.assertEqual(lines.readline(), "nobody read the log, lines lost: 2\n")
+        writer.emit(logging.makeLogRecord({"msg": "d"}))
+        self.assertEqual(lines.readline(), "d\n")
+
+    def test_a_line_is_whole_and_a_reader_who_has_gone_is_no_trouble(self):
+        writer, read, write = self.log_writer()
+        os.set_blocking(write, False)
+        for letter in "ab":
+            writer.emit(logging.makeLogRecord({"msg": letter * 100000}))
+        with open(os.dup(read)) as lines:
+            for letter in "ab":
+                self.assertEqual(lines.readline(), letter * 100000 + "\n")
+        os.dup2(os.open(os.devnull, os.O_RDONLY), read)
+        writer.emit(logging.makeLogRecord({"msg": "c"}))
+        with mock.patch.object(health_check, "FLUSH_TIME", 5):
+            started = time.monotonic()
+            writer.flush()
+            self.assertLess(time.monotonic() - started, 2)
+
+    def log_writer(self):
+        """Return a writer, and both ends of the pipe that it writes to."""
+        read, write = os.pipe()
+        for descriptor in read, write:
+            self.addCleanup(os.close, descriptor)
+        return health_check.LogWriter(write), read, write
+
+    def test_what_a_setting_risks_is_said_at_every_level_of_the_log(self):
+        port = free_port()
+        process = self.launch(
+            METRICS_TLS_SKIP_VERIFY="true", LOG_LEVEL="error", APP_PORT=str(port)
+        )
+        self.assertIn("METRICS_TLS_SKIP_VERIFY", process.stderr.readline())
+        # Coverage hangs in a signal's handler that ends a process before it serves.
+        self.assertTrue(wait_until(lambda: livez(port)))
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        self.assertEqual(process.stderr.read(), "")
+
+    def test_a_log_line_is_one_line_and_holds_no_secret(self):
+        server = self.metrics(page("\x1b[31m\x85oops\r\n"))
+        environ = {
+            "METRICS_ENDPOINT": f"http://us:hush@{server.instance}/metrics?t=hush",
+            "LOG_LEVEL": "debug", "METRIC_TRESHOLD": "1",
+        }  # fmt: skip
+        formats = "text", "json"
+        started = [self.launch(LOG_FORMAT=name, **environ) for name in formats]
+        for log_format, process in zip(formats, started):
+            warning = process.stderr.readline()
+            self.assertIn("did you mean METRIC_THRESHOLD", warning)
+            port = self.port_of(process)
+            self.assertEqual({get(port)[0] for _ in range(2)}, {503})
+            self.assertEqual(get(port, "/\x1b[2J\x9b?\x85")[0], 404)
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            log = process.stderr.read()
+            with self.subTest(log_format):
+                self.assertIn("u001b[2J", log)
+                self.assertIn("GET /health HTTP/1.1 503", log)
+                self.assertIn("oops", log)
+                self.assertNotIn("hush", log + process.stdout.read())
+                self.assertRegex(log, r"\A[ -~\n]+\Z")
+                for line in [warning, *log.splitlines()]:
+                    if log_format == "json":
+                        fields = json.loads(line)
+                        self.assertLessEqual({"time", "level", "message"}, {*fields})
+                        stamp = fields["time"]
+                    else:
+                        stamp = line.split()[0]
+                        self.assertRegex(line, " (DEBUG|INFO|WARNING) ")
+                    self.assertRegex(stamp, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+    def test_a_line_of_JSON_has_its_facts_in_fields(self):
+        target, gone = self.metrics(page("q 11\n")), f"127.0.0.1:{free_port()}"
+        process = self.launch(
+            METRICS_ENDPOINT=f"{target.url},http://{gone}/",
+            ALERTMANAGER_URL=f"http://{gone}/api/v2/alerts?token=hush",
+            UNHEALTHY_WHEN="Q: q > 10; N: none > 1; Down: up > 1",
+            LOG_FORMAT="json",
+            METRICS_TIMEOUT="2",
+            ALERT_LABELS="severity=critical",
+        )
+        start = json.loads(process.stderr.readline())
+        self.assertEqual(start["rules"][0], "Q: q > 10")
+        self.assertEqual(start["version"], health_check.__version__)
+        self.assertEqual((start["timeout"], start["interval"]), ("2s", "0s"))
+        self.assertIn("ALERT_LABELS severity=critical", start["message"])
+        self.assertEqual(start["ALERT_LABELS"], "severity=critical")
+        self.assertEqual(start["alertmanager"], f"http://{gone}/api/v2/alerts")
+        self.assertEqual(get(int(start["port"]))[0], 503)
+        lines = [json.loads(process.stderr.readline()) for _ in range(5)]
+        missing = lines.pop(0)
+        self.assertEqual((missing["rule"], missing["selector"]), ("N", "none"))
+        alert = next(line for line in lines if "alertmanager" in line)
+        self.assertEqual(alert["level"], "warning")
+        self.assertEqual(alert["alertmanager"], f"http://{gone}/api/v2/alerts")
+        self.assertIn("refused", alert["reason"])
+        for line, fields in zip(
+            (line for line in lines if line is not alert),
+            (
+                {"target": gone, "reason": "refused"},
+                {"rule": "Q", "state": "firing"},
+                {"verdict": "Unhealthy", "reason": "Q"},
+            ),
+        ):
+            self.assertEqual({**line, **fields}, line)
+
+    def test_a_formatter_keeps_a_traceback_and_makes_it_harmless(self):
+        message = "\x1b[2J\nBearer hush, from http://x/?t=hush"
+        try:
+            raise ValueError(message)
+        except ValueError:
+            error = sys.exc_info()
+        record = logging.LogRecord("x", logging.ERROR, "", 1, "%s", "a\nb", error)
+        text = health_check.TextFormatter("%(levelname)s %(message)s").format(record)
+        self.assertTrue(text.startswith("ERROR a"))
+        self.assertIn("ValueError: \\u001b[2J", text)
+        fields = json.loads(health_check.JSONFormatter().format(record))
+        self.assertEqual((fields["level"], fields["message"]), ("error", "a\nb"))
+        self.assertIn("ValueError: ", fields["traceback"])
+        self.assertNotIn("hush", text + fields["traceback"])
+
 
 def answer_verdict(verdict):
     return "".join(answer_metrics(verdict_families(verdict)).body)
@@ -3329,9 +3485,6 @@ class ProbeTest(NetworkTest):
         self.assertIn(f"probe_success{labels} 1\n", answer_verdict(verdict))
         page_ = "".join(answer_page(verdict, Site()).body)
         self.assertIn(f"health of {route.instance}", page_)
-
-
-# --- 8. Monitor ----------------------------------------------------------------------
 
 
 class Absence(unittest.TestCase):
@@ -5642,24 +5795,8 @@ class ServeTest(NetworkTest):
                     socket.create_connection((host, port), 2).close()
 
 
-# --- 11. Main ------------------------------------------------------------------------
-
-INTERRUPTED = """
-import os, runpy, signal, sys
-
-class Finder:
-    def find_spec(self, name, *_):
-        if name == "base64":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-sys.modules.pop("base64", None)
-sys.meta_path.insert(0, Finder())
-runpy.run_path(sys.argv.pop(), run_name="__main__")
-"""
-
-
-class MainTest(NetworkTest):
-    """The command line, as far as possible in this process."""
+class CommandLine(NetworkTest):
+    """Runs the program in this process."""
 
     def run_main(self, *argv, out=None, **environ):
         out, err = out or io.StringIO(), io.StringIO()
@@ -5675,115 +5812,9 @@ class MainTest(NetworkTest):
         said = out.getvalue() if isinstance(out, io.StringIO) else ""
         return code, said, err.getvalue()
 
-    def serve_briefly(self, **environ):
-        """Start and stop in this process; return the exit status and the log."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
-        with mock.patch.object(Server, "run", lambda _: None):
-            code, _, log = self.run_main(APP_PORT="0", **environ)
-        return code, log
 
-    def test_a_firing_rule_reaches_the_Alertmanager(self):
-        target, alertmanager = self.metrics(page("q 1\n")), self.metrics(page())
-        process = self.launch(
-            METRICS_ENDPOINT=target.url,
-            ALERTMANAGER_URL=alertmanager.url,
-            UNHEALTHY_WHEN="Q: q > 0",
-        )
-        port = self.port_of(process)
-        self.assertEqual(get(port)[0], 503)
-        self.assertTrue(wait_until(lambda: alertmanager.requests))
-        self.assertIn('"alertname": "Q"', alertmanager.requests[0])
-        self.assertIn("notifications_sent_total{", get(port, "/metrics")[1])
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(20), 0)
-
-    def test_SIGTERM_and_SIGINT_end_it_at_once_even_while_a_scrape_hangs(self):
-        for number, hanging in ((signal.SIGTERM, True), (signal.SIGINT, False)):
-            with self.subTest(number, hanging=hanging):
-                self.assert_ends(number, hanging)
-
-    def test_a_second_SIGTERM_changes_nothing(self):
-        process = self.launch(METRICS_ENDPOINT=self.metrics(page()).url)
-        self.port_of(process)
-        while process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.002)
-        told = [line for line in process.stderr if not line.endswith("INFO Healthy\n")]
-        self.assertEqual((process.wait(), told), (0, []))
-
-    def test_a_signal_is_never_written_to_a_socket_that_is_closed(self):
-        told_to, close = [], Server.close
-
-        def closing(server):
-            told_to.append(signal.set_wakeup_fd(-1))
-            close(server)
-
-        with mock.patch.object(Server, "close", closing):
-            self.assertEqual(self.serve_briefly()[0], 0)
-        self.assertEqual(told_to, [-1])
-
-    def test_a_terminal_that_nobody_reads_stops_nothing(self):
-        read, write = os.openpty()
-        for descriptor in read, write:
-            self.addCleanup(os.close, descriptor)
-        server = self.metrics(page("x 1\n"))
-        environ = {"METRICS_ENDPOINT": server.url, "LOG_LEVEL": "debug"}
-        process = subprocess.Popen(
-            [sys.executable, PROGRAM], stderr=write,
-            env={**os.environ, "APP_PORT": "0", **environ},
-        )  # fmt: skip
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        started = ""
-        while "rules: " not in started:
-            started += os.read(read, 4096).decode()
-        port = int(re.search(r"is up: port (\d+)", started)[1])
-        fill(f"/proc/{process.pid}/fd/2")
-        server.pieces = (page("", status="500 No"),)
-        for path in "/nowhere", "/health", "/nowhere":
-            get(port, path)
-        self.assertEqual(get(port), (503, "Unhealthy\n"))
-        self.assertEqual(get(port, "/livez"), (200, "Healthy\n"))
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(20), 0)
-
-    def test_what_the_log_has_lost_is_counted_and_said_once(self):
-        writer, read, write = self.log_writer()
-        fill(f"/proc/self/fd/{write}")
-        with mock.patch.multiple(health_check, MAX_BACKLOG=900, FLUSH_TIME=0.01):
-            for message in "a" * 800, "b" * 800, "c":
-                writer.emit(logging.makeLogRecord({"msg": message}))
-            writer.flush()
-        lines = os.fdopen(os.dup(read))
-        self.addCleanup(lines.close)
-        while lines.readline() != "a" * 800 + "\n":
-            pass
-        self.assertEqual(lines.readline(), "nobody read the log, lines lost: 2\n")
-        writer.emit(logging.makeLogRecord({"msg": "d"}))
-        self.assertEqual(lines.readline(), "d\n")
-
-    def test_a_line_is_whole_and_a_reader_who_has_gone_is_no_trouble(self):
-        writer, read, write = self.log_writer()
-        os.set_blocking(write, False)
-        for letter in "ab":
-            writer.emit(logging.makeLogRecord({"msg": letter * 100000}))
-        with open(os.dup(read)) as lines:
-            for letter in "ab":
-                self.assertEqual(lines.readline(), letter * 100000 + "\n")
-        os.dup2(os.open(os.devnull, os.O_RDONLY), read)
-        writer.emit(logging.makeLogRecord({"msg": "c"}))
-        with mock.patch.object(health_check, "FLUSH_TIME", 5):
-            started = time.monotonic()
-            writer.flush()
-            self.assertLess(time.monotonic() - started, 2)
-
-    def log_writer(self):
-        """Return a writer, and both ends of the pipe that it writes to."""
-        read, write = os.pipe()
-        for descriptor in read, write:
-            self.addCleanup(os.close, descriptor)
-        return health_check.LogWriter(write), read, write
+class CommandsTest(CommandLine):
+    """What looks at the targets once, prints what it finds, and ends."""
 
     def test_whatever_reads_stdout_no_mode_ends_in_a_traceback(self):
         environ = {"UNHEALTHY_WHEN": 'Q: x{a="\u00e9"} > 1'}
@@ -5799,189 +5830,6 @@ class MainTest(NetworkTest):
                 self.assertNotIn("Traceback", err)
         with mock.patch.object(sys, "stderr", None):
             health_check.say("", error=True)
-
-    def test_no_thread_to_be_had_is_a_sentence(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
-        for argv in ([], ["--once"], ["--query", "up"]):
-            problem = RuntimeError("can't start new thread")
-            with mock.patch.object(threading.Thread, "start", side_effect=problem):
-                code, _, err = self.run_main(*argv, APP_PORT="0")
-            self.assertEqual((code, err.count("\n")), (1, 1), argv)
-            self.assertIn("can't start new thread", err)
-        another = RuntimeError("x")
-        with mock.patch.object(threading.Thread, "start", side_effect=another):
-            self.assertRaises(RuntimeError, self.run_main, "--once")
-
-    def test_no_descriptor_to_be_had_is_a_sentence(self):
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-        with open(os.devnull) as lowest:
-            first = lowest.fileno()
-        for spare in range(4):
-            limit = first + spare, limits[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-            code, said = self.serve_briefly()
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            self.assertEqual((code, said.count("\n")), (1, 1), said)
-            self.assertIn("Too many open files", said)
-
-    def test_SIGTERM_among_the_imports_ends_it_without_a_word(self):
-        started = []
-        for *argv, code in ((0,), ("--demo", 0), ("--once", 1), ("--query", "up", 1)):
-            command = (sys.executable, "-c", INTERRUPTED, *argv, compiled_program())
-            started.append((argv, code, self.launch(command=command)))
-        for argv, code, process in started:
-            with self.subTest(argv):
-                self.assertEqual((process.wait(20), process.stderr.read()), (code, ""))
-
-    def test_as_PID_1_it_ends_at_once_too(self):
-        command = ["unshare", "-fp", "--kill-child"]
-        if (
-            not shutil.which("unshare")
-            or subprocess.run(
-                [*command, "true"], stderr=subprocess.DEVNULL, check=False
-            ).returncode
-        ):
-            self.skipTest("no right to make a PID namespace")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(number):
-                self.assert_ends(number, True, command)
-
-    def assert_ends(self, number, hanging, prefix=()):
-        server = self.metrics(FOREVER)
-        process = self.launch(
-            command=(*prefix, sys.executable, compiled_program()),
-            METRICS_ENDPOINT=server.url,
-            METRICS_TIMEOUT="30",
-        )
-        port, pid = self.port_of(process), process.pid
-        if prefix:
-            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-        if hanging:
-            caller = send(port, request_for("/health"))
-            self.assertTrue(wait_until(lambda: server.requests))
-        started = time.monotonic()
-        os.kill(pid, number)
-        self.assertEqual(process.wait(20), 0)
-        # Half a second, where nothing else runs.
-        self.assertLess(time.monotonic() - started, 5)
-        self.assertEqual(process.stderr.read(), "")
-        if hanging:
-            self.assertEqual(receive(caller), "")
-
-    def test_what_a_setting_risks_is_said_at_every_level_of_the_log(self):
-        port = free_port()
-        process = self.launch(
-            METRICS_TLS_SKIP_VERIFY="true", LOG_LEVEL="error", APP_PORT=str(port)
-        )
-        self.assertIn("METRICS_TLS_SKIP_VERIFY", process.stderr.readline())
-        # Coverage hangs in a signal's handler that ends a process before it serves.
-        self.assertTrue(wait_until(lambda: livez(port)))
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        self.assertEqual(process.stderr.read(), "")
-
-    def test_a_log_line_is_one_line_and_holds_no_secret(self):
-        server = self.metrics(page("\x1b[31m\x85oops\r\n"))
-        for log_format in ("text", "json"):
-            process = self.launch(
-                METRICS_ENDPOINT=f"http://us:hush@{server.instance}/metrics?t=hush",
-                LOG_FORMAT=log_format,
-                LOG_LEVEL="debug",
-                METRIC_TRESHOLD="1",
-            )
-            warning = process.stderr.readline()
-            self.assertIn("did you mean METRIC_THRESHOLD", warning)
-            port = self.port_of(process)
-            self.assertEqual({get(port)[0] for _ in range(2)}, {503})
-            self.assertEqual(get(port, "/\x1b[2J\x9b?\x85")[0], 404)
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            log = process.stderr.read()
-            with self.subTest(log_format):
-                self.assertIn("u001b[2J", log)
-                self.assertIn("GET /health HTTP/1.1 503", log)
-                self.assertIn("oops", log)
-                self.assertNotIn("hush", log + process.stdout.read())
-                self.assertRegex(log, r"\A[ -~\n]+\Z")
-                for line in [warning, *log.splitlines()]:
-                    if log_format == "json":
-                        fields = json.loads(line)
-                        self.assertLessEqual({"time", "level", "message"}, {*fields})
-                        stamp = fields["time"]
-                    else:
-                        stamp = line.split()[0]
-                        self.assertRegex(line, " (DEBUG|INFO|WARNING) ")
-                    self.assertRegex(stamp, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-
-    def test_a_line_of_JSON_has_its_facts_in_fields(self):
-        target, gone = self.metrics(page("q 11\n")), f"127.0.0.1:{free_port()}"
-        process = self.launch(
-            METRICS_ENDPOINT=f"{target.url},http://{gone}/",
-            ALERTMANAGER_URL=f"http://{gone}/api/v2/alerts?token=hush",
-            UNHEALTHY_WHEN="Q: q > 10; N: none > 1; Down: up > 1",
-            LOG_FORMAT="json",
-            METRICS_TIMEOUT="2",
-            ALERT_LABELS="severity=critical",
-        )
-        start = json.loads(process.stderr.readline())
-        self.assertEqual(start["rules"][0], "Q: q > 10")
-        self.assertEqual(start["version"], health_check.__version__)
-        self.assertEqual((start["timeout"], start["interval"]), ("2s", "0s"))
-        self.assertIn("ALERT_LABELS severity=critical", start["message"])
-        self.assertEqual(start["ALERT_LABELS"], "severity=critical")
-        self.assertEqual(start["alertmanager"], f"http://{gone}/api/v2/alerts")
-        self.assertEqual(get(int(start["port"]))[0], 503)
-        lines = [json.loads(process.stderr.readline()) for _ in range(5)]
-        missing = lines.pop(0)
-        self.assertEqual((missing["rule"], missing["selector"]), ("N", "none"))
-        alert = next(line for line in lines if "alertmanager" in line)
-        self.assertEqual(alert["level"], "warning")
-        self.assertEqual(alert["alertmanager"], f"http://{gone}/api/v2/alerts")
-        self.assertIn("refused", alert["reason"])
-        for line, fields in zip(
-            (line for line in lines if line is not alert),
-            (
-                {"target": gone, "reason": "refused"},
-                {"rule": "Q", "state": "firing"},
-                {"verdict": "Unhealthy", "reason": "Q"},
-            ),
-        ):
-            self.assertEqual({**line, **fields}, line)
-
-    def test_a_formatter_keeps_a_traceback_and_makes_it_harmless(self):
-        message = "\x1b[2J\nBearer hush, from http://x/?t=hush"
-        try:
-            raise ValueError(message)
-        except ValueError:
-            error = sys.exc_info()
-        record = logging.LogRecord("x", logging.ERROR, "", 1, "%s", "a\nb", error)
-        text = health_check.TextFormatter("%(levelname)s %(message)s").format(record)
-        self.assertTrue(text.startswith("ERROR a"))
-        self.assertIn("ValueError: \\u001b[2J", text)
-        fields = json.loads(health_check.JSONFormatter().format(record))
-        self.assertEqual((fields["level"], fields["message"]), ("error", "a\nb"))
-        self.assertIn("ValueError: ", fields["traceback"])
-        self.assertNotIn("hush", text + fields["traceback"])
-
-    def test_a_port_that_cannot_be_had_is_one_line_and_exit_1(self):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = str(taken.getsockname()[1])
-            for environ in (
-                {"APP_PORT": port},
-                {"APP_PORT": port, "APP_HOST": "127.0.0.1"},
-                {"APP_PORT": "0", "APP_HOST": "192.0.2.1"},
-                {"APP_PORT": "0", "APP_HOST": "1.2.3.4.5"},
-                {"APP_PORT": "0", "APP_HOST": "a..b"},
-                {"APP_PORT": "8081", "APP_HOST": "192.0.2.1"},
-            ):
-                with self.subTest(environ):
-                    code, out, err = self.run_main(**environ)
-                    self.assertEqual((code, out, err.count("\n")), (1, "", 1))
-                    self.assertRegex(err, f"cannot listen on .*{environ['APP_PORT']}")
-                    known = "8081 is a port of MLServer or TorchServe or KServe" in err
-                    self.assertEqual(known, environ["APP_PORT"] == "8081")
 
     def test_once_tells_what_finds_nothing(self):
         environ = {"METRICS_ENDPOINT": self.metrics(page("other 1\n")).url}
@@ -6088,7 +5936,7 @@ class MainTest(NetworkTest):
         server = self.metrics(lambda _: [page(f'q{{a="b"}} {next(count)}\nr 1\n')])
         q = f'q{{a="b", instance="{server.instance}"}}'
         labels, stamp = q[1:], r" @\[\d+\.\d{3}\]\n"
-        with mock.patch.object(health_check, "QUERY_PAUSE", 0.05):
+        with mock.patch.object(health_check, "QUERY_PAUSE", 0.005):
             for expression, code, pattern in (
                 ("q", 0, re.escape(q) + " => 3" + stamp),
                 ("q * 2", 0, re.escape(labels) + " => 8" + stamp),
@@ -6136,15 +5984,6 @@ class MainTest(NetworkTest):
         _, out, _ = self.run_main("--check-config", METRICS_ENDPOINT=server.url)
         self.assertIn("QueueFull: when too many requests wait, for 30s keep_f", out)
         self.assertIn("SGLang :30000/metrics\n    waiting: sglang:num_queue_r", out)
-
-    def test_the_start_line_says_which_rules_are_in_force_and_why(self):
-        rules = "A: x > 1; Stalled: y"
-        config = load_config({"UNHEALTHY_WHEN": rules, "WITHOUT_RULES": "Failing"})
-        health_check._log_start(config, 8081)
-        (line,) = self.log
-        self.assertIn("rules: A: x > 1; Stalled: y; Stalling; Unanswered; NoM", line)
-        for text in "QueueFull (UNHEALTHY_WHEN)", "Failing (WITHOUT_RULES)":
-            self.assertIn(f"; not {text}", line)
 
     def test_check_config_prints_the_rules_it_understood(self):
         code, out, err = self.run_main("--check-config", **MANIFEST)
@@ -6222,6 +6061,187 @@ class MainTest(NetworkTest):
         ):  # fmt: skip
             self.assertEqual(self.run_main(*argv, **environ)[0], 2, argv)
 
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "base64":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.modules.pop("base64", None)
+sys.meta_path.insert(0, Finder())
+runpy.run_path(sys.argv.pop(), run_name="__main__")
+"""
+
+
+class MainTest(CommandLine):
+    """How it starts and ends."""
+
+    def test_SIGTERM_and_SIGINT_end_it_at_once_even_while_a_scrape_hangs(self):
+        for number, hanging in ((signal.SIGTERM, True), (signal.SIGINT, False)):
+            with self.subTest(number, hanging=hanging):
+                self.assert_ends(number, hanging)
+
+    def test_as_PID_1_it_ends_at_once_too(self):
+        command = ["unshare", "-fp", "--kill-child"]
+        if (
+            not shutil.which("unshare")
+            or subprocess.run(
+                [*command, "true"], stderr=subprocess.DEVNULL, check=False
+            ).returncode
+        ):
+            self.skipTest("no right to make a PID namespace")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                self.assert_ends(number, True, command)
+
+    def test_a_wrong_configuration_is_told_at_once_and_exit_2(self):
+        environ = {
+            "METRIC_THRESHOLD": "ten",
+            "APP_PORT": "http",
+            "METRICS_ENDPOINT": "http://us:hush@host:x/?t=hush",
+            "UNHEALTHY_WHEN": "Q: q >",
+            "LOG_LEVEL": "loud",
+        }
+        for argv in ([], ["--once"], ["--check-config"], ["--query", "up"], ["--demo"]):
+            with self.subTest(argv):
+                code, _, err = self.run_main(*argv, **environ)
+                self.assertEqual(code, 2)
+                for name in {*environ} - {"METRICS_ENDPOINT"}:
+                    self.assertIn(f"{name}=", err)
+                self.assertIn("METRICS_ENDPOINT=", err)
+                self.assertNotIn("hush", err)
+                self.assertNotIn("Traceback", err)
+
+    def serve_briefly(self, **environ):
+        """Start and stop in this process; return the exit status and the log."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        with mock.patch.object(Server, "run", lambda _: None):
+            code, _, log = self.run_main(APP_PORT="0", **environ)
+        return code, log
+
+    def test_a_firing_rule_reaches_the_Alertmanager(self):
+        target, alertmanager = self.metrics(page("q 1\n")), self.metrics(page())
+        process = self.launch(
+            METRICS_ENDPOINT=target.url,
+            ALERTMANAGER_URL=alertmanager.url,
+            UNHEALTHY_WHEN="Q: q > 0",
+        )
+        port = self.port_of(process)
+        self.assertEqual(get(port)[0], 503)
+        self.assertTrue(wait_until(lambda: alertmanager.requests))
+        self.assertIn('"alertname": "Q"', alertmanager.requests[0])
+        self.assertIn("notifications_sent_total{", get(port, "/metrics")[1])
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(20), 0)
+
+    def test_a_second_SIGTERM_changes_nothing(self):
+        process = self.launch(METRICS_ENDPOINT=self.metrics(page()).url)
+        self.port_of(process)
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.002)
+        told = [line for line in process.stderr if not line.endswith("INFO Healthy\n")]
+        self.assertEqual((process.wait(), told), (0, []))
+
+    def test_a_signal_is_never_written_to_a_socket_that_is_closed(self):
+        told_to, close = [], Server.close
+
+        def closing(server):
+            told_to.append(signal.set_wakeup_fd(-1))
+            close(server)
+
+        with mock.patch.object(Server, "close", closing):
+            self.assertEqual(self.serve_briefly()[0], 0)
+        self.assertEqual(told_to, [-1])
+
+    def test_no_thread_to_be_had_is_a_sentence(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        for argv in ([], ["--once"], ["--query", "up"]):
+            problem = RuntimeError("can't start new thread")
+            with mock.patch.object(threading.Thread, "start", side_effect=problem):
+                code, _, err = self.run_main(*argv, APP_PORT="0")
+            self.assertEqual((code, err.count("\n")), (1, 1), argv)
+            self.assertIn("can't start new thread", err)
+        another = RuntimeError("x")
+        with mock.patch.object(threading.Thread, "start", side_effect=another):
+            self.assertRaises(RuntimeError, self.run_main, "--once")
+
+    def test_no_descriptor_to_be_had_is_a_sentence(self):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        with open(os.devnull) as lowest:
+            first = lowest.fileno()
+        for spare in range(4):
+            limit = first + spare, limits[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            code, said = self.serve_briefly()
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            self.assertEqual((code, said.count("\n")), (1, 1), said)
+            self.assertIn("Too many open files", said)
+
+    def test_SIGTERM_among_the_imports_ends_it_without_a_word(self):
+        started = []
+        for *argv, code in ((0,), ("--demo", 0), ("--once", 1), ("--query", "up", 1)):
+            command = (sys.executable, "-c", INTERRUPTED, *argv, compiled_program())
+            started.append((argv, code, self.launch(command=command)))
+        for argv, code, process in started:
+            with self.subTest(argv):
+                self.assertEqual((process.wait(20), process.stderr.read()), (code, ""))
+
+    def assert_ends(self, number, hanging, prefix=()):
+        server = self.metrics(FOREVER)
+        process = self.launch(
+            command=(*prefix, sys.executable, compiled_program()),
+            METRICS_ENDPOINT=server.url,
+            METRICS_TIMEOUT="30",
+        )
+        port, pid = self.port_of(process), process.pid
+        if prefix:
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        if hanging:
+            caller = send(port, request_for("/health"))
+            self.assertTrue(wait_until(lambda: server.requests))
+        started = time.monotonic()
+        os.kill(pid, number)
+        self.assertEqual(process.wait(20), 0)
+        # Half a second, where nothing else runs.
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertEqual(process.stderr.read(), "")
+        if hanging:
+            self.assertEqual(receive(caller), "")
+
+    def test_a_port_that_cannot_be_had_is_one_line_and_exit_1(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            for environ in (
+                {"APP_PORT": port},
+                {"APP_PORT": port, "APP_HOST": "127.0.0.1"},
+                {"APP_PORT": "0", "APP_HOST": "192.0.2.1"},
+                {"APP_PORT": "0", "APP_HOST": "1.2.3.4.5"},
+                {"APP_PORT": "0", "APP_HOST": "a..b"},
+                {"APP_PORT": "8081", "APP_HOST": "192.0.2.1"},
+            ):
+                with self.subTest(environ):
+                    code, out, err = self.run_main(**environ)
+                    self.assertEqual((code, out, err.count("\n")), (1, "", 1))
+                    self.assertRegex(err, f"cannot listen on .*{environ['APP_PORT']}")
+                    known = "8081 is a port of MLServer or TorchServe or KServe" in err
+                    self.assertEqual(known, environ["APP_PORT"] == "8081")
+
+    def test_the_start_line_says_which_rules_are_in_force_and_why(self):
+        rules = "A: x > 1; Stalled: y"
+        config = load_config({"UNHEALTHY_WHEN": rules, "WITHOUT_RULES": "Failing"})
+        health_check._log_start(config, 8081)
+        (line,) = self.log
+        self.assertIn("rules: A: x > 1; Stalled: y; Stalling; Unanswered; NoM", line)
+        for text in "QueueFull (UNHEALTHY_WHEN)", "Failing (WITHOUT_RULES)":
+            self.assertIn(f"; not {text}", line)
+
     def exiting(self, path, **environ):
         """Return a policy of ten minutes, and how often it has stopped the program."""
         rules = "Stalled: x > 1\nFull: x > 2"
@@ -6296,24 +6316,6 @@ class MainTest(NetworkTest):
         self.assertIn("LAST_WORDS=/nowhere/last: No such file", self.log[1])
         with self.assertRaisesRegex(ConfigError, "no rule Stale: there are Queue"):
             load_config({"EXIT_WHEN": "Stale,Down"})
-
-    def test_a_wrong_configuration_is_told_at_once_and_exit_2(self):
-        environ = {
-            "METRIC_THRESHOLD": "ten",
-            "APP_PORT": "http",
-            "METRICS_ENDPOINT": "http://us:hush@host:x/?t=hush",
-            "UNHEALTHY_WHEN": "Q: q >",
-            "LOG_LEVEL": "loud",
-        }
-        for argv in ([], ["--once"], ["--check-config"], ["--query", "up"], ["--demo"]):
-            with self.subTest(argv):
-                code, _, err = self.run_main(*argv, **environ)
-                self.assertEqual(code, 2)
-                for name in {*environ} - {"METRICS_ENDPOINT"}:
-                    self.assertIn(f"{name}=", err)
-                self.assertIn("METRICS_ENDPOINT=", err)
-                self.assertNotIn("hush", err)
-                self.assertNotIn("Traceback", err)
 
     def test_version_help_and_a_wrong_option(self):
         code, out, _ = self.run_main("--version")
