@@ -649,8 +649,8 @@ class Run:
         began, own = time.monotonic(), []
         reasons: list[tuple[float, str]] = []
         while time.monotonic() - began < seconds:
-            own.append(get(self.at(self.row.health))[0])
-            code, text = get(f"http://127.0.0.1:{self.own}/health?verbose", 3)
+            own.append(get(self.at(self.row.health), 2.5)[0])
+            code, text = get(f"http://127.0.0.1:{self.own}/health?verbose", 10)
             words = {"200": "Healthy", "503": (text.splitlines() or [""])[-1]}
             said = words.get(code, f"no answer: {code}")
             at = time.monotonic() - began
