@@ -2964,7 +2964,45 @@ class Exposition(unittest.TestCase):
             self.assertEqual(caught.exception.reason, "bad_line")
 
 
-class LogTest(NetworkTest):
+class CommandLine(NetworkTest):
+    """Runs the program in this process."""
+
+    def run_main(self, *argv, out=None, **environ):
+        out, err = out or io.StringIO(), io.StringIO()
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, threading, "excepthook", threading.excepthook)
+            stack.enter_context(mock.patch.dict(os.environ, environ))
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            try:
+                code = health_check.main(argv)
+            except SystemExit as end:
+                code = end.code
+        said = out.getvalue() if isinstance(out, io.StringIO) else ""
+        return code, said, err.getvalue()
+
+    def serving(self, act=lambda _: None, **environ):
+        """Serve while ``act`` is given the port; return the exit status and the log."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        run = Server.run
+
+        def run_and_act(server):
+            thread = threading.Thread(target=run, args=(server,))
+            thread.start()
+            try:
+                act(server._listener.getsockname()[1])
+            finally:
+                server.stop()
+                thread.join()
+
+        with mock.patch.object(Server, "run", run_and_act):
+            code, out, log = self.run_main(APP_PORT="0", **environ)
+        self.assertEqual(out, "")
+        return code, log
+
+
+class LogTest(CommandLine):
     """What the program writes to stderr."""
 
     def test_a_terminal_that_nobody_reads_stops_nothing(self):
@@ -3047,24 +3085,22 @@ class LogTest(NetworkTest):
             "METRICS_ENDPOINT": f"http://us:hush@{server.instance}/metrics?t=hush",
             "LOG_LEVEL": "debug", "METRIC_TRESHOLD": "1",
         }  # fmt: skip
-        formats = "text", "json"
-        started = [self.launch(LOG_FORMAT=name, **environ) for name in formats]
-        for log_format, process in zip(formats, started):
-            warning = process.stderr.readline()
-            self.assertIn("did you mean METRIC_THRESHOLD", warning)
-            port = self.port_of(process)
+
+        def act(port):
             self.assertEqual({get(port)[0] for _ in range(2)}, {503})
             self.assertEqual(get(port, "/\x1b[2J\x9b?\x85")[0], 404)
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            log = process.stderr.read()
+
+        for log_format in "text", "json":
             with self.subTest(log_format):
+                _, log = self.serving(act, LOG_FORMAT=log_format, **environ)
+                warning, *lines = log.splitlines()
+                self.assertIn("did you mean METRIC_THRESHOLD", warning)
                 self.assertIn("u001b[2J", log)
                 self.assertIn("GET /health HTTP/1.1 503", log)
                 self.assertIn("oops", log)
-                self.assertNotIn("hush", log + process.stdout.read())
+                self.assertNotIn("hush", log)
                 self.assertRegex(log, r"\A[ -~\n]+\Z")
-                for line in [warning, *log.splitlines()]:
+                for line in [warning, *lines]:
                     if log_format == "json":
                         fields = json.loads(line)
                         self.assertLessEqual({"time", "level", "message"}, {*fields})
@@ -3076,7 +3112,13 @@ class LogTest(NetworkTest):
 
     def test_a_line_of_JSON_has_its_facts_in_fields(self):
         target, gone = self.metrics(page("q 11\n")), f"127.0.0.1:{free_port()}"
-        process = self.launch(
+
+        def act(port):
+            self.assertEqual(get(port)[0], 503)
+            self.assertTrue(wait_until(lambda: sys.stderr.getvalue().count("\n") > 5))
+
+        _, log = self.serving(
+            act,
             METRICS_ENDPOINT=f"{target.url},http://{gone}/",
             ALERTMANAGER_URL=f"http://{gone}/api/v2/alerts?token=hush",
             UNHEALTHY_WHEN="Q: q > 10; N: none > 1; Down: up > 1",
@@ -3084,16 +3126,13 @@ class LogTest(NetworkTest):
             METRICS_TIMEOUT="2",
             ALERT_LABELS="severity=critical",
         )
-        start = json.loads(process.stderr.readline())
+        start, missing, *lines = map(json.loads, log.splitlines()[:6])
         self.assertEqual(start["rules"][0], "Q: q > 10")
         self.assertEqual(start["version"], health_check.__version__)
         self.assertEqual((start["timeout"], start["interval"]), ("2s", "0s"))
         self.assertIn("ALERT_LABELS severity=critical", start["message"])
         self.assertEqual(start["ALERT_LABELS"], "severity=critical")
         self.assertEqual(start["alertmanager"], f"http://{gone}/api/v2/alerts")
-        self.assertEqual(get(int(start["port"]))[0], 503)
-        lines = [json.loads(process.stderr.readline()) for _ in range(5)]
-        missing = lines.pop(0)
         self.assertEqual((missing["rule"], missing["selector"]), ("N", "none"))
         alert = next(line for line in lines if "alertmanager" in line)
         self.assertEqual(alert["level"], "warning")
@@ -3911,13 +3950,6 @@ class MonitorTest(NetworkTest):
         for later, state in (600, "pending"), (1801, "pending"), (1800, "firing"):
             clock.now += later
             self.assertEqual(self.state(monitor.check(), "Q"), state)
-
-    def test_the_first_check_needs_no_caller(self):
-        server = self.metrics(page())
-        process = self.launch(METRICS_ENDPOINT=server.url)
-        self.port_of(process)
-        self.assertTrue(wait_until(lambda: server.requests))
-        self.assertIn("Healthy", process.stderr.readline())
 
     def test_a_check_that_does_not_end_is_told_to_livez(self):
         clock, holds, free = Clock(), threading.Event(), threading.Event()
@@ -5472,10 +5504,11 @@ class ServeTest(NetworkTest):
              "Stalling fires, so .* 3"),
             ([page("", status="500 E")], {"DRAIN_TIMEOUT": "0.2"},
              "it is too late; scrape of .*: HTTP 500"),
-            ([0.7, run], {}, "it is too late; nothing is known"),
+            ([], {}, "it is too late; nothing is known"),
         ):  # fmt: skip
             with self.subTest(why):
-                port, _ = self.drained(*pieces, **environ)
+                port, server = self.drained(*(pieces or [run]), **environ)
+                server.pieces = pieces or (FOREVER,)
                 status, body = get(port, "/drain")
                 expected = "Drained" if why == "Drained" else f"Not drained: {why}.*"
                 self.assertRegex(body, rf"\A{expected}\n\Z")
@@ -5514,20 +5547,6 @@ class ServeTest(NetworkTest):
                 self.assertEqual(receive(sock), "")
             sock.close()
         self.assertTrue(wait_until(lambda: any("did not wait" in x for x in self.log)))
-
-    def test_a_drain_is_answered_as_the_program_ends(self):
-        process = self.launch(
-            METRICS_ENDPOINT=self.metrics(page("vllm:num_requests_running 3\n")).url
-        )
-        port = self.port_of(process)
-        sock = send(port, request_for("/drain"))
-        self.assertEqual(get(port, "/livez")[0], 200)
-        started = time.monotonic()
-        process.terminate()
-        answer = receive(sock)
-        self.assertEqual(process.wait(20), 0)
-        self.assertLess(time.monotonic() - started, 5)
-        self.assertRegex(answer, r"HTTP/1.1 503 (?s:.*)\nNot drained: this program en")
 
     def test_without_a_verdict_health_fails_closed_and_a_rule_open(self):
         # Nothing of it is started.
@@ -5669,15 +5688,8 @@ class ServeTest(NetworkTest):
                 stack.enter_context(caller)
 
     def test_callers_cannot_use_up_the_descriptors_that_a_scrape_needs(self):
-        few = (
-            "import os, resource, sys;"
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40));"
-            "os.execv(sys.executable, [sys.executable, sys.argv[1]])"
-        )
-        process = self.launch(
-            command=(sys.executable, "-c", few, PROGRAM),
-            METRICS_ENDPOINT=self.metrics(page()).url,
-        )
+        process = self.launch(METRICS_ENDPOINT=self.metrics(page()).url)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (40, 40))
         port = self.port_of(process)
         idle = [send(port, "GET") for _ in range(60)]
         self.assertEqual(get(port), (200, "Healthy\n"))
@@ -5798,24 +5810,6 @@ class ServeTest(NetworkTest):
             for host in hosts:
                 with self.subTest(host, family=family):
                     socket.create_connection((host, port), 2).close()
-
-
-class CommandLine(NetworkTest):
-    """Runs the program in this process."""
-
-    def run_main(self, *argv, out=None, **environ):
-        out, err = out or io.StringIO(), io.StringIO()
-        with contextlib.ExitStack() as stack:
-            stack.callback(setattr, threading, "excepthook", threading.excepthook)
-            stack.enter_context(mock.patch.dict(os.environ, environ))
-            stack.enter_context(contextlib.redirect_stdout(out))
-            stack.enter_context(contextlib.redirect_stderr(err))
-            try:
-                code = health_check.main(argv)
-            except SystemExit as end:
-                code = end.code
-        said = out.getvalue() if isinstance(out, io.StringIO) else ""
-        return code, said, err.getvalue()
 
 
 class CommandsTest(CommandLine):
@@ -6085,9 +6079,7 @@ class MainTest(CommandLine):
     """How it starts and ends."""
 
     def test_SIGTERM_and_SIGINT_end_it_at_once_even_while_a_scrape_hangs(self):
-        for number, hanging in ((signal.SIGTERM, True), (signal.SIGINT, False)):
-            with self.subTest(number, hanging=hanging):
-                self.assert_ends(number, hanging)
+        self.assert_all_end([(signal.SIGTERM, True), (signal.SIGINT, False)])
 
     def test_as_PID_1_it_ends_at_once_too(self):
         command = ["unshare", "-fp", "--kill-child"]
@@ -6098,9 +6090,7 @@ class MainTest(CommandLine):
             ).returncode
         ):
             self.skipTest("no right to make a PID namespace")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(number):
-                self.assert_ends(number, True, command)
+        self.assert_all_end([(signal.SIGTERM, True), (signal.SIGINT, True)], command)
 
     def test_a_wrong_configuration_is_told_at_once_and_exit_2(self):
         environ = {
@@ -6120,28 +6110,42 @@ class MainTest(CommandLine):
                 self.assertNotIn("hush", err)
                 self.assertNotIn("Traceback", err)
 
-    def serve_briefly(self, **environ):
-        """Start and stop in this process; return the exit status and the log."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
-        with mock.patch.object(Server, "run", lambda _: None):
-            code, _, log = self.run_main(APP_PORT="0", **environ)
-        return code, log
-
     def test_a_firing_rule_reaches_the_Alertmanager(self):
         target, alertmanager = self.metrics(page("q 1\n")), self.metrics(page())
-        process = self.launch(
-            METRICS_ENDPOINT=target.url,
-            ALERTMANAGER_URL=alertmanager.url,
-            UNHEALTHY_WHEN="Q: q > 0",
-        )
-        port = self.port_of(process)
-        self.assertEqual(get(port)[0], 503)
-        self.assertTrue(wait_until(lambda: alertmanager.requests))
-        self.assertIn('"alertname": "Q"', alertmanager.requests[0])
-        self.assertIn("notifications_sent_total{", get(port, "/metrics")[1])
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(20), 0)
+
+        def act(port):
+            self.assertEqual(get(port)[0], 503)
+            self.assertTrue(wait_until(lambda: alertmanager.requests))
+            self.assertIn('"alertname": "Q"', alertmanager.requests[0])
+            self.assertIn("notifications_sent_total{", get(port, "/metrics")[1])
+
+        environ = {"UNHEALTHY_WHEN": "Q: q > 0", "METRICS_ENDPOINT": target.url}
+        code, _ = self.serving(act, ALERTMANAGER_URL=alertmanager.url, **environ)
+        self.assertEqual(code, 0)
+
+    def test_the_first_check_needs_no_caller(self):
+        def act(port):
+            # It asks for no check.
+            healthy = "health_check_healthy 1\n"
+            self.assertTrue(wait_until(lambda: healthy in get(port, "/metrics")[1]))
+
+        self.serving(act, METRICS_ENDPOINT=self.metrics(page()).url)
+
+    def test_a_drain_is_answered_as_the_program_ends(self):
+        answers = []
+
+        def act(port):
+            sock = send(port, request_for("/drain"))
+            self.assertEqual(get(port, "/livez")[0], 200)
+            os.kill(os.getpid(), signal.SIGTERM)
+            answers.append(receive(sock))
+
+        running = self.metrics(page("vllm:num_requests_running 3\n"))
+        started = time.monotonic()
+        self.assertEqual(self.serving(act, METRICS_ENDPOINT=running.url)[0], 0)
+        self.assertLess(time.monotonic() - started, 5)
+        ends = r"HTTP/1.1 503 (?s:.*)\nNot drained: this program en"
+        self.assertRegex(answers[0], ends)
 
     def test_a_second_SIGTERM_changes_nothing(self):
         process = self.launch(METRICS_ENDPOINT=self.metrics(page()).url)
@@ -6160,7 +6164,7 @@ class MainTest(CommandLine):
             close(server)
 
         with mock.patch.object(Server, "close", closing):
-            self.assertEqual(self.serve_briefly()[0], 0)
+            self.assertEqual(self.serving()[0], 0)
         self.assertEqual(told_to, [-1])
 
     def test_no_thread_to_be_had_is_a_sentence(self):
@@ -6184,7 +6188,7 @@ class MainTest(CommandLine):
         for spare in range(4):
             limit = first + spare, limits[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-            code, said = self.serve_briefly()
+            code, said = self.serving()
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
             self.assertEqual((code, said.count("\n")), (1, 1), said)
             self.assertIn("Too many open files", said)
@@ -6198,27 +6202,33 @@ class MainTest(CommandLine):
             with self.subTest(argv):
                 self.assertEqual((process.wait(20), process.stderr.read()), (code, ""))
 
-    def assert_ends(self, number, hanging, prefix=()):
-        server = self.metrics(FOREVER)
-        process = self.launch(
-            command=(*prefix, sys.executable, compiled_program()),
-            METRICS_ENDPOINT=server.url,
-            METRICS_TIMEOUT="30",
-        )
-        port, pid = self.port_of(process), process.pid
-        if prefix:
-            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-        if hanging:
-            caller = send(port, request_for("/health"))
-            self.assertTrue(wait_until(lambda: server.requests))
-        started = time.monotonic()
-        os.kill(pid, number)
-        self.assertEqual(process.wait(20), 0)
-        # Half a second, where nothing else runs.
-        self.assertLess(time.monotonic() - started, 5)
-        self.assertEqual(process.stderr.read(), "")
-        if hanging:
-            self.assertEqual(receive(caller), "")
+    def assert_all_end(self, cases, prefix=()):
+        """Start a program for each of these signals, and send it while it works."""
+        started = []
+        for number, hanging in cases:
+            server = self.metrics(FOREVER)
+            process = self.launch(
+                command=(*prefix, sys.executable, compiled_program()),
+                METRICS_ENDPOINT=server.url, METRICS_TIMEOUT="30",
+            )  # fmt: skip
+            started.append((number, hanging, server, process))
+        for number, hanging, server, process in started:
+            with self.subTest(number, hanging=hanging):
+                port, pid = self.port_of(process), process.pid
+                if prefix:
+                    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+                    pid = int(children.split()[0])
+                if hanging:
+                    caller = send(port, request_for("/health"))
+                    self.assertTrue(wait_until(lambda at=server: at.requests))
+                before = time.monotonic()
+                os.kill(pid, number)
+                self.assertEqual(process.wait(20), 0)
+                # Half a second, where nothing else runs.
+                self.assertLess(time.monotonic() - before, 5)
+                self.assertEqual(process.stderr.read(), "")
+                if hanging:
+                    self.assertEqual(receive(caller), "")
 
     def test_a_port_that_cannot_be_had_is_one_line_and_exit_1(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -6289,6 +6299,13 @@ class MainTest(CommandLine):
 
     def test_a_program_that_ends_with_88_tells_why_when_it_starts_again(self):
         target = self.metrics(page("x 1\n"))
+
+        def act(port):
+            self.assertTrue(wait_until(lambda: get(port)[0] == 200))
+            target.pieces = (page("x 2\n"),)
+            send(port, request_for("/health")).close()
+            self.assertTrue(wait_until(Path(environ["LAST_WORDS"]).exists))
+
         with tempfile.TemporaryDirectory() as directory:
             environ = {
                 "METRICS_ENDPOINT": target.url, "UNHEALTHY_WHEN": "Stalled: x > 1",
@@ -6296,14 +6313,10 @@ class MainTest(CommandLine):
                 "CANARY_URL": target.url, "CANARY_WHEN": "x > 5",
                 "LAST_WORDS": f"{directory}/last",
             }  # fmt: skip
-            process = self.launch(**environ)
-            port = self.port_of(process)
-            self.assertTrue(wait_until(lambda: get(port)[0] == 200))
-            target.pieces = (page("x 2\n"),)
-            send(port, request_for("/health")).close()
-            self.assertEqual(process.wait(20), 88)
-            log = self.serve_briefly(**environ)[1]
-        self.assertIn("EXIT_WHEN Stalled (for restartPolicyRules of", log)
+            code, log = self.serving(act, **environ)
+            self.assertIn("EXIT_WHEN Stalled (for restartPolicyRules of", log)
+            self.assertEqual(code, 88)
+            log = self.serving(**environ)[1]
         words = r"ended so: \d.*Z exit status 88: Stalled; firing for 0s: x\{.*\} 2"
         self.assertRegex(log, words)
 
