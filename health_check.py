@@ -8192,6 +8192,11 @@ def serve(config: Config) -> int:
     listener = _listener(config)
     if not listener:
         return 1
+    with listener:
+        return _serve_on(listener, config)
+
+
+def _serve_on(listener: socket.socket, config: Config) -> int:
     port = listener.getsockname()[1]
     config = config._replace(pod_name=config.pod_name or socket.gethostname())
     generator = page_url(config.pod_name, port)

@@ -460,9 +460,8 @@ class Prometheus(server_test.ServerTest):
 # -- What it runs ---------------------------------------------------------------------
 
 SHOWN = re.compile(r"(?m)^\$ (.*)\n((?:(?!\$ ).*\n)*)")
-# Bring the loopback up and stay, until standard input ends.
-KUBECTL = r"""#!/bin/bash
 # exec runs the command here; there is nobody to ask for anything else.
+KUBECTL = r"""#!/bin/bash
 [[ $1 == exec ]] || exit 0
 while [[ $1 != -- ]]; do shift; done
 shift
@@ -470,6 +469,7 @@ target=$(curl -s localhost:8081/metrics | grep -o -m 1 '127.0.0.1:[0-9]*')
 export METRICS_ENDPOINT=http://$target/metrics
 exec "${@//\/app\/health_check.pyc/health_check.py}"
 """
+# Bring the loopback up and stay, until standard input ends.
 LOOPBACK = """
 import fcntl, socket, struct, sys
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -541,11 +541,8 @@ class Stranger:
                 if command.startswith("kubectl"):
                     problems += self.ask(command)
                     continue
-                expected = 0, undated(shown)
                 patience = 50 if command.startswith("curl") else 0
-                seen = self.until(command, expected, patience)
-                if seen:
-                    problems.append(f"{command}\n{seen}")
+                problems += self.until(command, undated(shown), patience)
         for process in served:
             os.killpg(process.pid, signal.SIGTERM)
             _, err = process.communicate(timeout=10)
@@ -560,16 +557,16 @@ class Stranger:
         silent = " exec " in command and not out.strip()
         return [f"{command}\n{status}: {out}"] if wrong or silent else []
 
-    def until(self, command: str, expected: tuple[int, str], seconds: float) -> str:
-        """Run it until it ends as expected; return how it ended instead."""
+    def until(self, command: str, shown: str, seconds: float) -> list[str]:
+        """Run it until it ends well, as shown; return how it ended instead."""
         deadline, seen = time.monotonic() + seconds, set()
         while True:
             status, out = self.run(command)
-            if (status, undated(out)) == expected:
-                return ""
+            if (status, undated(out)) == (0, shown):
+                return []
             seen.add(f"exit status {status}: {out}")
             if time.monotonic() >= deadline:
-                return "\n".join(sorted(seen))
+                return [command, *sorted(seen)]
             time.sleep(0.3)
 
     def close(self) -> None:
