@@ -6519,6 +6519,7 @@ def _failures(targets: Iterable[TargetStatus]) -> list[str]:
 MAX_LISTED, MAX_LISTED_TEXT, MAX_ANSWER = 20, 16 * 1024, 256 * 1024
 MAX_SHOWN = 70
 OLD_AGE = 60.0
+ACTIVE = {"firing": "fires", "pending": "would fire"}
 # The states of rules, the worst first, and what each is in health+json.
 HEALTH_STATUS = {
     "firing": "fail", "error": "fail", "pending": "warn", "unknown": "warn",
@@ -6529,8 +6530,8 @@ SIGNS = {"firing": "-", "error": "-", "unknown": "?"}
 TEXT = "text/plain; charset=utf-8"
 # A word that may fill a line of a telephone, and where it may be broken then: rather
 # between the parts of an expression than within a name.
-_LONG_WORD = re.compile(r"[^\s<]{38,}")
-_JOINTS = re.compile(r"[,({=/](?=[a-zA-Z&])"), re.compile(r"[_:.](?=[a-zA-Z])")
+_LONG_WORD = re.compile(r"[^\s\0]{38,}")
+_JOINTS = re.compile(r'[,({=/](?=[a-zA-Z"])'), re.compile(r"[_:.](?=[a-zA-Z])")
 
 
 Labelled = Iterable[Tuple[Mapping[str, str], float]]
@@ -6641,7 +6642,7 @@ def _rule_line(
 
 
 def _options(query: str) -> dict[str, list[str]]:
-    return urllib.parse.parse_qs(query, keep_blank_values=True) if query else {}
+    return urllib.parse.parse_qs(query, keep_blank_values=True)
 
 
 def _escaped_line(text: str) -> str:
@@ -6948,8 +6949,7 @@ def _sections(verdict: Verdict, site: Site) -> Iterator[str]:
     targets = [_target_html(target, verdict.time, site) for target in verdict.targets]
     probes = [_probe_html(probe) for probe in verdict.probes]
     yield from (html for failed, html in (*targets, *probes) if failed)
-    for status in _worst_first(verdict):
-        yield _rule_html(status, verdict, site)
+    yield from (_rule_html(status, verdict, site) for status in _worst_first(verdict))
     yield from (html for failed, html in (*targets, *probes) if not failed)
     if site.last_words:
         yield _section("warn", "the run before ended so", site.last_words)
@@ -6983,41 +6983,38 @@ def _probe_html(probe: ProbeStatus) -> tuple[bool, str]:
 
 
 def _rule_html(status: RuleStatus, verdict: Verdict, site: Site) -> str:
-    state, text, more = _rule_words(status, verdict)
-    more += _rule_text(status)
-    return _section(state, status.rule.name, text, _figure(status, site), more)
-
-
-def _rule_words(status: RuleStatus, verdict: Verdict) -> tuple[str, str, str]:
-    """Return how a rule is shown, what it found in a person's words, and its series."""
-    state, value = verdict.state_of(status), ""
-    if status.value is not None and status.limit is not None:
-        value = f"{_rounded(status.value)}, limit {_rounded(status.limit)}"
+    state, more = verdict.state_of(status), ""
     if state == "error":
-        return "fail", f"cannot be evaluated: {status.error}", ""
-    if state == "unknown":
-        return "unknown", "not known while a scrape fails", ""
-    if state == "inactive":
-        return (*_inactive_words(status, verdict, value), "")
-    since, text = first_series(status, verdict.time)
-    series = f"<p>{_code(text)}</p>"
-    if status.fires:
-        return "fail", f"{value or 'fires'}, for {since}", series
-    hold = format_duration(status.rule.hold)
-    return "warn", f"{value or 'would fire'}, for {since}: fires after {hold}", series
+        shade, text = "fail", f"cannot be evaluated: {status.error}"
+    elif state == "unknown":
+        shade, text = "unknown", "not known while a scrape fails"
+    elif state == "inactive":
+        shade, text = _inactive_words(status, verdict)
+    else:
+        since, series = first_series(status, verdict.time)
+        shade, more = HEALTH_STATUS[state], f"<p>{_code(series)}</p>"
+        text = f"{_value(status) or ACTIVE[state]}, for {since}"
+        if state == "pending":
+            text += f": fires after {format_duration(status.rule.hold)}"
+    more += _rule_text(status)
+    return _section(shade, status.rule.name, text, _figure(status, site), more)
 
 
-def _inactive_words(
-    status: RuleStatus, verdict: Verdict, value: str
-) -> tuple[str, str]:
+def _inactive_words(status: RuleStatus, verdict: Verdict) -> tuple[str, str]:
     if not status.matched and not status.reads_only(ANSWERED):
         return "unknown", "no series of it is there"
     if not asks_for_an_answer(status):
-        return "pass", value or "ok"
+        return "pass", _value(status) or "ok"
     if ok_so_far(verdict):
         return "warn", "ok so far"
     slowest = max((target.seconds for target in verdict.targets), default=0.0)
     return "pass", f"answers in {_brief(slowest)}" * status.reads_only(ANSWERED) or "ok"
+
+
+def _value(status: RuleStatus) -> str:
+    if status.value is None or status.limit is None:
+        return ""
+    return f"{_rounded(status.value)}, limit {_rounded(status.limit)}"
 
 
 def _rounded(value: float) -> str:
@@ -7053,14 +7050,14 @@ def _code(text: str) -> str:
 
 def _words(text: str) -> str:
     """Return a text as HTML in which a word breaks only if it may fill a line."""
-    text = _escape(text)
+    text = escape_controls(text)
     for joint in _JOINTS:
         text = _LONG_WORD.sub(partial(_breakable, joint), text)
-    return text
+    return html.escape(text).replace("\0", "<wbr>")
 
 
 def _breakable(joint: re.Pattern[str], word: re.Match[str]) -> str:
-    return joint.sub(r"\g<0><wbr>", word[0])
+    return joint.sub("\\g<0>\0", word[0])
 
 
 def _escape(text: str) -> str:
