@@ -101,6 +101,31 @@ RISES: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
     ("litellm-1.106.12-idle-before", "litellm_total_users", 9, ()),
 )  # fmt: skip
 
+# States of which no page was captured: what is other on one that was, and what comes.
+SLEEPS = 'vllm:engine_sleep_state{.*"awake"'
+MADE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("vllm-0.32-idle", "vllm:num_requests_waiting{ = 6", STALL),
+    ("vllm-0.32-idle", f"{SLEEPS} = 0; vllm:num_requests_waiting{{ = 6", ()),
+    ("vllm-0.32-dp2", "vllm:num_requests_(?:running|waiting){ = 0", ()),
+    ("sglang-0.5.23-scheduler-stopped-midflight",
+     "sglang:num_(?:queue|running)_reqs{ = 0; sglang:http_requests_active{ = 0", ()),
+    ("dynamo-1.6.1-frontend-8-streams",
+     "dynamo_frontend_(?:inflight|queued)_requests{ = 8", ()),
+    ("dynamo-1.6.1-frontend-8-streams",
+     "dynamo_frontend_inflight_requests{ = 0; dynamo_frontend_model_ready{ = 0",
+     ("NoModel",)),
+    ("max-26.7.0-busy-20-requests-4-slots", "maxserve_num_requests_.* = 0", ()),
+    ("llama-server-0.6.0-dev-bin11434-sleeping", "llamacpp:requests_deferred = 3",
+     STALL),
+    ("bentoml-1.4.40-busy", "bentoml_service_request_in_progress{ = 7", ()),
+    ("xinference-4.1.0-busy", "xinference:model_serve_count{ = 4", ()),
+    ("litellm-1.106.12-busy", "litellm_in_flight_requests = 1", ()),
+    ("tgi-3.3-constructed", "tgi_queue_size = 30", ("QueueFull", *STALL)),
+    ("tei-opea-docs", "te_queue_size = 30", ("QueueFull", *STALL)),
+    ("nim-datadog-fixture", "num_requests_waiting{ = 30", ("QueueFull", *STALL)),
+    ("vllm-router-0.1.17-busy", "vllm_router_worker_health{ = 0", ("NoModel",)),
+)
+
 
 class Rules:
     """The built-in rules over a page at each check."""
@@ -150,6 +175,18 @@ def risen(text: str, pattern: str, count: float) -> str:
     )
 
 
+def made(text: str, changes: str) -> str:
+    """Return a page on which the series that match have other values."""
+    for change in changes.split("; "):
+        pattern, _, value = change.rpartition(" = ")
+        text, count = re.subn(
+            rf"(?m)^(?={pattern})([^#\n]*[ }}])\S+$", rf"\g<1>{value}", text
+        )
+        if not count:
+            raise AssertionError(change)
+    return text
+
+
 def going_on(text: str, checks: int) -> Iterator[str]:
     """Yield a page at each check, on which all that may move does."""
     names = "|".join(sorted(MOVING))
@@ -192,6 +229,12 @@ class Pages(unittest.TestCase):
                 judged, left = Rules(), risen(page(name), gauge, 15)
                 self.assertEqual(judged.since([left] * 6), {"QueueFull": 30})
                 self.assertEqual(judged.since([left] * 66), {})
+
+    def test_each_page_of_a_state_that_was_not_captured(self) -> None:
+        for name, changes, rules in MADE:
+            with self.subTest(name, changes=changes):
+                text = made(page(name), changes)
+                self.assertEqual(set(Rules().since([text] * 6 * MINUTES)), {*rules})
 
     def test_what_rises_alone(self) -> None:
         for name, pattern, count, rules in RISES:
