@@ -2948,14 +2948,9 @@ SERVERS: tuple[KnownServer, ...] = (
         moving="llamacpp:n_decode_total llamacpp:tokens_predicted_total",
         prefill="llamacpp:prompt_tokens_total",
     ),
-    KnownServer(
-        "NIM", ":8000/v1/metrics", "1.x, a captured page",
-        waiting="num_requests_waiting", running="num_requests_running",
-        moving="generation_tokens_total",
-        prefill="prompt_tokens_total gpu_cache_usage_perc",
-        # Others have these names, and no counter of tokens.
-        match="ignoring (pid)", beside="generation_tokens_total",
-    ),
+    # Others have these names, and no counter of tokens.
+    _like_vllm("", "NIM", ":8000/v1/metrics", "1.x, a captured page",
+               beside="generation_tokens_total"),
     KnownServer(
         "Triton", ":8002/metrics", "pytriton 0.7, run",
         "an execution longer than 5 minutes, with others waiting, is taken for a stall;"
@@ -2986,16 +2981,14 @@ SERVERS: tuple[KnownServer, ...] = (
                " trtllm_num_requests_completed_total",
         prefill="trtllm_kv_cache_utilization",
     ),
-    KnownServer(
-        "LMDeploy", ":23333/metrics", "0.18, rendered by its own module",
+    _like_vllm(
+        "lmdeploy:", "LMDeploy", ":23333/metrics", "0.18, rendered by its own module",
         waiting="lmdeploy:num_requests_waiting lmdeploy:num_api_requests_waiting",
         running="lmdeploy:num_requests_running lmdeploy:num_api_requests_routed",
         moving="lmdeploy:generation_tokens_total lmdeploy:iteration_tokens_total_count",
-        prefill="lmdeploy:prompt_tokens_total lmdeploy:gpu_cache_usage_perc",
         queue="last_over_time(lmdeploy:num_requests_waiting[1m])"
               " + last_over_time(lmdeploy:num_api_requests_waiting[1m])"
               " or last_over_time(lmdeploy:num_requests_waiting[1m])",
-        match="ignoring (pid)",
     ),
     KnownServer(
         "Dynamo frontend", ":8000/metrics", "1.6.1, run",
@@ -3028,7 +3021,6 @@ SERVERS: tuple[KnownServer, ...] = (
         "the port answers while the API does not; gauges vanish at times",
         waiting="maxserve_num_requests_queued", running="maxserve_num_requests_running",
         moving="maxserve_batch_execution_time_milliseconds_count",
-        prefill="maxserve_batch_execution_time_milliseconds_count",
         **_ended('maxserve_request_count_total{code=~"#.."}'),
         abandoned='maxserve_request_count_total{code="499"}',
         known_by="maxserve_pipeline_load_total",
