@@ -2464,12 +2464,6 @@ def without(expr: Expr, name: str) -> Expr:
     return expr._replace(operands=operands)
 
 
-def spare_names(rules: Sequence[Rule]) -> frozenset[str]:
-    """Return the metrics that only built-in rules read."""
-    users = lookbacks(rule.expr for rule in rules if not rule.builtin)
-    return frozenset(lookbacks(rule.expr for rule in rules if rule.builtin)) - {*users}
-
-
 def _part(status: RuleStatus, evaluation: Evaluation) -> Part:
     rule, part = status.rule, status.part
     names = evaluation.names if rule.builtin else frozenset()
@@ -5069,19 +5063,19 @@ class Lookout:
     def __init__(
         self, rules: Sequence[Rule], config: Config, others: Iterable[Rule] = ()
     ) -> None:
-        added, self._config = reserved_names(config), config
+        added, self._config, self._rules = reserved_names(config), config, rules
         users = [rule for rule in rules if not rule.builtin]
         self._searches = _searches_for(users, added)
         # Of other names that built-in rules read it does not follow which server it is.
         watched = (server for server in SERVERS if server.watched)
         self._names = frozenset().union(*map(own_names, watched))
         # A rule of a user's own that finds nothing is told of by itself.
-        self._builtin = not self._searches and bool(_searches_for(rules, added))
+        reads = (s.name for rule in rules for s in find_selectors(rule.expr))
+        self._builtin = not self._searches and any(name not in added for name in reads)
         self._searches.update(_searches_for(others, added))
         self._unwatched: dict[str, Unwatched] = {}
         self._asked = False
         self._reserved: set[str] = set()
-        self._ranges = [(r.name, s) for r in rules for s in find_selectors(r.expr)]
         self._thinned: dict[tuple[str, Selector], float] = {}
 
     def wants_names(self, now: float) -> bool:
@@ -5140,10 +5134,12 @@ class Lookout:
                 yield logging.WARNING, f"{rule}: {text}", fields
 
     def _look_at_ranges(self, thinned: Mapping[str, float]) -> Iterator[Message]:
-        for rule, selector in self._ranges:
+        ranges = ((r.name, s) for r in self._rules for s in find_selectors(r.expr))
+        for key in ranges:
+            rule, selector = key
             apart = thinned.get(selector.name, 0.0) if selector.window else 0.0
-            if apart > self._thinned.get((rule, selector), 0.0):
-                self._thinned[rule, selector] = apart
+            if apart > self._thinned.get(key, 0.0):
+                self._thinned[key] = apart
                 text = format_expression(selector)
                 kept = f"only samples that are {format_duration(apart)} apart are kept"
                 message = f"{rule}: {kept} of {text}: HISTORY_LIMIT is too small"
@@ -5790,7 +5786,7 @@ class Scraper:
         self._orders: list[queue.SimpleQueue[Job | None]] = [
             queue.SimpleQueue() for _ in (*self._targets, *self._routes)
         ]
-        self._threads: list[threading.Thread] = []
+        self.threads: list[threading.Thread] = []
         timeout = config.metrics_timeout
         late = "timeout", f"no answer within {format_duration(timeout)}"
         late_probe = False, 0, *late, timeout
@@ -5803,12 +5799,8 @@ class Scraper:
         """Start the workers."""
         for number, target in enumerate((*self._targets, *self._routes)):
             work, name = partial(self._work, number), f"scrape {target.instance}"
-            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
-            self._threads[-1].start()
-
-    def alive(self) -> bool:
-        """Tell whether all workers live."""
-        return all(thread.is_alive() for thread in self._threads)
+            self.threads.append(threading.Thread(target=work, name=name, daemon=True))
+            self.threads[-1].start()
 
     def stop(self) -> None:
         """Ask the workers to end; a scrape that hangs ends with the process."""
@@ -5976,9 +5968,9 @@ class Monitor:
 
     def alive(self) -> bool:
         """Tell whether all threads live, and no check is overdue for a minute."""
-        check, live = self._running, self._thread.is_alive() and self.scraper.alive()
+        check, threads = self._running, (self._thread, *self.scraper.threads)
         late = self._clock() - check.now - self.verdict_timeout if check else 0.0
-        return live and late < MAX_OVERDUE
+        return all(thread.is_alive() for thread in threads) and late < MAX_OVERDUE
 
     def request(self, sequence: int) -> None:
         """Ask for a verdict after the one of that number; a running check will do."""
@@ -6074,16 +6066,16 @@ class Judge:
 
     def __init__(self, config: Config) -> None:
         rules = (*config.rules, *config.canary_when)
-        self._config, self._expressions = config, [rule.expr for rule in rules]
-        if config.drain_while:
-            self._expressions.append(config.drain_while)
+        builtin = [rule.expr for rule in rules if rule.builtin]
+        users = [rule.expr for rule in rules if not rule.builtin]
+        users += filter(None, [config.drain_while])
+        self._config, self._expressions = config, [*builtin, *users]
         wanted = lookbacks(self._expressions)
-        spare = spare_names(rules) - {*lookbacks(self._expressions[len(rules) :])}
+        spare = frozenset(wanted) - {*lookbacks(users)}
         self.scraper = Scraper(config, wanted, spare)
         self.history = History(wanted, config.history_limit)
         self.lookout = Lookout(config.rules, config, rules_of_settings(config))
-        url = config.canary_url
-        self.canary = Canary(config, url) if url else None
+        self.canary = Canary(config, config.canary_url) if config.canary_url else None
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._when = tuple(RuleStatus(rule) for rule in config.canary_when)
         self._dropped: set[str] = set()
@@ -6146,8 +6138,8 @@ class Judge:
         return (answer,) if answer.sent > -math.inf else ()
 
     def _warn(self, scrapes: Iterable[Scrape], evaluation: Evaluation) -> None:
-        pages = [scrape.page for scrape in scrapes if scrape.reading]
-        messages = self.lookout.look(pages, evaluation, self.history.thinned())
+        pages, thinned = [s.page for s in scrapes if s.reading], self.history.thinned()
+        messages = self.lookout.look(pages, evaluation, thinned)
         # Names made to be alike are slow to compare: the rest is for the next check.
         for level, text, fields in itertools.islice(messages, MAX_TOLD):
             log(level, text, **fields)
@@ -6164,14 +6156,11 @@ class Judge:
         return left if known else NO_SERVER
 
 
-Trend = Sequence[Tuple[float, str]]
-"""The worst value of a rule, NaN for none, and its state, in the latest checks."""
-
-
 class Statistics:
-    """Counts what verdicts say, and keeps the latest of it for graphs.
+    """Counts what verdicts say; any thread may read it while one adds to it.
 
-    Whoever publishes adds to it, and any thread may read it meanwhile.
+    ``trends`` have the worst value of each rule, NaN for none, and its state, in the
+    latest checks, at these ``moments``.
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:
@@ -6897,7 +6886,7 @@ class Site(NamedTuple):
     urls: Mapping[str, str] = MappingProxyType({})
     interval: float = 0.0
     moments: Sequence[float] = ()
-    trends: Mapping[str, Trend] = MappingProxyType({})
+    trends: Mapping[str, Sequence[tuple[float, str]]] = MappingProxyType({})
     last_words: str = ""
 
 
@@ -7501,8 +7490,8 @@ class Server:
         # others each takes a moment, unless it is slow: with the oldest goes a slow
         # one, not one that has just come.
         for phases in (LINGER,), (READ, WRITE):
-            queues = [self._waiting[phase] for phase in phases if self._waiting[phase]]
-            found = [next(iter(queue.items())) for queue in queues]
+            queues = map(self._waiting.__getitem__, phases)
+            found = [next(iter(queue.items())) for queue in queues if queue]
             if found:
                 return min(found, key=operator.itemgetter(1))[0]
         return None
@@ -7680,12 +7669,10 @@ class Server:
         return Verdict(0, fault, time.monotonic(), time.time())
 
     def _page(self, last_words: str, verdict: Verdict, query: str) -> Answer:
-        monitor, config = self._monitor, self._monitor.config
+        config, latest = self._monitor.config, self._monitor.statistics
         urls = {target.instance: target.url for target in config.metrics_endpoint}
-        site = Site(
-            config.pod_name, urls, config.scrape_interval,
-            monitor.statistics.moments, monitor.statistics.trends, last_words,
-        )  # fmt: skip
+        shown = config.pod_name, urls, config.scrape_interval
+        site = Site(*shown, latest.moments, latest.trends, last_words)
         return answer_page(verdict, site, query)
 
     def _metrics(self, verdict: Verdict) -> Iterator[Family]:
@@ -7898,7 +7885,8 @@ def _checks(
 ) -> Iterator[tuple[list[Scrape], tuple[TargetStatus, ...], Evaluation]]:
     """Scrape what rules read, again and again, with a pause."""
     wanted = lookbacks(rule.expr for rule in rules)
-    scraper = Scraper(config, wanted, spare_names(rules))
+    users = lookbacks(rule.expr for rule in rules if not rule.builtin)
+    scraper = Scraper(config, wanted, frozenset(wanted) - {*users})
     history = History(wanted, config.history_limit)
     scraper.start()
     try:
