@@ -1107,10 +1107,13 @@ def matches(matcher: Matcher, value: str) -> bool:
 
 def count_matched(selector: Selector, evaluation: Evaluation) -> int:
     """Return how many series a selector finds."""
-    found = evaluate(selector, evaluation)
-    if isinstance(found, Range):
-        return sum(series.time > found.start for series in found.series.values())
-    return len(found)
+    found, known = evaluate(selector, evaluation), evaluation.computed
+    if not isinstance(found, Range):
+        return len(found)
+    if selector not in known:
+        newest = (series.time for series in found.series.values())
+        known[selector] = sum(moment > found.start for moment in newest)
+    return cast(int, known[selector])
 
 
 def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
@@ -1482,11 +1485,6 @@ def _aggregate(function: Callable[..., float]) -> Callable[..., Vector]:
     }
 
 
-def _predict(points: Points, _: float, end: float, ahead: float) -> float:
-    slope, value = _regression(points, end)
-    return slope * ahead + value
-
-
 def _top(sign: float) -> Callable[..., Vector]:
     """Keep the series of each group whose value times ``sign`` is greatest."""
 
@@ -1544,13 +1542,6 @@ def _label_join(
 ) -> Vector:
     texts = {k: joint.join(dict(k).get(name, "") for name in names) for k in vector}
     return _distinct((_relabeled(k, label, texts[k]), vector[k]) for k in vector)
-
-
-def _clamp(
-    expr: Operation, evaluation: Evaluation, vector: Vector, low: float, high: float
-) -> Vector:
-    bounded = _each(lambda value: _greater(low, _less(high, value)))
-    return {} if low > high else bounded(expr, evaluation, vector)
 
 
 def _timestamp(expr: Operation, evaluation: Evaluation, vector: Vector) -> Vector:
@@ -1735,11 +1726,17 @@ FUNCTIONS: dict[str, Function] = {
     }),
     # Its seconds count from now, also where the range ends before.
     "predict_linear": Function((RANGE, SCALAR), lambda expr, now, ranged, seconds: (
-        _over_range(_predict, 2)(expr, now, now.now - ranged.end + seconds, ranged)
+        _over_range(lambda points, start, end, then: _regression(points, then)[1], 2)(
+            expr, now, now.now + seconds, ranged
+        )
     )),
     "absent": Function((VECTOR,), _absent),
     "absent_over_time": Function((RANGE,), _absent),
-    "clamp": Function((VECTOR, SCALAR, SCALAR), _clamp),
+    "clamp": Function((VECTOR, SCALAR, SCALAR), lambda expr, now, vector, low, high: (
+        _each(lambda value: _greater(low, _less(high, value)))(
+            expr, now, {} if low > high else vector
+        )
+    )),
     "label_join": Function((VECTOR, STRING, STRING, STRING), _label_join, optional=-1),
     "label_replace": Function((VECTOR, STRING, STRING, STRING, STRING), _label_replace),
     # A rule has no order.
