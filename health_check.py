@@ -4882,8 +4882,12 @@ def describe_probe(probe: ProbeStatus) -> str:
 
     >>> describe_probe(ProbeStatus("canary", "localhost:8000"))
     'canary of localhost:8000: shows nothing now'
+    >>> describe_probe(ProbeStatus("canary", "a:1", None, 0, "timeout", "", 2.004))
+    'canary of a:1: timeout: no answer within 2s'
     """
     text = f"{probe.reason}: {probe.message}" if probe.reason else "shows nothing now"
+    if probe.reason == "timeout":
+        text = f"timeout: no answer within {format_duration(round(probe.seconds, 1))}"
     if probe.success:
         text = f"ok: HTTP {probe.code}, {probe.seconds:.4f} s"
     return f"{probe.probe} of {probe.instance}: {text}"
@@ -4915,7 +4919,7 @@ def _found(status: RuleStatus, verdict: Verdict) -> str:
     if not status.matched and not status.reads_only(ANSWERED):
         return " (no series)"
     if asks_for_an_answer(status):
-        return " so far" * ok_so_far(verdict)
+        return " so far" * ok_so_far(status, verdict)
     if status.value is None or status.limit is None:
         return ""
     return f": {format_float(status.value)} (limit {format_float(status.limit)})"
@@ -4930,9 +4934,11 @@ def asks_for_an_answer(status: RuleStatus) -> bool:
     return status.limit in (None, 0.0) and status.reads_only(names)
 
 
-def ok_so_far(verdict: Verdict) -> bool:
-    """Tell whether an answer is missing, maybe not for long enough to fire yet."""
-    return bool(verdict.failed_scrapes or any(p.reason for p in verdict.probes))
+def ok_so_far(status: RuleStatus, verdict: Verdict) -> bool:
+    """Tell whether its answer is missing, maybe not for long enough to fire yet."""
+    if status.reads_only(ANSWERED):
+        return bool(verdict.failed_scrapes)
+    return any(probe.reason for probe in verdict.probes)
 
 
 def explain(status: RuleStatus, *, reads: bool = True) -> str:
@@ -6983,7 +6989,7 @@ def _inactive_words(status: RuleStatus, verdict: Verdict) -> tuple[str, str]:
         return "unknown", "no series of it is there"
     if not asks_for_an_answer(status):
         return "pass", _value(status) or "ok"
-    if ok_so_far(verdict):
+    if ok_so_far(status, verdict):
         return "warn", "ok so far"
     slowest = max((target.seconds for target in verdict.targets), default=0.0)
     return "pass", f"answers in {_brief(slowest)}" * status.reads_only(ANSWERED) or "ok"

@@ -4959,6 +4959,7 @@ class ServeTest(NetworkTest):
             (error, bad, "inactive", "ok so far"), (error, fine, "inactive", "ok"),
             (two, bad, "inactive", "ok: 2 (limit 3)"),
             (probe, bad, "inactive", "ok so far"),
+            (probe, (fine[0], bad[1]), "inactive", "ok\n"),
             (probe._replace(matched=0), bad, "inactive", "ok (no series)"),
         ):  # fmt: skip
             with self.subTest(status.rule.name, targets=targets, state=state):
