@@ -8274,10 +8274,12 @@ def read_last_words(path: str) -> str:
 def _write_last_words(path: str, text: str) -> None:
     if not path and os.access(TERMINATION_LOG, os.W_OK):
         path = TERMINATION_LOG
+    # A FIFO that nobody reads would hold up the exit.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK
     try:
         if path:
-            with open(path, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text + "\n")
+            with open(os.open(path, flags, 0o644), "wb") as file:
+                file.write(f"{text}\n".encode(errors="replace"))
     except OSError as error:
         LOG.error("LAST_WORDS=%s: %s", path, error.strerror)
 

@@ -6325,7 +6325,9 @@ class MainTest(CommandLine):
         rule = parse_rules("Stalled: x > 1")[0]
         bad = RuleStatus(rule, (Alert((), 2.0, "firing", 0.0),))
         with tempfile.NamedTemporaryFile() as file:
-            for path in "/nowhere/last", "":
+            os.mkfifo(f"{file.name}.fifo")
+            self.addCleanup(os.unlink, f"{file.name}.fifo")
+            for path in "/nowhere/last", f"{file.name}.fifo", "":
                 with mock.patch.object(health_check, "TERMINATION_LOG", file.name):
                     policy, stops = self.exiting(path, EXIT_AFTER="0s")
                     policy.on_verdict(None, Verdict(1, "", NOW, WALL))
@@ -6333,6 +6335,7 @@ class MainTest(CommandLine):
                 self.assertEqual((policy.status, stops), (88, [1]))
             self.assertIn(b"exit status 88: Stalled", Path(file.name).read_bytes())
         self.assertIn("LAST_WORDS=/nowhere/last: No such file", self.log[1])
+        self.assertRegex(self.log[3], "LAST_WORDS=.*fifo: No such device")
         with self.assertRaisesRegex(ConfigError, "no rule Stale: there are Queue"):
             load_config({"EXIT_WHEN": "Stale,Down"})
 
