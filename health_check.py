@@ -4518,16 +4518,15 @@ class Reading:
             self.reserved.add(name)
         if name not in self._wanted:
             return ()
-        for bound in ("le", "quantile"):
-            if bound in own:
-                own[bound] = normalize_bound(own[bound])
-        labels = {**own, **dict(self._format.labels)}
-        for label, _ in self._format.labels:
+        for bound in {"le", "quantile"}.intersection(own):
+            own[bound] = normalize_bound(own[bound])
+        added = dict(self._format.labels)
+        labels = {**own, **added}
+        for label in filter(own.__contains__, added):
             exported = "exported_" + label
             while exported in labels:
                 exported = "exported_" + exported
-            if label in own:
-                labels[exported] = own[label]
+            labels[exported] = own[label]
         share = self._shared.setdefault
         pairs = [(share(label, label), labels[label]) for label in sorted(labels)]
         return tuple(share(pair, pair) for pair in pairs)
@@ -5304,12 +5303,12 @@ def ask(
     started, code = time.monotonic(), 0
     try:
         with fetch(target, deadline, credentials, body, overtime) as response:
-            code = response.status
-            # The body of a health route tells no more than its status.
-            found: Finding = (False, "http_status", f"HTTP {code}")
-            found = SOUND if 200 <= code < 300 else found
+            code, found = response.status, SOUND
             if body:
                 found = judge_completion(code, _read(response, deadline))
+            elif not 200 <= code < 300:
+                # The body of a health route tells no more than its status.
+                found = False, "http_status", f"HTTP {code}"
     except ScrapeError as error:
         success = None if body and error.reason in NO_SIGN else False
         found = success, error.reason, str(error)
@@ -5334,14 +5333,14 @@ class Canary:
     """Asks for a completion in a thread of its own, one request at a time.
 
     The thread that checks calls ``consider``, with the ``latest`` answer, which is
-    replaced as a whole; the lock guards the order to ask, and whether to stop.
+    replaced as a whole.  It gives an order only once the one before is ``answered``.
     """
 
     def __init__(self, config: Config, target: Target) -> None:
         self._config, self._target = config, target
-        self.latest = ProbeStatus("canary", target.instance)
-        self._order: tuple[str, ProbeStatus] | None = None
-        self._changed, self._stopped = threading.Condition(), False
+        self.latest, self._asks = ProbeStatus("canary", target.instance), False
+        self._orders: queue.SimpleQueue[tuple[str, ProbeStatus] | None]
+        self._orders = queue.SimpleQueue()
 
     def start(self) -> None:
         """Start the thread."""
@@ -5349,13 +5348,11 @@ class Canary:
 
     def stop(self) -> None:
         """Ask the thread to end; a request that hangs ends with the process."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
+        self._orders.put(None)
 
     def answered(self) -> bool:
         """Tell whether no request is in flight."""
-        return self._order is None
+        return not self._asks
 
     def consider(
         self, latest: ProbeStatus, when: Iterable[RuleStatus],
@@ -5369,29 +5366,22 @@ class Canary:
         since, about = _standstill(when)
         # An answer may have come since the one that is considered.
         if self.answered() and is_due(self.latest, since, now, after):
-            with self._changed:
-                sent = latest._replace(sent=now, about=about)
-                self._order = _model(evaluation.history), sent
-                self._changed.notify()
+            self._asks, order = True, latest._replace(sent=now, about=about)
+            self._orders.put((_model(evaluation.history), order))
         # An engine for which another has answered goes on standing still.
         older = any(a.since <= latest.sent for s in stalls for a in s.alerts)
         same = about == latest.about and not older
         return as_of(latest, since, now, after, same)
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._order is not None)
-                if self._order is None:
-                    return
-                model, order = self._order
+        for model, order in iter(self._orders.get, None):
             try:
                 found = ask_canary(self._config, self._target, model)
             except Exception as error:
                 text, instance = report(error), self._target.instance
                 found = ProbeStatus("canary", instance, None, 0, "bug", text)
             self.latest = found._replace(sent=order.sent, about=order.about)
-            self._order = None
+            self._asks = False
 
 
 def completion_request(url: str, model: str) -> bytes:
