@@ -3153,6 +3153,8 @@ OWN_PREFIXES = (
 SHOWN_VALUES = 16
 # A setting of such a name is a URL, which may hold a secret.
 SECRET = ("_ENDPOINT", "_URL")
+# What Kubernetes sets APP_PORT to where there is a Service named app.
+SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 # Seconds; what is longer may be milliseconds.
 MAX_INTERVAL = 300.0
@@ -3274,7 +3276,7 @@ def load_config(environ: Mapping[str, str]) -> Config:
     """
     given = {name: text.strip() for name, text in environ.items() if text.strip()}
     warnings = [*_misspelt(given), *_doubtful(given)]
-    if is_service_link(given.get("APP_PORT", "")):
+    if given.get("APP_PORT", "").startswith(SERVICE_LINKS):
         warnings.append("APP_PORT is Kubernetes' link to a Service named app: ignored")
         del given["APP_PORT"]
     values, problems = _parsed(given)
@@ -3290,24 +3292,15 @@ def load_config(environ: Mapping[str, str]) -> Config:
     return _with_rules(Config(**values, warnings=tuple(warnings)))
 
 
-def is_service_link(port: str) -> bool:
-    """Tell whether a port is what Kubernetes sets for a Service named app.
-
-    >>> is_service_link("udp://10.0.0.1:80"), is_service_link("8081")
-    (True, False)
-    """
-    return port.startswith(("tcp://", "udp://", "sctp://"))
-
-
-def hopeless_selectors(
+def hopeless(
     expr: Expr, added: Mapping[str, Sequence[Labels]], own: Labels
 ) -> Iterator[str]:
-    """Yield why a selector of an expression can never find a series.
+    """Yield why an expression can never be answered, or one of its selectors.
 
     ``added`` has the series that come with scrapes and probes, ``own`` TARGET_LABELS.
 
     >>> up = parse_expression('up{job="vllm"} == 0')
-    >>> print(*hopeless_selectors(up, {"up": [(("pod", "a"),)]}, (("pod", "a"),)))
+    >>> print(*hopeless(up, {"up": [(("pod", "a"),)]}, (("pod", "a"),)))
     no target has up{job="vllm"}: it has no label job: set TARGET_LABELS=pod=a,job=vllm
     """
     for selector in dict.fromkeys(Selector(*s[:2]) for s in find_selectors(expr)):
@@ -3317,6 +3310,7 @@ def hopeless_selectors(
         fault = find_fault(selector.matchers, possible, own) if possible else ""
         if fault:
             yield f"no target has {text}: {fault}"
+    yield from unholdable([expr])
 
 
 def find_fault(
@@ -3412,11 +3406,8 @@ def _hopeless(_: Given, values: Values) -> Iterator[str]:
         return
     added, own = added_series(values), values["target_labels"]
     named = list(_expressions(values))
-    for name, expr in named:
-        for problem in hopeless_selectors(expr, added, own):
-            yield f"{name}: {problem}"
-    large = [f"{name}: {text}" for name, expr in named for text in unholdable([expr])]
-    yield from large or unholdable([expr for _, expr in named])
+    found = [f"{n}: {text}" for n, expr in named for text in hopeless(expr, added, own)]
+    yield from found or unholdable([expr for _, expr in named])
 
 
 def _expressions(values: Values) -> Iterator[tuple[str, Expr]]:
@@ -7819,11 +7810,9 @@ def wait(config: Config, text: str, timeout: float) -> int:
     Prints each ten seconds what it waits for.  Raises as ``print_query`` does.
     """
     expr = _holdable(parse_vector(text), config)
-    rules = [Rule("Wait", expr)]
     quiet, told, end = 0, -math.inf, time.monotonic() + timeout
-    lookout = Lookout(rules, config)
-    for scrapes, targets, evaluation in _checks(rules, config):
-        _warn(_missing(lookout, scrapes, evaluation))
+    for missing, targets, evaluation in _checks([Rule("Wait", expr)], config):
+        _warn(missing)
         left = remaining(expr, targets, evaluation)
         quiet = 0 if left else quiet + 1
         if quiet == 2:
@@ -7839,8 +7828,7 @@ def wait(config: Config, text: str, timeout: float) -> int:
 
 def _holdable(expr: Expr, config: Config) -> Expr:
     added = added_series(config._asdict())
-    problems = list(hopeless_selectors(expr, added, config.target_labels))
-    problems += unholdable([expr])
+    problems = list(hopeless(expr, added, config.target_labels))
     if problems:
         raise ConfigError("\n".join(problems))
     return expr
@@ -7850,22 +7838,12 @@ def _scrape_for(
     rules: Sequence[Rule], config: Config, *, again: bool = False
 ) -> tuple[tuple[TargetStatus, ...], Evaluation]:
     """Scrape what rules read, twice if ``again``; return how that went too."""
-    checks = itertools.islice(_checks(rules, config), 1 + again)
-    *_, (scrapes, targets, evaluation) = checks
-    lookout = Lookout(rules, config)
-    missing = _missing(lookout, scrapes, evaluation)
-    targets = tuple(map(lookout.remark, targets))
-    # What is remarked of a target is told with the outcome.
-    told = [f"{target.instance}: {target.remark}" for target in targets]
-    _warn(text for text in missing if text not in told)
-    return targets, evaluation
-
-
-def _missing(
-    lookout: Lookout, scrapes: Iterable[Scrape], evaluation: Evaluation
-) -> list[str]:
-    pages = [scrape.page for scrape in scrapes if scrape.reading]
-    return [text for _, text, _ in lookout.look(pages, evaluation)]
+    for check in itertools.islice(_checks(rules, config), 1 + again):
+        missing, targets, _ = check
+        # What is remarked of a target is told with the outcome.
+        told = [f"{target.instance}: {target.remark}" for target in targets]
+        _warn(text for text in missing if text not in told)
+    return check[1:]
 
 
 def _warn(texts: Iterable[str]) -> None:
@@ -7875,9 +7853,9 @@ def _warn(texts: Iterable[str]) -> None:
 
 def _checks(
     rules: Sequence[Rule], config: Config
-) -> Iterator[tuple[list[Scrape], tuple[TargetStatus, ...], Evaluation]]:
-    """Scrape what rules read, again and again, with a pause."""
-    wanted = lookbacks(rule.expr for rule in rules)
+) -> Iterator[tuple[list[str], tuple[TargetStatus, ...], Evaluation]]:
+    """Scrape what rules read, again and again; yield what is missing too."""
+    wanted, lookout = lookbacks(rule.expr for rule in rules), Lookout(rules, config)
     users = lookbacks(rule.expr for rule in rules if not rule.builtin)
     scraper = Scraper(config, wanted, frozenset(wanted) - {*users})
     history = History(wanted, config.history_limit)
@@ -7888,7 +7866,10 @@ def _checks(
             scrapes, probes = scraper.scrape(list_names=True)
             targets = record_scrapes(scrapes, history, now, config)
             record_probes(probes, history, now, config)
-            yield scrapes, targets, history.evaluation(now, wall)
+            evaluation = history.evaluation(now, wall)
+            pages = [scrape.page for scrape in scrapes if scrape.reading]
+            missing = [text for _, text, _ in lookout.look(pages, evaluation)]
+            yield missing, tuple(map(lookout.remark, targets)), evaluation
             time.sleep(QUERY_PAUSE)
     finally:
         scraper.stop()
@@ -7936,7 +7917,8 @@ def _answer_of_running(environ: Mapping[str, str], path: str) -> tuple[int, str]
     port = environ.get("APP_PORT", "").strip()
     try:
         with _Translated():
-            port = "8081" if not port or is_service_link(port) else str(_port(port))
+            link = port.startswith(SERVICE_LINKS)
+            port = "8081" if link or not port else str(_port(port))
             url = f"http://{host}:{port}{_with_reason(path)}"
             with send(url, time.monotonic() + CALLER_TIMEOUT) as response:
                 answer = response.read(RECEIVE_BUFFER).decode(errors="replace")
@@ -8097,19 +8079,6 @@ exit status:
 """
 
 
-class Options(NamedTuple):
-    """What the command line asks for: to serve, or one of the others."""
-
-    once: bool = False
-    check_config: bool = False
-    demo: bool = False
-    query: str | None = None
-    wait: str | None = None
-    probe: str | None = None
-    format: str | None = None
-    timeout: float | None = None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status.
 
@@ -8121,7 +8090,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return _run(_parse_arguments(arguments) if arguments else Options())
+        return _run(arguments)
     except (ConfigError, PromQLError) as error:
         say(f"health_check.py: {error}", error=True)
         return 2
@@ -8137,21 +8106,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("", end="")
 
 
-def _run(options: Options) -> int:
+def _run(arguments: Sequence[str]) -> int:
+    if not arguments:
+        return serve(_configure())
+    options = _parse_arguments(arguments)
     if options.probe is not None:
         return ask_running(os.environ, options.probe)
-    config = load_config({**(DEMO_RULES if options.demo else {}), **os.environ})
-    log_to_stderr(config)
+    if options.demo:
+        return serve(_start_demo(_configure(DEMO_RULES)))
+    config = _configure()
     if options.check_config:
         return check_config(config, as_group=options.format == "prometheus")
     if options.once:
         return check_once(config)
     if options.query is not None:
         return print_query(config, options.query)
-    if options.wait is not None:
-        timeout = WAIT_TIMEOUT if options.timeout is None else options.timeout
-        return wait(config, options.wait, timeout)
-    return serve(_start_demo(config) if options.demo else config)
+    timeout = WAIT_TIMEOUT if options.timeout is None else options.timeout
+    return wait(config, options.wait, timeout)
+
+
+def _configure(defaults: Mapping[str, str] = MappingProxyType({})) -> Config:
+    config = load_config({**defaults, **os.environ})
+    log_to_stderr(config)
+    return config
 
 
 def serve(config: Config) -> int:
@@ -8159,8 +8136,14 @@ def serve(config: Config) -> int:
 
     And 88 where EXIT_WHEN ended it.
     """
-    listener = _listener(config)
-    if not listener:
+    try:
+        listener = listen(config.app_host, config.app_port)
+    except (OSError, ValueError) as error:
+        where = f"{config.app_host or 'any address'}, port {config.app_port}"
+        problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        conflict = port_conflict(config.app_port)
+        problem += conflict and f" ({conflict})"
+        LOG.error("cannot listen on %s: %s", where, problem)
         return 1
     with listener:
         return _serve_on(listener, config)
@@ -8206,18 +8189,6 @@ def _stopped_by_signals(server: Server) -> Iterator[None]:
         # Python restores what a signal does by default as it ends.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-
-
-def _listener(config: Config) -> socket.socket | None:
-    try:
-        return listen(config.app_host, config.app_port)
-    except (OSError, ValueError) as error:
-        where = f"{config.app_host or 'any address'}, port {config.app_port}"
-        problem = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        conflict = port_conflict(config.app_port)
-        problem += conflict and f" ({conflict})"
-        LOG.error("cannot listen on %s: %s", where, problem)
-        return None
 
 
 class ExitPolicy:
@@ -8309,7 +8280,7 @@ def _started_with(config: Config, port: int) -> dict[str, str]:
     return settings
 
 
-def _parse_arguments(arguments: Sequence[str]) -> Options:
+def _parse_arguments(arguments: Sequence[str]) -> Any:
     # The server, which needs neither, starts a tenth sooner.
     import argparse  # noqa: PLC0415
 
@@ -8337,7 +8308,7 @@ def _parse_arguments(arguments: Sequence[str]) -> Options:
         help=f"how long --wait waits (default {format_duration(WAIT_TIMEOUT)})",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    options = Options(**vars(parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
     if options.timeout is not None and options.wait is None:
         parser.error("--timeout needs --wait")
     if options.format and not options.check_config:
