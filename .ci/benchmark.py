@@ -993,7 +993,6 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 # --- The table -----------------------------------------------------------------------
 
 README = (
-    ("finding the metrics in 1 MB", "read 1 MB, default names"),
     ("`/health`, median; 1 MB of metrics, 10 KB", "/health, 1 client, .*, p50"),
     ("answers to 16 clients; 1 MB, 10 KB", "/health, 16 clients, .*, rate"),
     ("scrapes, one at a time, at 1,000 probes a second", "scrapes at 1,000 probes/s"),
