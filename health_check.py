@@ -4296,7 +4296,7 @@ class Format(NamedTuple):
     ``names`` are the wanted ones; ``lines`` also finds the ``reserved`` ones.
     It has a buffer, so only one body can be read by it at a time.  Samples that nobody
     wants are counted if ``counts``.  Where there is no room for all, those of
-    ``spare`` names are given up, the largest first; ``dropped`` are those so far.
+    ``spare`` names are given up, the largest first, for good: they are ``dropped``.
     """
 
     names: frozenset[str]
@@ -4304,9 +4304,9 @@ class Format(NamedTuple):
     lines: re.Pattern[bytes]
     labels: Labels
     buffer: bytearray
-    counts: bool = False
-    spare: frozenset[str] = frozenset()
-    dropped: frozenset[str] = frozenset()
+    counts: bool
+    spare: frozenset[str]
+    dropped: set[str]
 
 
 def reserved_names(config: Config) -> tuple[str, ...]:
@@ -4322,27 +4322,26 @@ def format_for(
     """Return the format that finds the series of some metrics and labels them."""
     asked = frozenset(names)
     wanted, counts = asked.difference(reserved), "scrape_samples_scraped" in asked
-    lines = _lines_of(wanted.union(reserved))
+    lines, fixed = _lines_of(wanted.union(reserved)), frozenset(reserved)
     # Room for a newline on either side of the text.
     buffer = bytearray(CHUNK + 2)
-    return Format(wanted, frozenset(reserved), lines, labels, buffer, counts, spare)
+    return Format(wanted, fixed, lines, labels, buffer, counts, spare, set())
 
 
-def format_without(format: Format, name: str) -> Format:
-    """Return a format that does not look for a metric any more."""
-    kept, dropped = format.names - {name}, format.dropped | {name}
-    lines = _lines_of(kept | format.reserved)
-    return format._replace(names=kept, lines=lines, dropped=dropped)
-
-
-def too_many(names: Iterable[str]) -> str:
-    """Return what to say of metrics that have more series than there is room for."""
-    return f"too many series of {name_some(sorted(names))}: no built-in rule reads it"
+def without_dropped(format: Format) -> Format:
+    """Return a format that does not look for what is dropped."""
+    names = format.names - format.dropped
+    return format._replace(names=names, lines=_lines_of(names | format.reserved))
 
 
 def _lines_of(names: Iterable[str]) -> re.Pattern[bytes]:
     # For Prometheus 3, blanks before a name are part of it: it is no wanted one.
     return re.compile(rb"\n(?:" + _prefix_tree(sorted(names)).encode() + rb"|\{)")
+
+
+def too_many(names: Iterable[str]) -> str:
+    """Return what to say of metrics that have more series than there is room for."""
+    return f"too many series of {name_some(sorted(names))}: no built-in rule reads it"
 
 
 def _prefix_tree(names: Sequence[str]) -> str:
@@ -4413,7 +4412,8 @@ class Reading:
 
     ``names`` are all there are, ``reserved`` those it may not have; ``size`` is bytes,
     ``lines`` the samples, wanted or not, if the format asks for their number.
-    ``names`` are empty unless it ``lists_names``.  For ``dropped`` ones was no room.
+    ``names`` are empty unless it ``lists_names``.
+    For ``dropped`` ones, of this body or one before, there is no room.
     """
 
     def __init__(
@@ -4424,12 +4424,12 @@ class Reading:
         self.series: dict[bytes, Labels] = {}
         self.names: set[bytes] = set()
         self.reserved: set[str] = set()
-        self.dropped: set[bytes] = set()
+        self.dropped = format.dropped
         self.size = self.lines = self._text = 0
         # Thousands of series have the same few names and pairs.  Not sys.intern(), by
         # which Python 3.12 keeps a name for ever.
         self._shared: dict[Any, Any] = {}
-        self._format, self._known, self._wanted = format, known, format.names
+        self._format, self._known = format, known
         self._openmetrics, self.lists_names = openmetrics, list_names
         self._value = _VALUE_OPENMETRICS if openmetrics else _VALUE
         self._started = self._ended = False
@@ -4493,21 +4493,21 @@ class Reading:
         if not size:
             limits = f"{MAX_SERIES} series, or {MAX_SERIES_TEXT} bytes of them"
             raise ScrapeError("too_large", f"more than {limits}, are wanted")
-        self.dropped.add(largest.encode())
-        self._known, self._wanted = {}, self._wanted - {largest}
+        self.dropped.add(largest)
+        self._known = {}
         for text in [text for text, name in names.items() if name == largest]:
             self.samples.pop(self.series.pop(text), None)
         self._text = sum(map(len, self.series))
 
     def _labels(self, text: bytes) -> Labels:
         # Without this, the labels of each of many series would be read.
-        if text.partition(b"{")[0] in self.dropped:
+        if text.partition(b"{")[0].decode() in self.dropped:
             return ()
         own = parse_series(text)
         name = own["__name__"]
         if name in self._format.reserved:
             self.reserved.add(name)
-        if name not in self._wanted:
+        if name not in self._format.names:
             return ()
         for bound in {"le", "quantile"}.intersection(own):
             own[bound] = normalize_bound(own[bound])
@@ -5790,10 +5790,6 @@ class Scraper:
         """Ask the workers to end; a scrape that hangs ends with the process."""
         self._order(None)
 
-    def give_up(self, name: str) -> None:
-        """Look for the series of a metric no more."""
-        self._formats = [format_without(format, name) for format in self._formats]
-
     def scrape(self, *, list_names: bool = False) -> Found:
         """Scrape all targets; return what is known of each at the deadline."""
         ended = threading.Event()
@@ -5846,8 +5842,10 @@ class Scraper:
         try:
             with open_stream(target, job.deadline, credentials, overtime) as stream:
                 known, format = self._known[number], self._formats[number]
+                if format.dropped & format.names:
+                    format = self._formats[number] = without_dropped(format)
                 reading = read_samples(stream, format, known, job.list_names)
-            remark = too_many(format.dropped) if format.dropped else ""
+            remark = too_many(reading.dropped) if reading.dropped else ""
             self._known[number], count = reading.series, len(reading.samples)
             status = scrape.status._replace(
                 size=reading.size, series=count, samples=reading.lines, remark=remark
@@ -6097,10 +6095,8 @@ class Judge:
     def _give_up(self, scrapes: Iterable[Scrape]) -> None:
         """Let no built-in rule conclude anything from what there is no room for."""
         readings = [scrape.reading for scrape in scrapes if scrape.reading]
-        dropped = {n.decode() for r in readings for n in r.dropped}
-        for name in dropped - self._dropped:
+        for name in {n for r in readings for n in r.dropped} - self._dropped:
             self._dropped.add(name)
-            self.scraper.give_up(name)
             self.history.forget(name)
             self._change(partial(_without, name))
             log(logging.WARNING, too_many([name]), metric=name)
