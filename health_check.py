@@ -46,6 +46,7 @@ import base64
 import calendar
 import collections
 import difflib
+import email.utils
 import errno
 import gzip
 import hashlib
@@ -4769,7 +4770,8 @@ def log_transitions(before: Verdict, after: Verdict) -> None:
     """Log what has changed from one verdict to the next."""
     for level, message, fields in transitions(before, after):
         log(level, message, **fields)
-    LOG.debug("check %s: %s", after.sequence, after.reason or "Healthy")
+    if LOG.isEnabledFor(logging.DEBUG):
+        LOG.debug("check %s: %s", after.sequence, after.reason or "Healthy")
 
 
 def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
@@ -7171,10 +7173,12 @@ MAX_UNSENT = 8 * MAX_ANSWER
 SLICE = 0.005
 CALLER_TIMEOUT = 5.0
 ALLOWED = ("GET", "HEAD")
-FIELDS = (
-    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-    ("Connection", "close"),
-)  # fmt: skip
+# At once: to let http.server add them one by one takes as long as to find the answer.
+RESPONSE_HEAD = (
+    f"HTTP/1.1 {{}} {{}}\r\nServer: {AGENT}\r\nDate: {{}}\r\nContent-Type: {{}}\r\n"
+    "Content-Length: {}\r\nCache-Control: no-store\r\n"
+    "X-Content-Type-Options: nosniff\r\nConnection: close\r\n{}\r\n"
+)
 REFUSALS = {
     400: "not a request of HTTP/1\n",
     431: "the head of the request is too large\n",
@@ -7258,8 +7262,6 @@ class Request(http.server.BaseHTTPRequestHandler):
             self._judge()
         elif not self.refusal:
             self.send_error(400)
-        # The base class writes no head for an HTTP/0.9.
-        self.request_version = self.protocol_version
 
     def _judge(self) -> None:
         path, self.query = next(_TARGET.finditer(self.path)).groups()
@@ -7284,27 +7286,20 @@ class Request(http.server.BaseHTTPRequestHandler):
         """Say nothing: the answer follows at once."""
         return True
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Say nothing: the log has the answer."""
-
-    def version_string(self) -> str:
-        """Return the name of this program."""
-        return AGENT
-
     def respond(self, answer: Answer) -> bytes:
         """Return the whole response; the connection ends with it."""
         body = "".join(answer.body).encode(errors="backslashreplace")
-        self.wfile = io.BytesIO()
-        self.send_response(answer.status)
-        for name, value in (
-            ("Content-Type", answer.content_type), ("Content-Length", str(len(body))),
-            *FIELDS, *answer.headers,
-        ):  # fmt: skip
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-        return self.wfile.getvalue()
+        head = RESPONSE_HEAD.format(
+            answer.status, self.responses[answer.status][0], _date(int(time.time())),
+            answer.content_type, len(body),
+            "".join(f"{name}: {value}\r\n" for name, value in answer.headers),
+        )  # fmt: skip
+        return head.encode() + (b"" if self.command == "HEAD" else body)
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
 # A probe sends an equal head each time, and the parse takes longer than the answer.
