@@ -764,49 +764,6 @@ def compile_regex(pattern: str) -> Program:
     return (*program, END)
 
 
-def regex_matches(pattern: str, text: str) -> bool:
-    """Tell whether the whole text matches, in time linear in its length.
-
-    >>> regex_matches("5..|4.*", "503"), regex_matches("5..", "5031")
-    (True, False)
-    """
-    states = frozenset(_reached(pattern, 0, "^" if text else "^$"))
-    for character in text:
-        states = _step(pattern, states, character)
-        if not states:
-            return False
-    end = len(compile_regex(pattern)) - 1
-    return any(end in _reached(pattern, state, "$") for state in states)
-
-
-@lru_cache(maxsize=1024)
-def _step(pattern: str, states: frozenset[int], character: str) -> frozenset[int]:
-    after = (_after(pattern, state, character) for state in states)
-    return frozenset(itertools.chain.from_iterable(after))
-
-
-def _after(
-    pattern: str, state: int, character: str, anchors: str = ""
-) -> dict[int, tuple[int, ...]]:
-    test = compile_regex(pattern)[state].test
-    return _reached(pattern, state + 1, anchors) if test and test(character) else {}
-
-
-@lru_cache(maxsize=4096)
-def _reached(pattern: str, start: int, anchors: str) -> dict[int, tuple[int, ...]]:
-    """Return where jumps lead from an instruction, the best first, over which marks."""
-    program, reached = compile_regex(pattern), {}
-    todo: list[tuple[int, tuple[int, ...]]] = [(start, ())]
-    while todo:
-        state, marks = todo.pop()
-        if state not in reached:
-            reached[state], step = marks, program[state]
-            marks = (*marks, step.mark) if step.mark else marks
-            if step.anchor in anchors:
-                todo.extend((state + jump, marks) for jump in reversed(step.jumps))
-    return reached
-
-
 def regex_expand(pattern: str, text: str, template: str) -> str | None:
     """Return a template with what groups match in it, as Go's Regexp.Expand does; None
     if not all of the text matches.
@@ -814,10 +771,11 @@ def regex_expand(pattern: str, text: str, template: str) -> str | None:
     >>> regex_expand("(?P<host>.*):(.*)", "a:b:80", "$host-${2}x$$")
     'a:b-80x$'
     """
-    marks = _best_match(pattern, text)
+    program = compile_regex(pattern)
+    marks = _match(program, text)
     if marks is None:
         return None
-    groups, program = {"$": "$", "0": text}, compile_regex(pattern)
+    groups = {"$": "$", "0": text}
     begins = sorted({step.mark for step in program if step.mark and not step.mark % 2})
     for number, begin in enumerate(begins, 1):
         name = cast("re.Match[str]", _GROUP.match(pattern, begin // 2 - 1))[1]
@@ -826,18 +784,64 @@ def regex_expand(pattern: str, text: str, template: str) -> str | None:
     return _REFERENCE.sub(lambda match: groups.get(match[1].strip("{}"), ""), template)
 
 
-def _best_match(pattern: str, text: str) -> dict[int, int] | None:
+def _match(program: Program, text: str) -> dict[int, int] | None:
     """Return where each mark was met in the best match of a whole text."""
-    first = _reached(pattern, 0, "^" if text else "^$")
-    # What could match, best first: an instruction, and where marks before it are.
-    threads = {state: dict.fromkeys(marks, 0) for state, marks in first.items()}
+    # What could match, best first: the next instruction, and the marks before it.
+    threads: dict[int, dict[int, int]] = {}
+    _follow(program, threads, (0, {}), 0, "^" if text else "^$")
     for place, character in enumerate(text, 1):
         before, threads = threads, {}
         anchors = "$" if place == len(text) else ""
-        for state, known in before.items():
-            for after, marks in _after(pattern, state, character, anchors).items():
-                threads.setdefault(after, {**known, **dict.fromkeys(marks, place)})
-    return threads.get(len(compile_regex(pattern)) - 1)
+        for state, marks in before.items():
+            test = program[state].test
+            if test and test(character):
+                _follow(program, threads, (state + 1, marks), place, anchors)
+    return threads.get(len(program) - 1)
+
+
+def _follow(
+    program: Program, threads: dict[int, dict[int, int]],
+    start: tuple[int, dict[int, int]], place: int, anchors: str,
+) -> None:  # fmt: skip
+    todo = [start]
+    while todo:
+        state, marks = todo.pop()
+        if state not in threads:
+            threads[state], step = marks, program[state]
+            marks = {**marks, step.mark: place} if step.mark else marks
+            if step.anchor in anchors:
+                todo.extend((state + jump, marks) for jump in reversed(step.jumps))
+
+
+def regex_matches(pattern: str, text: str) -> bool:
+    """Tell whether the whole text matches, in time linear in its length.
+
+    >>> regex_matches("5..|4.*", "503"), regex_matches("5..", "5031")
+    (True, False)
+    """
+    program = compile_regex(pattern)
+    states = _closure(program, [0], "^" if text else "^$")
+    for character in text:
+        states = _step(pattern, states, character)
+        if not states:
+            return False
+    return len(program) - 1 in _closure(program, states, "$" if text else "^$")
+
+
+@lru_cache(maxsize=1024)
+def _step(pattern: str, states: frozenset[int], character: str) -> frozenset[int]:
+    program = compile_regex(pattern)
+    tests = ((state, program[state].test) for state in states)
+    return _closure(program, [at + 1 for at, test in tests if test and test(character)])
+
+
+def _closure(
+    program: Program, starts: Iterable[int], anchors: str = ""
+) -> frozenset[int]:
+    states: dict[int, dict[int, int]] = {}
+    for state in starts:
+        _follow(program, states, (state, {}), 0, anchors)
+    return frozenset(states)
 
 
 def _jump(*offsets: int) -> Instruction:

@@ -923,6 +923,13 @@ class PromQL(unittest.TestCase):
                 short = steps(regex_matches, pattern, "a" * 500)
                 self.assertGreater(short, 200)
                 self.assertLess(steps(regex_matches, pattern, "a" * 1000), 2.1 * short)
+        for function, *more in ((regex_matches,), (regex_expand, "")):
+            compile_regex.cache_clear()
+            short, long = (
+                steps(function, f"(?:a?){{{count}}}b", "a" * 50, *more)
+                for count in (100, 200)
+            )
+            self.assertLess(long, 2.8 * short)
 
 
 class Evaluate(unittest.TestCase):
