@@ -4787,7 +4787,7 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
         yield from _probe_transition(before.probes, probe)
     known = {status.rule.name: status for status in before.rules}
     for status in after.rules:
-        old = known.get(status.rule.name, RuleStatus(status.rule))
+        old = known.get(status.rule.name) or RuleStatus(status.rule)
         yield from _rule_transition(old, status, after)
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
         word = "Healthy" if after.healthy else "Unhealthy"
@@ -7017,14 +7017,12 @@ def _code(text: str) -> str:
 
 def _words(text: str) -> str:
     """Return a text as HTML in which a word breaks only if it may fill a line."""
-    text = escape_controls(text)
-    for joint in _JOINTS:
-        text = _LONG_WORD.sub(partial(_breakable, joint), text)
+    text = reduce(_break_long, _JOINTS, escape_controls(text))
     return html.escape(text).replace("\0", "<wbr>")
 
 
-def _breakable(joint: re.Pattern[str], word: re.Match[str]) -> str:
-    return joint.sub("\\g<0>\0", word[0])
+def _break_long(text: str, joint: re.Pattern[str]) -> str:
+    return _LONG_WORD.sub(lambda word: joint.sub("\\g<0>\0", word[0]), text)
 
 
 def _escape(text: str) -> str:
