@@ -6026,7 +6026,7 @@ class Monitor:
 
     def _finish(self, check: Check, found: Found) -> None:
         try:
-            verdict = self.judge.judge(check, found, self.verdict)
+            verdict = self.judge.verdict_of(check, found, self.verdict)
         except Exception as error:
             verdict = self._fault(error)
         self._publish(verdict)
@@ -6074,7 +6074,7 @@ class Judge:
         """What gives the requests that run or wait; it is made when first asked for."""
         return self._config.drain_while or drain_expression(self._expressions)
 
-    def judge(self, check: Check, found: Found, before: Verdict) -> Verdict:
+    def verdict_of(self, check: Check, found: Found, before: Verdict) -> Verdict:
         """Return the verdict of a check from what was found, and the one before."""
         (scrapes, probes), now = found, check.now
         self._restart_after_gap(now, before)
@@ -6088,7 +6088,8 @@ class Judge:
         self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
         self._warn(scrapes, evaluation)
         targets = tuple(map(self.lookout.remark, targets))
-        left = self._left(targets, evaluation) if check.drain else None
+        drain = self.drain_while if check.drain else None
+        left = self._left(drain, targets, evaluation) if drain else None
         fault = "" if self._scraped else "never scraped"
         known = before.sequence + 1, fault, now, check.wall
         return Verdict(*known, self._statuses, targets, probes, left)
@@ -6131,15 +6132,12 @@ class Judge:
             log(level, text, **fields)
 
     def _left(
-        self, targets: Iterable[TargetStatus], evaluation: Evaluation
-    ) -> str | None:
-        if not self.drain_while:
-            return None
-        left = remaining(self.drain_while, targets, evaluation)
-        there = (select(s, evaluation) for s in find_selectors(self.drain_while))
+        self, drain: Expr, targets: Iterable[TargetStatus], evaluation: Evaluation
+    ) -> str:
+        left = remaining(drain, targets, evaluation)
+        there = (select(s, evaluation) for s in find_selectors(drain))
         # Of a server that is not known the table's expression gives nothing either.
-        known = left or self._config.drain_while or any(there)
-        return left if known else NO_SERVER
+        return left if left or self._config.drain_while or any(there) else NO_SERVER
 
 
 class Statistics:

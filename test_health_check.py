@@ -200,7 +200,7 @@ def compiled_program():
     """Return the path of the program's byte code, which starts in half the time."""
     directory = tempfile.TemporaryDirectory()
     unittest.addModuleCleanup(directory.cleanup)
-    return py_compile.compile(PROGRAM, f"{directory.name}/health_check.pyc")
+    return py_compile.compile(PROGRAM, f"{directory.name}/compiled/health_check.pyc")
 
 
 FOREVER = 60.0
