@@ -7934,14 +7934,11 @@ def check_config(config: Config, *, as_group: bool) -> int:
         say(prometheus_rules(config.rules))
         return 0
     targets, evaluation = next(_checks(config.rules, config))[1:]
-    there = not all(target.reason for target in targets)
+    for target in filter(operator.attrgetter("reason"), targets):
+        say(f"scrape of {target.instance}: {target.reason}: {target.message}")
     for rule in config.rules:
-        names = {selector.name for selector in find_selectors(rule.expr)}
-        if there or not rule.builtin or names.issubset((*SYNTHETIC, *PROBED)):
-            say(describe_rule(judge(RuleStatus(rule), evaluation)))
-        else:
-            say(f"{rule.name}: {ABOUT[rule.name]},{format_clauses(rule)}")
-    for server in () if there else SERVERS:
+        say(describe_rule(judge(RuleStatus(rule), evaluation)))
+    for server in SERVERS if all(target.reason for target in targets) else ():
         say(describe_server(server))
     return 0
 

@@ -5988,6 +5988,7 @@ class CommandsTest(CommandLine):
         server.close()
         _, out, _ = self.run_main("--check-config", METRICS_ENDPOINT=server.url)
         self.assertIn("QueueFull: when too many requests wait, for 30s keep_f", out)
+        self.assertTrue(out.startswith(f"scrape of {server.instance}: refused: "), out)
         self.assertIn("SGLang :30000/metrics\n    waiting: sglang:num_queue_r", out)
 
     def test_check_config_prints_the_rules_it_understood(self):
