@@ -4987,7 +4987,7 @@ def remaining(
 
 REMIND, REMIND_OF_TARGET = 300.0, 3600.0
 # Parts of a name that differ between metrics of one thing, and one that was renamed.
-SUFFIXES = frozenset("total count sum bucket created seconds bytes info".split())
+SUFFIXES = "total count sum bucket created seconds second bytes info".split()
 RENAMED = {"gpu", "kv"}
 
 
@@ -5246,20 +5246,16 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 
 def _may_mean(name: str, other: str) -> bool:
-    """Tell whether names differ in typos, a suffix, and one part at their beginning."""
+    """Tell whether names differ in typos, suffixes, and one part at their beginning."""
     one, two = (re.split(r"[:._]+", text.lower()) for text in (name, other))
-    alike = different = 0
-    matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)
-    for word, start, end, first, last in matcher.get_opcodes():
-        pairs = list(zip(one[start:end], two[first:last]))
-        more = {*one[start + len(pairs) : end], *two[first + len(pairs) : last]}
-        other_thing = (start or first) and more - SUFFIXES
-        typos = word != "replace" or all(itertools.starmap(_may_be_typo, pairs))
-        if other_thing or not typos:
-            return False
-        alike += len(pairs)
-        different += len(more - SUFFIXES)
-    return different < 2 and different < alike
+    plain = ([part for part in parts if part not in SUFFIXES] for parts in (one, two))
+    return _are_alike(one, two) or _are_alike(*plain)
+
+
+def _are_alike(one: Sequence[str], two: Sequence[str]) -> bool:
+    pairs = list(zip(reversed(one), reversed(two)))
+    few = abs(len(one) - len(two)) < min(2, len(pairs))
+    return few and all(itertools.starmap(_may_be_typo, pairs))
 
 
 def _may_be_typo(part: str, other: str) -> bool:
