@@ -440,6 +440,11 @@ class TargetStatus(NamedTuple):
     remark: str = ""
     watched: bool = True
 
+    @property
+    def up(self) -> bool:
+        """Whether it succeeded."""
+        return not self.reason
+
 
 # Why a scrape can have failed, as the label reason of scrape_error has it.
 SCRAPE_REASONS = (
@@ -539,7 +544,7 @@ class Verdict(NamedTuple):
     @property
     def failed_scrapes(self) -> int:
         """How many of the targets could not be scraped."""
-        return sum(bool(target.reason) for target in self.targets)
+        return sum(not target.up for target in self.targets)
 
     def wall_of(self, moment: float) -> float:
         """Return the Unix time of a monotonic moment."""
@@ -4787,8 +4792,7 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
         yield from _probe_transition(before.probes, probe)
     known = {status.rule.name: status for status in before.rules}
     for status in after.rules:
-        old = known.get(status.rule.name) or RuleStatus(status.rule)
-        yield from _rule_transition(old, status, after)
+        yield from _rule_transition(known.get(status.rule.name), status, after)
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
         word = "Healthy" if after.healthy else "Unhealthy"
         level = logging.INFO if after.healthy else logging.WARNING
@@ -4797,8 +4801,9 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
 
 
 def _rule_transition(
-    old: RuleStatus, status: RuleStatus, verdict: Verdict
+    old: RuleStatus | None, status: RuleStatus, verdict: Verdict
 ) -> Iterator[Message]:
+    old = old or RuleStatus(status.rule)
     if (status.state, status.error) != (old.state, old.error):
         level = logging.WARNING if status.fails else logging.INFO
         text = f"{status.rule.name}: {describe(status, verdict)}"
@@ -6748,56 +6753,36 @@ def _exposition(families: Iterable[Family]) -> Iterator[str]:
 
 def verdict_families(verdict: Verdict) -> Iterator[Family]:
     """Yield what the latest verdict says, as metrics."""
-    yield from _families(
-        ("health_check_healthy", "Whether the latest verdict is Healthy.",
-         [({}, verdict.healthy)] if verdict.sequence else ()),
-        ("health_check_verdict_timestamp_seconds", "When it was reached.",
-         [({}, verdict.wall)] if verdict.sequence else ()),
-    )  # fmt: skip
-    yield from _rule_families(verdict)
-    yield from _target_families(verdict)
-    yield from _probe_families(verdict)
-
-
-def _rule_families(verdict: Verdict) -> Iterator[Family]:
+    yield from _families_of(
+        [({}, verdict)] if verdict.sequence else [],
+        ("health_check_healthy", "healthy", "Whether the latest verdict is Healthy."),
+        ("health_check_verdict_timestamp_seconds", "wall", "When it was reached."),
+    )
     rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
     states = [(rule, verdict.state_of(status)) for rule, status in rules]
-    return _families(
-        ("health_check_rule_state", "1 for the state that a rule is in.",
-         [({**rule, "state": state}, state == known) for rule, known in states
-          for state in reversed([*HEALTH_STATUS])]),
-        ("health_check_rule_series", "Series that a rule's selectors matched.",
-         [(rule, status.matched) for rule, status in rules]),
-        ("health_check_rule_value", "Worst value of a rule EXPR OP NUMBER.",
-         [(rule, s.value) for rule, s in rules if s.value is not None]),
-        ("health_check_rule_limit", "Limit of a rule EXPR OP NUMBER.",
-         [(rule, s.limit) for rule, s in rules if s.limit is not None]),
-    )  # fmt: skip
-
-
-def _target_families(verdict: Verdict) -> Iterator[Family]:
+    yield from _families((
+        "health_check_rule_state", "1 for the state that a rule is in.",
+        [({**rule, "state": state}, state == known) for rule, known in states
+         for state in reversed([*HEALTH_STATUS])],
+    ))  # fmt: skip
+    yield from _families_of(
+        rules,
+        ("health_check_rule_series", "matched", "Series that its selectors matched."),
+        ("health_check_rule_value", "value", "Worst value of a rule EXPR OP NUMBER."),
+        ("health_check_rule_limit", "limit", "Limit of a rule EXPR OP NUMBER."),
+    )
     targets = [({"target": target.instance}, target) for target in verdict.targets]
-    return _families(
-        ("health_check_target_up", "Whether the last scrape succeeded.",
-         [(labels, not target.reason) for labels, target in targets]),
-        ("health_check_target_watched", "0 if no rule knows a metric of its page.",
-         [(labels, target.watched) for labels, target in targets]),
-    )  # fmt: skip
-
-
-def _probe_families(verdict: Verdict) -> Iterator[Family]:
-    probes = [
-        ({"probe": probe.probe, "target": probe.instance}, probe)
-        for probe in verdict.probes
-    ]  # fmt: skip
-    return _families(
-        ("probe_success", "Whether a probe succeeded.",
-         [(labels, p.success) for labels, p in probes if p.success is not None]),
-        ("probe_http_status_code", "Status of the answer, 0 if there was none.",
-         [(labels, p.code) for labels, p in probes]),
-        ("probe_duration_seconds", "How long a probe took.",
-         [(labels, p.seconds) for labels, p in probes]),
-    )  # fmt: skip
+    yield from _families_of(
+        targets,
+        ("health_check_target_up", "up", "Whether the last scrape succeeded."),
+        ("health_check_target_watched", "watched", "0 if no rule knows its metrics."),
+    )
+    yield from _families_of(
+        [({"probe": p.probe, "target": p.instance}, p) for p in verdict.probes],
+        ("probe_success", "success", "Whether a probe succeeded."),
+        ("probe_http_status_code", "code", "Status of the answer, 0 without one."),
+        ("probe_duration_seconds", "seconds", "How long a probe took."),
+    )
 
 
 def scrape_families(statistics: Statistics) -> Iterator[Family]:
@@ -6822,17 +6807,17 @@ def service_families(
     notifiers: Iterable[Notifier],
 ) -> Iterator[Family]:  # fmt: skip
     """Yield what has been counted of requests and notifications, as metrics."""
-    told = [({"alertmanager": n.target.url}, n) for n in notifiers]
-    return _families(
+    yield from _families(
         ("health_check_requests_total", "Requests by path and code.",
          [({"path": p, "code": c}, count) for (p, c), count in requests.items()]),
         ("health_check_unknown_rule_requests_total",
          "Rules asked for that are not there, answered 200.", [({}, unknown)]),
-        ("health_check_notifications_sent_total", "Alerts that were taken.",
-         [(label, notifier.sent) for label, notifier in told]),
-        ("health_check_notifications_failed_total", "Alerts that were not.",
-         [(label, notifier.failed) for label, notifier in told]),
     )  # fmt: skip
+    yield from _families_of(
+        [({"alertmanager": n.target.url}, n) for n in notifiers],
+        ("health_check_notifications_sent_total", "sent", "Alerts that were taken."),
+        ("health_check_notifications_failed_total", "failed", "Alerts that were not."),
+    )
 
 
 def process_families() -> Iterator[Family]:
@@ -6847,6 +6832,15 @@ def process_families() -> Iterator[Family]:
         ("process_cpu_seconds_total", "CPU time.", [({}, time.process_time())]),
         ("process_resident_memory_bytes", "Resident memory.", resident),
     )
+
+
+def _families_of(
+    found: Sequence[tuple[dict[str, str], Any]], *rows: tuple[str, str, str]
+) -> Iterator[Family]:
+    """Yield a family for each row: a name, the attribute that it has, and its help."""
+    for name, attribute, text in rows:
+        values = [(labels, getattr(thing, attribute)) for labels, thing in found]
+        yield from _families((name, text, [v for v in values if v[1] is not None]))
 
 
 def _families(*families: tuple[str, str, Labelled]) -> Iterator[Family]:
