@@ -2327,7 +2327,7 @@ MAX_FOUND = 20000
 MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 # What answers to the absence of a metric.
 SEE_ABSENCE = ("absent", "absent_over_time", "scalar")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
+RULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
 _PASTED = re.compile(r"(?:-\s+)?(?:alert|expr|groups|record)\s*:\s")
 
 
@@ -2554,7 +2554,7 @@ def _rule(parser: Parser, name: str) -> Rule:
     start, end = parser.token, parser.token.position + len(parser.token.text)
     if _PASTED.match(start.source, start.position):
         raise start.error("a rule stands on a line here: Name: EXPRESSION for 5m")
-    if _NAME.match(start.text) and not start.source[end : end + 1].strip():
+    if RULE_NAME.match(start.text) and not start.source[end : end + 1].strip():
         name = parser.take().text[:-1]
     first, expr = parser.token, parser.expression()
     if type_of(expr) != VECTOR:
@@ -3151,45 +3151,16 @@ SERVERS: tuple[KnownServer, ...] = (
 )
 
 
-# --- 7. Config: environ -> Config ----------------------------------------------------
+# --- 7. Settings: the text of a variable -> its value --------------------------------
 
-DEFAULT_THRESHOLD = 10.0
-MAX_VALUE_SHOWN = 60
-# A variable that begins so is meant for this program.
-OWN_PREFIXES = (
-    "METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_", "CANARY_",
-    "EXIT_",
-)  # fmt: skip
-SHOWN_VALUES = 16
-# A setting of such a name is a URL, which may hold a secret.
-SECRET = ("_ENDPOINT", "_URL")
-# What Kubernetes sets APP_PORT to where there is a Service named app.
-SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-# Seconds; what is longer may be milliseconds.
-MAX_INTERVAL = 300.0
 GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _GO_PART = re.compile(r"(\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})(ms|us|ns|h|m|s)", re.ASCII)
-# What Prometheus records of itself, which no target serves.
-NEVER_THERE = {
-    "ALERTS": "Prometheus keeps it of its own alerts; write what the alert asks",
-    "ALERTS_FOR_STATE": "Prometheus keeps it of its own alerts; use 'for'",
-    "scrape_samples_post_metric_relabeling":
-        "nothing is relabeled here; use scrape_samples_scraped",
-    "scrape_series_added": "new series are not counted here",
-    "scrape_sample_limit": "the limit is the same for all targets",
-    "scrape_timeout_seconds": "METRICS_TIMEOUT is the same for all targets",
-}  # fmt: skip
 # Labels of what scrapes and probes add, and parts of a histogram and of a summary.
 ADDED_LABELS = ("reason", "probe", "le", "quantile")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 ALERTS_API = "/api/v2/alerts"
 # With these a failure has happened twice before Unresponsive fires, see the rule.
 LEAST_CANARY_AFTER, MOST_CANARY_TIMEOUT = 120.0, 60.0
-
-
-Given = Mapping[str, str]
-Values = Mapping[str, Any]
 
 
 class ConfigError(ValueError):
@@ -3208,6 +3179,282 @@ class Target(NamedTuple):
     def address(self) -> str:
         """The URL with the query."""
         return f"{self.url}?{self.query}" if self.query else self.url
+
+
+class Setting(NamedTuple):
+    """An environment variable; its parser raises ValueError with what it expects."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str
+    help: str
+
+
+def parse_target(url: str) -> Target:
+    """Return what a URL of HTTP or HTTPS names; ValueError if it is none.
+
+    >>> parse_target("http://localhost/metrics").instance
+    'localhost:80'
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        default = DEFAULT_PORTS[parts.scheme]
+        port = default if parts.port is None else parts.port
+        host = parts.hostname or "?"
+        # Two URLs are parted by a comma, and by nothing else.
+        odd = re.search(r"[^!-~]|://[^?]*://", url) or re.search(r"[^\w.:%-]", host)
+        if not port or parts.fragment or odd:
+            raise ValueError(url)
+    except (ValueError, KeyError):
+        raise ValueError("expected a URL as in http://localhost:8000/metrics") from None
+    host = f"[{host}]" if ":" in host else host
+    address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path or '/'}"
+    return Target(f"{host}:{port}", address, parts.query, _basic(parts))
+
+
+def parse_port(text: str) -> int:
+    """Return the number of a port; ValueError if it is none."""
+    if not re.match(r"\d{1,5}\Z", text, re.ASCII) or int(text) > 65535:
+        raise ValueError("expected a port number from 0 (any free one) to 65535")
+    return int(text)
+
+
+def parse_vector(text: str) -> Expr:
+    """Return an expression that gives an instant vector.
+
+    Raises PromQLError, or ConfigError for another type.
+    """
+    expr = parse_expression(text)
+    if type_of(expr) != VECTOR:
+        raise ConfigError(f"expected an {VECTOR}, this is a {type_of(expr)}")
+    return expr
+
+
+def _items(text: str) -> list[str]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if text and not items:
+        raise ValueError("expected more than commas")
+    return items
+
+
+def _endpoints(text: str) -> tuple[Target, ...]:
+    targets = tuple(map(parse_target, _items(text)))
+    instances = [target.instance for target in targets]
+    twice = {instance for instance in instances if instances.count(instance) > 1}
+    if twice:
+        raise ValueError(f"expected each URL once, not so {', '.join(sorted(twice))}")
+    return targets
+
+
+def _basic(parts: urllib.parse.SplitResult) -> str:
+    # RFC 7617 section 2.
+    if parts.username is None:
+        return ""
+    user = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+    return "Basic " + base64.b64encode(user.encode()).decode()
+
+
+def _builtin_names(text: str) -> tuple[str, ...]:
+    for name in _items(text):
+        if name not in BUILTIN:
+            raise ValueError(f"{name} is no built-in rule: {', '.join(BUILTIN)}")
+    return tuple(_items(text))
+
+
+def _rule_names(text: str) -> tuple[str, ...]:
+    names = tuple(_items(text))
+    if not all(RULE_NAME.match(f"{name}:") for name in names):
+        raise ValueError("expected names of rules as in Stalled,Unresponsive")
+    return names
+
+
+def _canary_body(text: str) -> bytes:
+    try:
+        body = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict) or body.get("stream"):
+        raise ValueError("expected a JSON object, without stream")
+    return text.encode()
+
+
+def _alertmanagers(text: str) -> tuple[Target, ...]:
+    found: dict[str, Target] = {}
+    for target in map(parse_target, _items(text)):
+        url = re.sub(rf"(?:{ALERTS_API})?/*\Z", ALERTS_API, target.url, count=1)
+        if target.authorization:
+            raise ValueError("expected no user: use ALERTMANAGER_BEARER_TOKEN_FILE")
+        if url in found:
+            raise ValueError(f"expected each URL once, but {url} is there twice")
+        found[url] = target._replace(url=url)
+    return tuple(found.values())
+
+
+def _label_pairs(taken: Sequence[str], text: str) -> Labels:
+    pairs: dict[str, str] = {}
+    for item in _items(text):
+        name, value = _label_pair(item)
+        if name in (*pairs, "instance", *taken) or name.startswith("__"):
+            raise ValueError(f"the label {name} is set already")
+        pairs[name] = value
+    return tuple(sorted(pair for pair in pairs.items() if pair[1]))
+
+
+def _label_pair(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if "{{" in item:
+        raise ValueError("expected fixed values: templates are not expanded here")
+    # An operator, labels that a blank or a semicolon parts, half a pair of quotes.
+    wrong = re.match(r"[=~]|.*[\s;]\w+=", value) or value.count('"') % 2
+    if wrong or not equals or not re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
+        raise ValueError("expected labels as in job=vllm,namespace=prod")
+    return name, value.strip().strip('"')
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float_or_nan(text)):
+        raise ValueError("expected a finite number as in 10 or 0.95")
+    return parse_float(text)
+
+
+def _optional(parse: Callable[[str], T], text: str) -> T | None:
+    return parse(text) if text else None
+
+
+def _duration(least: float, most: float, text: str) -> float:
+    with suppress(ValueError):
+        seconds = _go_duration(text)
+        if least <= seconds <= most:
+            return seconds
+    low, high = format_duration(least), format_duration(most)
+    raise ValueError(f"expected {low} to {high}, as in 0.8, 0.8s or 500ms")
+
+
+def _go_duration(text: str) -> float:
+    # Who writes manifests knows time.ParseDuration of Go: fractions have units, too.
+    if not re.match(rf"(?:{_GO_PART.pattern})+\Z", text, re.ASCII):
+        return parse_duration(text)
+    return sum(float(n) * GO_UNITS[unit] for n, unit in _GO_PART.findall(text))
+
+
+def _one_of(choices: Sequence[str], text: str) -> str:
+    if text.lower() not in choices:
+        raise ValueError(f"expected one of {', '.join(choices)}")
+    return text.lower()
+
+
+def _bytes(text: str) -> int:
+    match = re.match(r"(\d{1,12})(|Ki|Mi|Gi)\Z", text, re.ASCII)
+    powers = {"": 0, "Ki": 10, "Mi": 20, "Gi": 30}
+    size = int(match[1]) << powers[match[2]] if match else 0
+    if not 1 << 20 <= size <= 1 << 32:
+        raise ValueError(f"expected bytes from 1Mi to 4Gi, not {text!r}")
+    return size
+
+
+def _flag(text: str) -> bool:
+    return _one_of(("true", "false"), text) == "true"
+
+
+LEVELS, FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
+SETTINGS = tuple(itertools.starmap(Setting, (
+    ("METRICS_ENDPOINT", _endpoints, "http://localhost:8080/metrics",
+     "URL of the metrics, or several, separated by commas"),
+    ("METRICS_BEARER_TOKEN_FILE", str, "", "file of a token, read at each scrape"),
+    ("METRICS_CA_FILE", str, "", "certificates to trust instead of the system's"),
+    ("METRICS_CERT_FILE", str, "", "certificate to show to the metrics server"),
+    ("METRICS_KEY_FILE", str, "", "its key, if that is in a file of its own"),
+    ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
+    ("TARGET_LABELS", partial(_label_pairs, ADDED_LABELS), "",
+     "labels for every series, as in job=vllm,namespace=prod"),
+    ("METRIC_TO_CHECK", partial(_optional, parse_vector), "",
+     "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
+    ("METRIC_THRESHOLD", partial(_optional, _finite), "",
+     "highest healthy value; without METRIC_TO_CHECK that of the default rules"),
+    ("METRICS_THRESHOLD", partial(_optional, _finite), "",
+     "another spelling of METRIC_THRESHOLD"),
+    ("UNHEALTHY_WHEN", parse_rules, "",
+     "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
+    ("WITHOUT_RULES", _builtin_names, "",
+     "built-in rules to leave out, separated by commas"),
+    ("HEALTH_ENDPOINT", _endpoints, "",
+     "URL of the server's own health route, or several, asked beside each scrape"),
+    ("CANARY_URL", partial(_optional, parse_target), "",
+     "URL to ask for one token when no metric tells: http://HOST/v1/completions"),
+    ("CANARY_BODY", _canary_body, "",
+     "JSON to send there; by default a prompt with max_tokens 1"),
+    ("CANARY_TIMEOUT", partial(_duration, 0.01, MOST_CANARY_TIMEOUT), "30",
+     "seconds until it has failed"),
+    ("CANARY_AFTER", partial(_duration, LEAST_CANARY_AFTER, 86400.0), "5m",
+     "time without anything that moves, and between two that succeed"),
+    ("CANARY_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
+    ("CANARY_WHEN", parse_rules, "",
+     "EXPR [for DURATION] that asks for it, where the server is not a known one"),
+    ("EXIT_WHEN", _rule_names, "",
+     "rules at which to exit with 88, which restarts a pod of Kubernetes 1.36"),
+    ("EXIT_AFTER", partial(_duration, 0.0, 86400.0), "10m",
+     "time from the start in which it does not exit so"),
+    ("LAST_WORDS", str, "",
+     "file that has the reason then; /dev/termination-log where there is one"),
+    ("DRAIN_TIMEOUT", partial(_duration, 0.1, 3600.0), "25",
+     "seconds that /drain waits; keep it below the grace period of the pod"),
+    ("DRAIN_WHILE", partial(_optional, parse_vector), "",
+     "expression that gives what still runs or waits, where the server is not known"),
+    ("ALERTMANAGER_URL", _alertmanagers, "",
+     "URL of an Alertmanager, or several, each of which gets every alert"),
+    ("ALERT_LABELS", partial(_label_pairs, ("alertname",)), "",
+     "labels of alerts, as in severity=critical"),
+    ("ALERTMANAGER_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
+    ("ALERTMANAGER_CA_FILE", str, "", "certificates to trust for it"),
+    ("POD_NAME", str, "", "label pod of alerts; the host name if unset"),
+    ("APP_PORT", parse_port, "8081", "port to answer on"),
+    ("APP_HOST", str, "", "address to answer on; all addresses if unset"),
+    ("METRICS_TIMEOUT", partial(_duration, 0.01, 60.0), "0.8",
+     "seconds for a whole scrape; keep it below the timeout of the probe"),
+    ("SCRAPE_INTERVAL", partial(_duration, 0.0, 3600.0), "0",
+     "seconds between checks, to answer from memory; 0 checks on each request"),
+    ("HISTORY_LIMIT", _bytes, "16Mi",
+     "bytes that the remembered series may take, as in 16Mi"),
+    ("LOG_LEVEL", partial(_one_of, LEVELS), "info", ", ".join(LEVELS)),
+    ("LOG_FORMAT", partial(_one_of, FORMATS), "text", ", ".join(FORMATS)),
+)))  # fmt: skip
+
+
+# --- 8. Config: environ -> Config ----------------------------------------------------
+
+DEFAULT_THRESHOLD = 10.0
+MAX_VALUE_SHOWN = 60
+# A variable that begins so is meant for this program.
+OWN_PREFIXES = (
+    "METRIC_", "METRICS_", "UNHEALTHY_", "SCRAPE_", "ALERTMANAGER_", "CANARY_",
+    "EXIT_",
+)  # fmt: skip
+SHOWN_VALUES = 16
+# A setting of such a name is a URL, which may hold a secret.
+SECRET = ("_ENDPOINT", "_URL")
+# What Kubernetes sets APP_PORT to where there is a Service named app.
+SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+# Settings that change what another one asks for.
+BESIDE = {
+    "EXIT_AFTER": "EXIT_WHEN", "LAST_WORDS": "EXIT_WHEN",
+    "ALERT_LABELS": "ALERTMANAGER_URL", "ALERTMANAGER_CA_FILE": "ALERTMANAGER_URL",
+    "ALERTMANAGER_BEARER_TOKEN_FILE": "ALERTMANAGER_URL",
+}  # fmt: skip
+# Seconds; what is longer may be milliseconds.
+MAX_INTERVAL = 300.0
+# What Prometheus records of itself, which no target serves.
+NEVER_THERE = {
+    "ALERTS": "Prometheus keeps it of its own alerts; write what the alert asks",
+    "ALERTS_FOR_STATE": "Prometheus keeps it of its own alerts; use 'for'",
+    "scrape_samples_post_metric_relabeling":
+        "nothing is relabeled here; use scrape_samples_scraped",
+    "scrape_series_added": "new series are not counted here",
+    "scrape_sample_limit": "the limit is the same for all targets",
+    "scrape_timeout_seconds": "METRICS_TIMEOUT is the same for all targets",
+}  # fmt: skip
+Given = Mapping[str, str]
+Values = Mapping[str, Any]
 
 
 class Credentials(NamedTuple):
@@ -3541,16 +3788,6 @@ def _misspelt(given: Iterable[str]) -> Iterator[str]:
                 yield f"{name} is no setting: --help lists them"
 
 
-# Settings that change what another one asks for.
-BESIDE = {
-    "EXIT_AFTER": "EXIT_WHEN",
-    "LAST_WORDS": "EXIT_WHEN",
-    "ALERT_LABELS": "ALERTMANAGER_URL",
-    "ALERTMANAGER_BEARER_TOKEN_FILE": "ALERTMANAGER_URL",
-    "ALERTMANAGER_CA_FILE": "ALERTMANAGER_URL",
-}
-
-
 def _doubtful(given: Mapping[str, str]) -> Iterator[str]:
     for name in ("TARGET_LABELS", "ALERT_LABELS"):
         for label in re.findall(r"(\w+)=\s*(?=,|\Z)", given.get(name, "")):
@@ -3574,240 +3811,7 @@ def _shown(name: str, text: str) -> str:
     return repr(shorten(text, MAX_VALUE_SHOWN))
 
 
-def _items(text: str) -> list[str]:
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    if text and not items:
-        raise ValueError("expected more than commas")
-    return items
-
-
-def _endpoints(text: str) -> tuple[Target, ...]:
-    targets = tuple(map(_target, _items(text)))
-    instances = [target.instance for target in targets]
-    twice = {instance for instance in instances if instances.count(instance) > 1}
-    if twice:
-        raise ValueError(f"expected each URL once, not so {', '.join(sorted(twice))}")
-    return targets
-
-
-def _target(url: str) -> Target:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        default = DEFAULT_PORTS[parts.scheme]
-        port = default if parts.port is None else parts.port
-        host = parts.hostname or "?"
-        # Two URLs are parted by a comma, and by nothing else.
-        odd = re.search(r"[^!-~]|://[^?]*://", url) or re.search(r"[^\w.:%-]", host)
-        if not port or parts.fragment or odd:
-            raise ValueError(url)
-    except (ValueError, KeyError):
-        raise ValueError("expected a URL as in http://localhost:8000/metrics") from None
-    host = f"[{host}]" if ":" in host else host
-    address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path or '/'}"
-    return Target(f"{host}:{port}", address, parts.query, _basic(parts))
-
-
-def _basic(parts: urllib.parse.SplitResult) -> str:
-    # RFC 7617 section 2.
-    if parts.username is None:
-        return ""
-    user = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-    return "Basic " + base64.b64encode(user.encode()).decode()
-
-
-def _builtin_names(text: str) -> tuple[str, ...]:
-    for name in _items(text):
-        if name not in BUILTIN:
-            raise ValueError(f"{name} is no built-in rule: {', '.join(BUILTIN)}")
-    return tuple(_items(text))
-
-
-def _rule_names(text: str) -> tuple[str, ...]:
-    names = tuple(_items(text))
-    if not all(_NAME.match(f"{name}:") for name in names):
-        raise ValueError("expected names of rules as in Stalled,Unresponsive")
-    return names
-
-
-def _canary_body(text: str) -> bytes:
-    try:
-        body = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict) or body.get("stream"):
-        raise ValueError("expected a JSON object, without stream")
-    return text.encode()
-
-
-def _alertmanagers(text: str) -> tuple[Target, ...]:
-    found: dict[str, Target] = {}
-    for target in map(_target, _items(text)):
-        url = re.sub(rf"(?:{ALERTS_API})?/*\Z", ALERTS_API, target.url, count=1)
-        if target.authorization:
-            raise ValueError("expected no user: use ALERTMANAGER_BEARER_TOKEN_FILE")
-        if url in found:
-            raise ValueError(f"expected each URL once, but {url} is there twice")
-        found[url] = target._replace(url=url)
-    return tuple(found.values())
-
-
-def _label_pairs(taken: Sequence[str], text: str) -> Labels:
-    pairs: dict[str, str] = {}
-    for item in _items(text):
-        name, value = _label_pair(item)
-        if name in (*pairs, "instance", *taken) or name.startswith("__"):
-            raise ValueError(f"the label {name} is set already")
-        pairs[name] = value
-    return tuple(sorted(pair for pair in pairs.items() if pair[1]))
-
-
-def _label_pair(item: str) -> tuple[str, str]:
-    name, equals, value = item.partition("=")
-    if "{{" in item:
-        raise ValueError("expected fixed values: templates are not expanded here")
-    # An operator, labels that a blank or a semicolon parts, half a pair of quotes.
-    wrong = re.match(r"[=~]|.*[\s;]\w+=", value) or value.count('"') % 2
-    if wrong or not equals or not re.match(r"[a-zA-Z_]\w*\Z", name, re.ASCII):
-        raise ValueError("expected labels as in job=vllm,namespace=prod")
-    return name, value.strip().strip('"')
-
-
-def parse_vector(text: str) -> Expr:
-    """Return an expression that gives an instant vector.
-
-    Raises PromQLError, or ConfigError for another type.
-    """
-    expr = parse_expression(text)
-    if type_of(expr) != VECTOR:
-        raise ConfigError(f"expected an {VECTOR}, this is a {type_of(expr)}")
-    return expr
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float_or_nan(text)):
-        raise ValueError("expected a finite number as in 10 or 0.95")
-    return parse_float(text)
-
-
-def _optional(parse: Callable[[str], T], text: str) -> T | None:
-    return parse(text) if text else None
-
-
-def _port(text: str) -> int:
-    if not re.match(r"\d{1,5}\Z", text, re.ASCII) or int(text) > 65535:
-        raise ValueError("expected a port number from 0 (any free one) to 65535")
-    return int(text)
-
-
-def _duration(least: float, most: float, text: str) -> float:
-    with suppress(ValueError):
-        seconds = _go_duration(text)
-        if least <= seconds <= most:
-            return seconds
-    low, high = format_duration(least), format_duration(most)
-    raise ValueError(f"expected {low} to {high}, as in 0.8, 0.8s or 500ms")
-
-
-def _go_duration(text: str) -> float:
-    # Who writes manifests knows time.ParseDuration of Go: fractions have units, too.
-    if not re.match(rf"(?:{_GO_PART.pattern})+\Z", text, re.ASCII):
-        return parse_duration(text)
-    return sum(float(n) * GO_UNITS[unit] for n, unit in _GO_PART.findall(text))
-
-
-def _one_of(choices: Sequence[str], text: str) -> str:
-    if text.lower() not in choices:
-        raise ValueError(f"expected one of {', '.join(choices)}")
-    return text.lower()
-
-
-def _bytes(text: str) -> int:
-    match = re.match(r"(\d{1,12})(|Ki|Mi|Gi)\Z", text, re.ASCII)
-    powers = {"": 0, "Ki": 10, "Mi": 20, "Gi": 30}
-    size = int(match[1]) << powers[match[2]] if match else 0
-    if not 1 << 20 <= size <= 1 << 32:
-        raise ValueError(f"expected bytes from 1Mi to 4Gi, not {text!r}")
-    return size
-
-
-def _flag(text: str) -> bool:
-    return _one_of(("true", "false"), text) == "true"
-
-
-class Setting(NamedTuple):
-    """An environment variable; its parser raises ValueError with what it expects."""
-
-    name: str
-    parse: Callable[[str], Any]
-    default: str
-    help: str
-
-
-LEVELS, FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
-SETTINGS = tuple(itertools.starmap(Setting, (
-    ("METRICS_ENDPOINT", _endpoints, "http://localhost:8080/metrics",
-     "URL of the metrics, or several, separated by commas"),
-    ("METRICS_BEARER_TOKEN_FILE", str, "", "file of a token, read at each scrape"),
-    ("METRICS_CA_FILE", str, "", "certificates to trust instead of the system's"),
-    ("METRICS_CERT_FILE", str, "", "certificate to show to the metrics server"),
-    ("METRICS_KEY_FILE", str, "", "its key, if that is in a file of its own"),
-    ("METRICS_TLS_SKIP_VERIFY", _flag, "false", "true: trust any certificate"),
-    ("TARGET_LABELS", partial(_label_pairs, ADDED_LABELS), "",
-     "labels for every series, as in job=vllm,namespace=prod"),
-    ("METRIC_TO_CHECK", partial(_optional, parse_vector), "",
-     "metric, or any PromQL expression, that may not exceed METRIC_THRESHOLD"),
-    ("METRIC_THRESHOLD", partial(_optional, _finite), "",
-     "highest healthy value; without METRIC_TO_CHECK that of the default rules"),
-    ("METRICS_THRESHOLD", partial(_optional, _finite), "",
-     "another spelling of METRIC_THRESHOLD"),
-    ("UNHEALTHY_WHEN", parse_rules, "",
-     "rules, one a line: [Name: ] EXPR [for DURATION] [keep_firing_for DURATION]"),
-    ("WITHOUT_RULES", _builtin_names, "",
-     "built-in rules to leave out, separated by commas"),
-    ("HEALTH_ENDPOINT", _endpoints, "",
-     "URL of the server's own health route, or several, asked beside each scrape"),
-    ("CANARY_URL", partial(_optional, _target), "",
-     "URL to ask for one token when no metric tells: http://HOST/v1/completions"),
-    ("CANARY_BODY", _canary_body, "",
-     "JSON to send there; by default a prompt with max_tokens 1"),
-    ("CANARY_TIMEOUT", partial(_duration, 0.01, MOST_CANARY_TIMEOUT), "30",
-     "seconds until it has failed"),
-    ("CANARY_AFTER", partial(_duration, LEAST_CANARY_AFTER, 86400.0), "5m",
-     "time without anything that moves, and between two that succeed"),
-    ("CANARY_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
-    ("CANARY_WHEN", parse_rules, "",
-     "EXPR [for DURATION] that asks for it, where the server is not a known one"),
-    ("EXIT_WHEN", _rule_names, "",
-     "rules at which to exit with 88, which restarts a pod of Kubernetes 1.36"),
-    ("EXIT_AFTER", partial(_duration, 0.0, 86400.0), "10m",
-     "time from the start in which it does not exit so"),
-    ("LAST_WORDS", str, "",
-     "file that has the reason then; /dev/termination-log where there is one"),
-    ("DRAIN_TIMEOUT", partial(_duration, 0.1, 3600.0), "25",
-     "seconds that /drain waits; keep it below the grace period of the pod"),
-    ("DRAIN_WHILE", partial(_optional, parse_vector), "",
-     "expression that gives what still runs or waits, where the server is not known"),
-    ("ALERTMANAGER_URL", _alertmanagers, "",
-     "URL of an Alertmanager, or several, each of which gets every alert"),
-    ("ALERT_LABELS", partial(_label_pairs, ("alertname",)), "",
-     "labels of alerts, as in severity=critical"),
-    ("ALERTMANAGER_BEARER_TOKEN_FILE", str, "", "file of a token for it"),
-    ("ALERTMANAGER_CA_FILE", str, "", "certificates to trust for it"),
-    ("POD_NAME", str, "", "label pod of alerts; the host name if unset"),
-    ("APP_PORT", _port, "8081", "port to answer on"),
-    ("APP_HOST", str, "", "address to answer on; all addresses if unset"),
-    ("METRICS_TIMEOUT", partial(_duration, 0.01, 60.0), "0.8",
-     "seconds for a whole scrape; keep it below the timeout of the probe"),
-    ("SCRAPE_INTERVAL", partial(_duration, 0.0, 3600.0), "0",
-     "seconds between checks, to answer from memory; 0 checks on each request"),
-    ("HISTORY_LIMIT", _bytes, "16Mi",
-     "bytes that the remembered series may take, as in 16Mi"),
-    ("LOG_LEVEL", partial(_one_of, LEVELS), "info", ", ".join(LEVELS)),
-    ("LOG_FORMAT", partial(_one_of, FORMATS), "text", ", ".join(FORMATS)),
-)))  # fmt: skip
-
-
-# --- 8. Scrape: URL -> bytes ---------------------------------------------------------
+# --- 9. Scrape: URL -> bytes ---------------------------------------------------------
 
 MAX_HEAD, MAX_FIELDS = 64 * 1024, 250
 MAX_REDIRECTS, REDIRECTS = 3, (301, 302, 303, 307, 308)
@@ -3905,7 +3909,7 @@ def _readinto(
     response: Response, body: Response | gzip.GzipFile, deadline: float,
     view: memoryview,
 ) -> int:
-    with _Translated():
+    with Translated():
         # A megabyte that has been received may unpack to a gigabyte.
         _left(deadline)
         count = body.readinto(view)
@@ -3930,7 +3934,7 @@ def fetch(
     if target.authorization:
         headers["Authorization"] = target.authorization
     for _ in range(MAX_REDIRECTS + 1):
-        with _Translated():
+        with Translated():
             response = send(
                 at.address, deadline, credentials, headers, body=body, overtime=overtime
             )
@@ -3946,14 +3950,14 @@ def fetch(
 def _moved(target: Target, location: str) -> Target:
     with suppress(ValueError):
         url = urllib.parse.urljoin(target.address, location)
-        moved = _target(url.partition("#")[0])
+        moved = parse_target(url.partition("#")[0])
         schemes = {at.url.partition(":")[0] for at in (moved, target)}
         if moved.instance == target.instance and len(schemes) == 1:
             return moved
     raise ScrapeError("redirect", "redirected to another origin: not followed")
 
 
-class _Translated:
+class Translated:
     """Raises what urllib raises as a ScrapeError.
 
     As a generator it would be part of a cycle that keeps the buffer of the body.
@@ -4260,7 +4264,7 @@ def _begin(family: int, kind: int, protocol: int, _: str, address: Any) -> _Sock
     return sock
 
 
-# --- 9. Exposition: bytes x wanted names -> samples ----------------------------------
+# --- 10. Exposition: bytes x wanted names -> samples ---------------------------------
 # The text format 0.0.4 and OpenMetrics 1.0 as Prometheus' scraper reads them
 # (model/textparse/promlex.l): only the lines of wanted names are looked at.  So a bare
 # newline within a label of another metric, which no client library writes, ends a line.
@@ -4391,7 +4395,7 @@ def read_samples(
     # Each line starts with a newline: what is kept of a chunk begins with one, too.
     buffer[0], filled, final = NEWLINE, 1, False
     while not final:
-        count = _fill(view[filled:-1], stream.readinto)
+        count = fill(view[filled:-1], stream.readinto)
         filled, reading.size = filled + count, reading.size + count
         final = filled < len(view) - 1
         cut = final and buffer[filled - 1] != NEWLINE
@@ -4407,7 +4411,8 @@ def read_samples(
     return reading
 
 
-def _fill(view: memoryview, readinto: Callable[[memoryview], int]) -> int:
+def fill(view: memoryview, readinto: Callable[[memoryview], int]) -> int:
+    """Fill a buffer as far as there is something; return how much that is."""
     filled = 0
     while filled < len(view):
         count = readinto(view[filled:])
@@ -4623,7 +4628,7 @@ def _unescape(quoted: bytes) -> str:
     return text.decode()
 
 
-# --- 10. Log: what happens -> lines of stderr ----------------------------------------
+# --- 11. Log: what happens -> lines of stderr ----------------------------------------
 
 LOG = logging.getLogger("health_check")
 MAX_BACKLOG, FLUSH_TIME = 256 * 1024, 0.2
@@ -4692,7 +4697,9 @@ class LogWriter(logging.Handler):
             if self._lost or self._size + len(line) > MAX_BACKLOG:
                 self._lost += 1
             else:
-                self._append(line)
+                self._lines.append(line)
+                self._size += len(line)
+                self._changed.notify_all()
 
     def flush(self) -> None:
         """Wait until all is written, a moment at most: the program may be ending."""
@@ -4701,11 +4708,6 @@ class LogWriter(logging.Handler):
 
     def _encode(self, record: logging.LogRecord) -> bytes:
         return f"{self.format(record)}\n".encode(errors="backslashreplace")
-
-    def _append(self, line: bytes) -> None:
-        self._lines.append(line)
-        self._size += len(line)
-        self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
@@ -4719,12 +4721,13 @@ class LogWriter(logging.Handler):
     def _next_line(self) -> bytes:
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self._lost)
-            if not self._lines:
-                text = f"nobody read the log, lines lost: {self._lost}"
-                told = {"msg": text, "levelname": "WARNING"}
-                self._append(self._encode(logging.makeLogRecord(told)))
-                self._lost = 0
-            return self._lines.popleft()
+            if self._lines:
+                return self._lines.popleft()
+            text = f"nobody read the log, lines lost: {self._lost}"
+            told = {"msg": text, "levelname": "WARNING"}
+            line = self._encode(logging.makeLogRecord(told))
+            self._size, self._lost = self._size + len(line), 0
+            return line
 
     def _write(self, line: bytes) -> None:
         while line:
@@ -4767,7 +4770,7 @@ class JSONFormatter(TextFormatter):
         return json.dumps(fields)
 
 
-# --- 11. Words: Verdict -> text ------------------------------------------------------
+# --- 12. Words: Verdict -> text ------------------------------------------------------
 
 MAX_LAST_WORDS, MAX_RULE, MAX_READ = 2000, 160, 5
 ANSWERED = "up", "scrape_error"
@@ -4987,7 +4990,7 @@ def remaining(
     return shorten(", ".join(itertools.islice(shown, 10)))
 
 
-# --- 12. Absence: rules x what scrapes show -> warnings ------------------------------
+# --- 13. Absence: rules x what scrapes show -> warnings ------------------------------
 # What finds nothing never fires: a typo, a rename, a label, another server may be why.
 
 REMIND, REMIND_OF_TARGET = 300.0, 3600.0
@@ -5269,7 +5272,7 @@ def _may_be_typo(part: str, other: str) -> bool:
     return {part, other} == RENAMED or (ratio >= 0.75 and digits[0] == digits[1])
 
 
-# --- 13. Probe: URL -> whether a server answers as it should -------------------------
+# --- 14. Probe: URL -> whether a server answers as it should -------------------------
 # An engine that hangs while it is idle says 0 run, 0 wait for ever, and gauges that
 # stand still look the same whether it hangs or its clients left.  Only a request tells;
 # the metrics say when it is needed, so that it is almost never sent.
@@ -5469,13 +5472,13 @@ def _served_model(target: Target, deadline: float, credentials: Credentials) -> 
 
 def _read(response: Response, deadline: float) -> bytes:
     buffer = bytearray(MAX_COMPLETION)
-    size = _fill(memoryview(buffer), reader_of(response, deadline))
+    size = fill(memoryview(buffer), reader_of(response, deadline))
     if size == MAX_COMPLETION:
         raise ScrapeError("too_large", f"an answer of {MAX_COMPLETION} bytes or more")
     return bytes(buffer[:size])
 
 
-# --- 14. History: samples of each check -> what expressions are evaluated against ----
+# --- 15. History: samples of each check -> what expressions are evaluated against ----
 
 POINTS_PER_RANGE, LEAST_POINTS = 512, 32
 # What a series takes besides its samples and the text of its labels, with what a check
@@ -5685,7 +5688,7 @@ def _size(labels: Labels) -> int:
     return SERIES_BYTES + sum(len(value) for _, value in labels)
 
 
-# --- 15. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
+# --- 16. Scraper: targets -> scrapes, by a worker each, under one deadline -----------
 
 GRACE = 0.05
 # How long a request that has had no answer in time is not sent again: a server that
@@ -5875,7 +5878,7 @@ class Scraper:
             return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 
 
-# --- 16. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
+# --- 17. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
 MAX_LATE, MAX_OVERDUE, MAX_DRAIN_PAUSE = 0.25, 60.0, 5.0
@@ -6227,7 +6230,7 @@ def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         return status._replace(error=f"bug: {report(error)}")
 
 
-# --- 17. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
+# --- 18. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------
 # As Prometheus does it (rules/alerting.go, notifier/): a firing alert is sent again and
 # again, its end a little ahead, so that it ends by itself when nobody is left to send.
 
@@ -6381,7 +6384,7 @@ class Notifier:
         deadline, status, problem = time.monotonic() + SEND_TIMEOUT, 0, ""
         try:
             to = self.target.address, deadline, self._credentials, headers
-            with _Translated(), send(*to, body=body) as response:
+            with Translated(), send(*to, body=body) as response:
                 status = response.status
                 if not 200 <= status < 300:
                     problem = redact(f"HTTP {status}: {response.read(200)!r}")
@@ -6478,7 +6481,7 @@ def _failures(targets: Iterable[TargetStatus]) -> list[str]:
     ]  # fmt: skip
 
 
-# --- 18. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
+# --- 19. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
 
 # With 200 rules or 5,000 series an answer would be megabytes: it is cut, and built in
 # slices, one in each turn of the loop, so that it holds up nobody else's.
@@ -6566,15 +6569,15 @@ def _answer(
         return Answer(plain.status, parts, "application/health+json")
     if "verbose" not in options:
         return plain
-    last = _escaped_line(f"Unhealthy: {reason}") if reason else str(plain.body)
-    shown = _bounded(map(_escaped_line, lines), "warn: the rest is left out\n")
+    last = escaped_line(f"Unhealthy: {reason}") if reason else str(plain.body)
+    shown = _bounded(map(escaped_line, lines), "warn: the rest is left out\n")
     return Answer(plain.status, itertools.chain(shown, [last]))
 
 
 def _plain(reason: str, unknown: str = "") -> Answer:
     if reason or not unknown:
         return UNHEALTHY if reason else HEALTHY
-    return Answer(200, _escaped_line(f"Healthy (unknown: {unknown})"))
+    return Answer(200, escaped_line(f"Healthy (unknown: {unknown})"))
 
 
 def _asked(
@@ -6611,7 +6614,8 @@ def _options(query: str) -> dict[str, list[str]]:
     return urllib.parse.parse_qs(query, keep_blank_values=True)
 
 
-def _escaped_line(text: str) -> str:
+def escaped_line(text: str) -> str:
+    """Return a line for people, whatever is in it."""
     return f"{escape_controls(text)}\n"
 
 
@@ -7130,7 +7134,7 @@ PAGE_END = f"""</main>
 """
 
 
-# --- 19. Serve: connections -> Answers -----------------------------------------------
+# --- 20. Serve: connections -> Answers -----------------------------------------------
 
 MAX_CONNECTIONS = 512
 MAX_REQUEST = 16 * 1024
@@ -7589,7 +7593,7 @@ class Server:
         if quiet == 2:
             return Answer(200, "Drained\n")
         reasons = dict.fromkeys(filter(None, (why, left)))
-        return Answer(503, _escaped_line(f"Not drained: {'; '.join(reasons)}"))
+        return Answer(503, escaped_line(f"Not drained: {'; '.join(reasons)}"))
 
     def _why_in_vain(self, verdict: Verdict, end: float, *, known: bool) -> str:
         # Said with what is left, so not before that is known.
@@ -7715,7 +7719,7 @@ def listen(host: str, port: int) -> socket.socket:
         return create(("0.0.0.0", port))
 
 
-# --- 20. Commands: one look at the targets -> lines of stdout, an exit status --------
+# --- 21. Commands: one look at the targets -> lines of stdout, an exit status --------
 
 # A preStop hook has 30 s with the default grace, and SIGTERM comes after it.
 QUERY_PAUSE, WAIT_TOLD_EACH, WAIT_TIMEOUT = 1.0, 10.0, 25.0
@@ -7896,22 +7900,18 @@ def _answer_of_running(environ: Mapping[str, str], path: str) -> tuple[int, str]
     host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(host, host)
     host = f"[{host}]" if ":" in host else host
     port = environ.get("APP_PORT", "").strip()
+    if path.startswith("/health") and not re.search(r"[?&](verbose|format)", path):
+        path += "&verbose" if "?" in path else "?verbose"
     try:
-        with _Translated():
+        with Translated():
             link = port.startswith(SERVICE_LINKS)
-            port = "8081" if link or not port else str(_port(port))
-            url = f"http://{host}:{port}{_with_reason(path)}"
-            with send(url, time.monotonic() + CALLER_TIMEOUT) as response:
+            port = "8081" if link or not port else str(parse_port(port))
+            deadline = time.monotonic() + CALLER_TIMEOUT
+            with send(f"http://{host}:{port}{path}", deadline) as response:
                 answer = response.read(RECEIVE_BUFFER).decode(errors="replace")
         return response.status, answer
     except ScrapeError as error:
         return 0, f"no answer from {host} port {port}: {error}"
-
-
-def _with_reason(path: str) -> str:
-    if not path.startswith("/health") or re.search(r"[?&](verbose|format)", path):
-        return path
-    return f"{path}{'&' if '?' in path else '?'}verbose"
 
 
 def check_config(config: Config, *, as_group: bool) -> int:
@@ -7936,9 +7936,8 @@ def check_config(config: Config, *, as_group: bool) -> int:
 def describe_server(server: KnownServer) -> str:
     """Return a row of the table of servers, a line a field."""
     fields = ("waiting", "running", "moving", "prefill", "remark")
-    found = ((field, getattr(server, field)) for field in fields)
-    told = (f"    {field}: {text}" for field, text in found if text)
-    return "\n".join((f"{server.name} {server.at}", *told))
+    found = (f"    {f}: {getattr(server, f)}" for f in fields if getattr(server, f))
+    return "\n".join((f"{server.name} {server.at}", *found))
 
 
 def describe_rule(status: RuleStatus) -> str:
@@ -8023,7 +8022,7 @@ def _range_text(expressions: Iterable[Expr]) -> str:
     return f"range of {format_duration(longest)}" if longest else ""
 
 
-# --- 21. Main: arguments -> exit status; wiring and signals --------------------------
+# --- 22. Main: arguments -> exit status; wiring and signals --------------------------
 
 EXIT_STATUS, TERMINATION_LOG, MAX_FILE = 88, "/dev/termination-log", 4096
 # What the line about the start has under names of its own.
@@ -8367,8 +8366,8 @@ def _start_demo(config: Config) -> Config:
     )
     url = f"http://127.0.0.1:{simulated.server_port}"
     return config._replace(
-        metrics_endpoint=(_target(f"{url}/metrics"),),
-        canary_url=_target(f"{url}/v1/completions"), canary_timeout=2.0,
+        metrics_endpoint=(parse_target(f"{url}/metrics"),),
+        canary_url=parse_target(f"{url}/v1/completions"), canary_timeout=2.0,
         canary_after=DEMO_AFTER, canary_when=canary_rules(DEMO_AFTER),
         scrape_interval=config.scrape_interval or 1.0,
     )  # fmt: skip
