@@ -1007,19 +1007,23 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Any:
 
 @lru_cache(maxsize=4096)
 def compiled(expr: Expr, lazy: bool) -> Callable[[Evaluation], Any]:
-    """Return what evaluates an expression, equal ones once for each evaluation.
+    """Return what evaluates an expression.
 
-    A ``lazy`` one looks for no error in what cannot change the answer.
+    Equal ones do so once for each evaluation, unless to keep all that they give would
+    take much memory.  A ``lazy`` one looks for no error that cannot change the answer.
     """
     if isinstance(expr, (Number, Text)):
         constant = expr.value
         return lambda _: constant
     if isinstance(expr, Selector):
         compute: Callable[[Evaluation], Value] = partial(_selected, expr)
+        kept = lazy or not expr.matchers
     elif isinstance(expr, Subquery):
-        compute = partial(_subquery, expr, compiled(expr.expr, lazy))
+        compute, kept = partial(_subquery, expr, compiled(expr.expr, lazy)), True
     else:
         compute = _applied(expr, [compiled(part, lazy) for part in expr.operands], lazy)
+        function = FUNCTIONS.get(expr.name)
+        kept = lazy or bool(function and RANGE in function.operands)
 
     def once(evaluation: Evaluation) -> Any:
         known = evaluation.computed
@@ -1027,7 +1031,7 @@ def compiled(expr: Expr, lazy: bool) -> Callable[[Evaluation], Any]:
             known[once] = compute(evaluation)
         return known[once]
 
-    return once
+    return once if kept else compute
 
 
 def _applied(
@@ -1117,12 +1121,13 @@ def matches(matcher: Matcher, value: str) -> bool:
 
 def count_matched(selector: Selector, evaluation: Evaluation) -> int:
     """Return how many series a selector finds."""
-    found, known = evaluate(selector, evaluation), evaluation.computed
-    if not isinstance(found, Range):
-        return len(found)
+    known = evaluation.computed
     if selector not in known:
-        newest = (series.time for series in found.series.values())
-        known[selector] = sum(moment > found.start for moment in newest)
+        found = evaluate(selector, evaluation)
+        fresh = found
+        if isinstance(found, Range):
+            fresh = [s for s in found.series.values() if s.time > found.start]
+        known[selector] = len(fresh)
     return cast(int, known[selector])
 
 
@@ -1206,9 +1211,9 @@ def _pairs(
 ) -> Iterable[tuple[Labels, float, float, float]]:
     """Return what belongs together: labels, the value a filter keeps, two operands."""
     if isinstance(right, float):
-        return ((k, v, v, right) for k, v in cast(Vector, left).items())
+        return [(k, v, v, right) for k, v in cast(Vector, left).items()]
     if isinstance(left, float):
-        return ((k, v, left, v) for k, v in cast(Vector, right).items())
+        return [(k, v, left, v) for k, v in cast(Vector, right).items()]
     return _matched_pairs(expr, cast(Vector, left), cast(Vector, right))
 
 
@@ -1273,7 +1278,7 @@ def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
 
 def _nameless(items: Iterable[tuple[Labels, float]]) -> Vector:
     # Whatever computes a value drops what says of which kind it was.
-    return _distinct((_filtered(labels, False, METADATA), v) for labels, v in items)
+    return _distinct([(_filtered(labels, False, METADATA), v) for labels, v in items])
 
 
 def _distinct(items: Iterable[tuple[Labels, float]]) -> Vector:

@@ -1272,6 +1272,16 @@ class Evaluate(unittest.TestCase):
             with self.subTest(expression), self.assertRaises(EvaluationError):
                 answer(expression, 'x{a="1"} 1; x{a="2"} 2')
 
+    def test_only_what_ranges_give_is_kept_for_other_rules(self):
+        evaluation = history("; ".join(f'x{{a="{i}"}} 1 2' for i in range(9)))
+        for number in range(5):
+            evaluate(parse_expression(f'x{{a!=""}} * {number} + 1'), evaluation)
+        self.assertEqual(evaluation.computed, {})
+        for _ in "12":
+            evaluate(parse_expression("max_over_time(x[5s])"), evaluation)
+        kept = evaluation.computed.values()
+        self.assertEqual([len(found) for found in kept].count(9), 2)
+
     def test_a_label_value_is_matched_once_for_all_checks(self):
         series = "; ".join(f'x{{a="{i}{"a" * 2000}"}} 1' for i in range(9))
         expr = parse_expression('x{a=~"[0-9](a|aa)*b?"}')
