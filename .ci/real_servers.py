@@ -482,6 +482,13 @@ SHIFTS = (
 )  # fmt: skip
 
 
+def interpreter(version: str) -> str:
+    """Return a Python of a version, or this one: what pyenv puts there may not run."""
+    found = shutil.which(f"python{version}") or sys.executable
+    tried = subprocess.run([found, "-V"], capture_output=True, check=False)
+    return found if tried.returncode == 0 else sys.executable
+
+
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -550,7 +557,7 @@ class Run:
         """Install what is pinned, once."""
         done = self.bin.parent / "complete"
         if not done.exists():
-            python = shutil.which(f"python{self.row.python}") or sys.executable
+            python = interpreter(self.row.python)
             venv = [python, "-m", "venv", "--clear", str(self.bin.parent)]
             subprocess.run(venv, check=True)
             for pins in self.row.pins:
