@@ -2672,7 +2672,7 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     moved = [text for server in moving for text in _changed(server, MOVED)]
     busy = (f"{LATEST.format(gauge)} > 0" for gauge in gauges)
     idle = (f"{LATEST.format(gauge)} == 0" for gauge in gauges)
-    asleep = map(_sleeps, filter(operator.attrgetter("asleep"), SERVERS))
+    asleep = (text for server in SERVERS for text in _sleeps(server))
     nowhere = Grouping(True, ())
     quiet = Operation("unless", (_union(idle), _union([*busy, *asleep])), nowhere)
     known = parse_expression("sum_over_time(up[5m]) > 1")
@@ -2771,6 +2771,9 @@ def own_names(server: KnownServer) -> frozenset[str]:
     return frozenset((*names, *server.known_by.split()))
 
 
+_parsed_once = lru_cache(maxsize=256)(parse_expression)
+
+
 def _union(texts: Iterable[str]) -> Expr:
     return _union_of(tuple(dict.fromkeys(filter(None, texts))))
 
@@ -2779,11 +2782,6 @@ def _union(texts: Iterable[str]) -> Expr:
 def _union_of(texts: tuple[str, ...]) -> Expr:
     exprs = map(_parsed_once, texts)
     return reduce(lambda left, right: Operation("or", (left, right)), exprs)
-
-
-@lru_cache(maxsize=256)
-def _parsed_once(text: str) -> Expr:
-    return parse_expression(text)
 
 
 def _queue_full(server: KnownServer, limit: str) -> str:
@@ -2796,8 +2794,7 @@ def _stuck(server: KnownServer, _: str) -> str:
     gauges = f"{server.running} {server.waiting}"
     standing = _standing(server, gauges, server.match), _standing(server, server.open)
     stuck = server.stuck or " or ".join(filter(None, standing))
-    if server.asleep:
-        stuck += f" unless ignoring (pid, sleep_state) {_sleeps(server)}"
+    stuck += _unless("ignoring (pid, sleep_state)", _sleeps(server))
     # From one sample nothing is known, whatever the rest says of it.
     known = " and on (instance) sum_over_time(up[5m]) > 1"
     return stuck and f"({stuck}){_only_with(server.beside)}{known}"
@@ -2815,9 +2812,8 @@ def _unanswered(server: KnownServer, _: str) -> str:
     # What moved counts for longer, so that a scrape may come between it and the end.
     moved = _changed(server, "changes({}[2m10s]) > 0", server.accepted)
     ended = f"sum by (instance) (increase({server.abandoned}[1m10s])) > 1.5"
-    sleeps = [_sleeps(server)] if server.asleep else []
-    text = f"{ended}{_unless('on (instance)', [*moved, *sleeps])}"
-    return f"{text}{_only_with(server.own)}"
+    quiet = _unless("on (instance)", [*moved, *_sleeps(server)])
+    return f"{ended}{quiet}{_only_with(server.own)}"
 
 
 def _failing(server: KnownServer, _: str) -> str:
@@ -2825,8 +2821,7 @@ def _failing(server: KnownServer, _: str) -> str:
         f"sum by (instance) (increase({name}[4m30s]))"
         for name in (server.failed, server.answered)
     )
-    only = _only_with(server.own)
-    text = f"{failed} >= 3 unless on (instance) {answered} > 0{only}"
+    text = f"{failed} >= 3 unless on (instance) {answered} > 0{_only_with(server.own)}"
     return text if server.failed else ""
 
 
@@ -2840,8 +2835,8 @@ def _unless(match: str, texts: Iterable[str]) -> str:
     return "".join(f" unless {match} {text}" for text in texts)
 
 
-def _sleeps(server: KnownServer) -> str:
-    return f"{LATEST.format(server.asleep)} == 0"
+def _sleeps(server: KnownServer) -> list[str]:
+    return [f"{LATEST.format(server.asleep)} == 0"] if server.asleep else []
 
 
 def _only_with(own: str) -> str:
