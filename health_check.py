@@ -102,7 +102,7 @@ STARTED = time.time()
 
 T = TypeVar("T")
 
-# --- 1. Vocabulary: the nouns, and how numbers and series are written ----------------
+# --- 1. Vocabulary: the nouns, from Expr to Verdict, and how they are printed --------
 
 Labels = Tuple[Tuple[str, str], ...]
 """Label pairs sorted by name, the metric's name among them as ``__name__``."""
@@ -946,7 +946,7 @@ def _bracketed(
     return at + 1, program
 
 
-# --- 3. Evaluate: Expr x History -> Vector -------------------------------------------
+# --- 3. Evaluate: operators and functions, Expr x History -> Vector ------------------
 # What an operator or a function gives is what engine.go, functions.go and quantile.go
 # of Prometheus 3 (promql/) give.  FUNCTIONS, at the end of the section, is the one
 # table of all functions: the parser takes the types of their operands from it.
@@ -3811,7 +3811,7 @@ def _shown(name: str, text: str) -> str:
     return repr(shorten(text, MAX_VALUE_SHOWN))
 
 
-# --- 9. Scrape: URL -> bytes ---------------------------------------------------------
+# --- 9. Scrape: URL -> bytes, or a reason why not ------------------------------------
 
 MAX_HEAD, MAX_FIELDS = 64 * 1024, 250
 MAX_REDIRECTS, REDIRECTS = 3, (301, 302, 303, 307, 308)
@@ -4770,7 +4770,7 @@ class JSONFormatter(TextFormatter):
         return json.dumps(fields)
 
 
-# --- 12. Words: Verdict -> text ------------------------------------------------------
+# --- 12. Words: Verdict -> sentences, for the log and for answers --------------------
 
 MAX_LAST_WORDS, MAX_RULE, MAX_READ = 2000, 160, 5
 ANSWERED = "up", "scrape_error"
@@ -4990,7 +4990,7 @@ def remaining(
     return shorten(", ".join(itertools.islice(shown, 10)))
 
 
-# --- 13. Absence: rules x what scrapes show -> warnings ------------------------------
+# --- 13. Absence: what rules name and no scrape shows -> warnings --------------------
 # What finds nothing never fires: a typo, a rename, a label, another server may be why.
 
 REMIND, REMIND_OF_TARGET = 300.0, 3600.0
@@ -5272,7 +5272,7 @@ def _may_be_typo(part: str, other: str) -> bool:
     return {part, other} == RENAMED or (ratio >= 0.75 and digits[0] == digits[1])
 
 
-# --- 14. Probe: URL -> whether a server answers as it should -------------------------
+# --- 14. Probe: canary and health route -> whether a server answers ------------------
 # An engine that hangs while it is idle says 0 run, 0 wait for ever, and gauges that
 # stand still look the same whether it hangs or its clients left.  Only a request tells;
 # the metrics say when it is needed, so that it is almost never sent.
@@ -5760,11 +5760,11 @@ class Job(NamedTuple):
 class Scraper:
     """Asks all targets and health routes at once, a worker thread for each.
 
-    One thread at a time gives jobs.  ``_orders`` has the newest one for each worker, or
-    None to end.  A worker that is late for its job is waited for no longer: it waits on
-    for the same answer, and takes the newest job after it.  ``_known`` has the series
-    of each target's last scrape, for its worker alone.  ``spare`` names are those that
-    may be given up where there is no room for all.
+    Only the thread that begins a check gives jobs; ``_orders`` has the newest job of
+    each worker, or None to end.  A check goes on without a worker that is late: that
+    one still reads its answer, and takes the newest job after it.  ``_known`` has the
+    series of each target's last scrape, for its worker alone.  ``spare`` names are read
+    by built-in rules only: they go first where a page has more series than fit.
     """
 
     def __init__(
@@ -5878,7 +5878,7 @@ class Scraper:
             return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 
 
-# --- 17. Monitor: checks on demand or on a schedule, and publishes Verdicts ----------
+# --- 17. Monitor: checks when asked or on a schedule -> Verdicts ---------------------
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
 MAX_LATE, MAX_OVERDUE, MAX_DRAIN_PAUSE = 0.25, 60.0, 5.0
@@ -5913,10 +5913,10 @@ class Monitor:
     """Checks on demand or on a schedule, and publishes a Verdict each time.
 
     One check runs at a time, from when scrapes are ordered for it until its verdict is
-    published: by the worker that has the last scrape, or by this class' own thread, if
-    the deadline is before it.  Only that thread, or whoever calls ``check`` instead of
-    starting any, touches ``judge``.  The lock guards what is asked for, which check
-    runs, and whose scrapes are waited for.
+    published: by the worker that has the last scrape, or by this class' own thread if
+    the deadline comes first.  Only that thread, or whoever calls ``check`` and has
+    started no thread, touches ``judge``, which makes a Verdict of scrapes.  The lock
+    guards what is asked for, which check runs, and whose scrapes are waited for.
     ``verdict`` is replaced as a whole: any thread may read it.  ``listeners`` are
     called in order.
     """
@@ -6481,7 +6481,7 @@ def _failures(targets: Iterable[TargetStatus]) -> list[str]:
     ]  # fmt: skip
 
 
-# --- 19. Answers: Verdict -> text, JSON, metrics, a page -----------------------------
+# --- 19. Answers: path x Verdict -> text, JSON, metrics, a page ----------------------
 
 # With 200 rules or 5,000 series an answer would be megabytes: it is cut, and built in
 # slices, one in each turn of the loop, so that it holds up nobody else's.
