@@ -4724,8 +4724,8 @@ class LogWriter(logging.Handler):
             if self._lines:
                 return self._lines.popleft()
             text = f"nobody read the log, lines lost: {self._lost}"
-            told = {"msg": text, "levelname": "WARNING"}
-            line = self._encode(logging.makeLogRecord(told))
+            fields = {"msg": text, "levelname": "WARNING"}
+            line = self._encode(logging.makeLogRecord(fields))
             self._size, self._lost = self._size + len(line), 0
             return line
 
@@ -4822,16 +4822,16 @@ def last_words(rule: Rule, evaluation: Evaluation) -> str:
     A restart destroys it: the first and the last value, the least and the most, and for
     how long the last has stood still.  A single sample tells no more than its alert.
     """
-    told: dict[str, str] = {}
+    courses: dict[str, str] = {}
     for labels, points in _points_read(rule, evaluation):
         if len(points.times) == 1:
             continue
         series = format_series(labels)
-        told[series] = f"{series} {_course(points, evaluation.now)}"
+        courses[series] = f"{series} {_course(points, evaluation.now)}"
         # Labels can be long, and slow to show.
-        if sum(map(len, told.values())) > MAX_LAST_WORDS:
+        if sum(map(len, courses.values())) > MAX_LAST_WORDS:
             break
-    return shorten("; ".join(told.values()), MAX_LAST_WORDS)
+    return shorten("; ".join(courses.values()), MAX_LAST_WORDS)
 
 
 def _points_read(
@@ -5014,12 +5014,12 @@ class Page(NamedTuple):
 class Search(NamedTuple):
     """How far the search for the series of a selector has come.
 
-    ``homes`` are the targets that have had some; ``told`` counts the warnings since.
+    ``homes`` are the targets that have had some; ``warned`` counts the warnings since.
     """
 
     homes: frozenset[str] = frozenset()
-    told: int = 0
-    told_at: float = -math.inf
+    warned: int = 0
+    warned_at: float = -math.inf
 
     def advance(
         self, homes: frozenset[str], scraped: AbstractSet[str], now: float
@@ -5030,21 +5030,21 @@ class Search(NamedTuple):
         """
         known = self.homes | homes
         if known and not known & scraped - homes:
-            return Search(known, 0 if homes else self.told, self.told_at), False
+            return Search(known, 0 if homes else self.warned, self.warned_at), False
         if not self.due(now):
             return self._replace(homes=known), False
-        return Search(known, self.told + 1, now), True
+        return Search(known, self.warned + 1, now), True
 
     def due(self, now: float) -> bool:
         """Tell whether to warn if nothing is found."""
-        return self.told < 2 and now - self.told_at >= REMIND
+        return self.warned < 2 and now - self.warned_at >= REMIND
 
 
 class Unwatched(NamedTuple):
     """Since when a target has shown nothing that a rule knows, and what that is."""
 
     since: float
-    told_at: float = -math.inf
+    warned_at: float = -math.inf
     empty: bool = True
     remark: str = ""
 
@@ -5056,9 +5056,9 @@ class Unwatched(NamedTuple):
         """
         pause = REMIND_OF_TARGET if self.empty == (not names) else REMIND
         waited = bool(names) or now - self.since >= REMIND
-        due = waited and now - self.told_at >= pause
-        told_at = now if due else self.told_at
-        return Unwatched(self.since, told_at, not names, describe_page(names)), due
+        due = waited and now - self.warned_at >= pause
+        warned_at = now if due else self.warned_at
+        return Unwatched(self.since, warned_at, not names, describe_page(names)), due
 
 
 class Lookout:
@@ -5088,12 +5088,12 @@ class Lookout:
     def wants_names(self, now: float) -> bool:
         """Tell whether the next scrapes should list the names of all metrics."""
         due = [
-            search.due(now) and bool(search.told or not search.homes)
+            search.due(now) and bool(search.warned or not search.homes)
             for search in self._searches.values()
         ]
         # An empty page costs nothing to list.
         due += [
-            state.empty or now - state.told_at >= REMIND_OF_TARGET
+            state.empty or now - state.warned_at >= REMIND_OF_TARGET
             for state in self._unwatched.values()
         ]
         return any(due) or (self._builtin and not self._asked)
@@ -6369,10 +6369,10 @@ class Notifier:
     def _choose(self, verdict: Verdict) -> dict[Labels, tuple[RuleStatus, Alert]]:
         # Those that were told of, as ended too, and new ones while there is room; the
         # labels of thousands that are not sent are not made.
-        told = {notice.key: notice.labels for notice in self._notices.values()}
+        known = {notice.key: notice.labels for notice in self._notices.values()}
         chosen: dict[Labels, tuple[RuleStatus, Alert]] = {}
         for status, alert in _firing(verdict):
-            labels = told.get((status.rule.name, alert.labels))
+            labels = known.get((status.rule.name, alert.labels))
             if not labels and len(chosen) < MAX_ALERTS:
                 labels = _alert_labels(status.rule, alert, self._config)
             if labels:
@@ -7722,7 +7722,7 @@ def listen(host: str, port: int) -> socket.socket:
 # --- 21. Commands: one look at the targets -> lines of stdout, an exit status --------
 
 # A preStop hook has 30 s with the default grace, and SIGTERM comes after it.
-QUERY_PAUSE, WAIT_TOLD_EACH, WAIT_TIMEOUT = 1.0, 10.0, 25.0
+QUERY_PAUSE, REPORT_PAUSE, WAIT_TIMEOUT = 1.0, 10.0, 25.0
 PROMETHEUS_STEP = 10.0
 # What Prometheus does not have, or only from somewhere else.
 NOT_IN_PROMETHEUS = {
@@ -7795,15 +7795,15 @@ def wait(config: Config, text: str, timeout: float) -> int:
     Prints each ten seconds what it waits for.  Raises as ``print_query`` does.
     """
     expr = _holdable(parse_vector(text), config)
-    quiet, told, end = 0, -math.inf, time.monotonic() + timeout
+    quiet, reported, end = 0, -math.inf, time.monotonic() + timeout
     for missing, targets, evaluation in _checks([Rule("Wait", expr)], config):
         _warn(missing)
         left = remaining(expr, targets, evaluation)
         quiet = 0 if left else quiet + 1
         if quiet == 2:
             return 0
-        if left and evaluation.now >= told + WAIT_TOLD_EACH:
-            told = evaluation.now
+        if left and evaluation.now >= reported + REPORT_PAUSE:
+            reported = evaluation.now
             say(f"waiting for {escape_controls(left)}")
         if time.monotonic() + QUERY_PAUSE > end:
             break
@@ -7825,9 +7825,9 @@ def _scrape_for(
     """Scrape what rules read, twice if ``again``; return how that went too."""
     for check in itertools.islice(_checks(rules, config), 1 + again):
         missing, targets, _ = check
-        # What is remarked of a target is told with the outcome.
-        told = [f"{target.instance}: {target.remark}" for target in targets]
-        _warn(text for text in missing if text not in told)
+        # What is remarked of a target is printed with the outcome.
+        remarks = [f"{target.instance}: {target.remark}" for target in targets]
+        _warn(text for text in missing if text not in remarks)
     return check[1:]
 
 

@@ -6049,7 +6049,7 @@ class CommandsTest(CommandLine):
         bad = page(status="500 Internal Server Error")
         pages = iter([page("x 2\n"), page("x 0\n"), bad, *[page("x 0\n")] * 2])
         environ = {"METRICS_ENDPOINT": self.metrics(lambda _: [next(pages)]).url}
-        with mock.patch.multiple(health_check, QUERY_PAUSE=0, WAIT_TOLD_EACH=0):
+        with mock.patch.multiple(health_check, QUERY_PAUSE=0, REPORT_PAUSE=0):
             code, out, err = self.run_main("--wait", "x > 0", **environ)
         self.assertEqual(err, "")
         lines = out.splitlines()
