@@ -7840,10 +7840,9 @@ def _checks(
     rules: Sequence[Rule], config: Config
 ) -> Iterator[tuple[list[str], tuple[TargetStatus, ...], Evaluation]]:
     """Scrape what rules read, again and again; yield what is missing too."""
-    wanted, lookout = lookbacks(rule.expr for rule in rules), Lookout(rules, config)
-    users = lookbacks(rule.expr for rule in rules if not rule.builtin)
-    scraper = Scraper(config, wanted, frozenset(wanted) - {*users})
-    history = History(wanted, config.history_limit)
+    asked = config._replace(rules=tuple(rules), canary_when=(), drain_while=None)
+    parts = Judge(asked)
+    scraper, history, lookout = parts.scraper, parts.history, parts.lookout
     scraper.start()
     try:
         while True:
