@@ -732,12 +732,8 @@ class Instruction(NamedTuple):
 
 
 Program = Sequence[Instruction]
-
 END = Instruction(anchor="end")
-MAX_PATTERN = 4000
-MAX_INSTRUCTIONS = 1000
-MAX_REPEAT = 1000
-MAX_DEPTH = 50
+MAX_PATTERN, MAX_INSTRUCTIONS, MAX_REPEAT, MAX_DEPTH = 4000, 1000, 1000, 50
 _FLAGS = {"i": re.IGNORECASE, "s": re.DOTALL}
 _GROUP = re.compile(
     r"\((?:\?(?:P?<([A-Za-z_]\w*)>|([A-Za-z]*)(?:-([A-Za-z]+))?([:)]))|(?!\?))"
@@ -951,13 +947,12 @@ def _bracketed(
 # of Prometheus 3 (promql/) give.  FUNCTIONS, at the end of the section, is the one
 # table of all functions: the parser takes the types of their operands from it.
 
-SCALAR, VECTOR, RANGE = "scalar", "instant vector", "range vector"
-STRING = "string"
+SCALAR, STRING = "scalar", "string"
+VECTOR, RANGE = "instant vector", "range vector"
 SET_OPERATORS = ("and", "or", "unless")
 COMPARISONS = ("==", "!=", "<=", "<", ">=", ">")
 METADATA = ("__name__", "__type__", "__unit__")
-MAX_POINTS_OF_SUBQUERY = 1_000_000
-MAX_REPLACED = 200_000
+MAX_POINTS_OF_SUBQUERY, MAX_REPLACED = 1_000_000, 200_000
 
 
 class EvaluationError(ValueError):
@@ -1797,9 +1792,7 @@ RULE_WORDS = ("for", "keep_firing_for")
 MODIFIERS = ("bool", "on", "ignoring", "group_left", "group_right", "atan2")
 NO_NAMES = (*MODIFIERS, "inf", "nan")
 JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS, "offset", "@", "["}
-MAX_OPERATORS = 150
-MIN_RANGE = 0.001
-SUBQUERY_STEP = 60.0
+MAX_OPERATORS, MIN_RANGE, SUBQUERY_STEP = 150, 0.001, 60.0
 
 _TOKENS = (
     r"""(?:[ \t\r]|\#[^\n]*)*(?:
@@ -2050,7 +2043,9 @@ class Parser:
             return self._call(token.key if aggregates else token.text)
         return self._selector()
 
-    def _list(self, brackets: str, item: Callable[[], T]) -> list[T]:
+    def _list(
+        self, brackets: str, item: Callable[[], T], *, trailing: bool = True
+    ) -> list[T]:
         items: list[T] = []
         self.accept("\n")
         self.expect(brackets[0])
@@ -2058,6 +2053,8 @@ class Parser:
             items.append(item())
             if self.token.key != brackets[1]:
                 self.expect(",")
+                if not trailing and self.token.key == brackets[1]:
+                    raise self.token.unexpected("an argument")
         return items
 
     def _grouping(self, *words: str) -> Grouping | None:
@@ -2092,17 +2089,11 @@ class Parser:
             raise self.token.unexpected(f"a function{hint}")
         token, function = self.take(), FUNCTIONS[name]
         grouping = self._grouping("by", "without")
-        operands = self._list("()", self._argument)
+        operands = self._list("()", self._binary, trailing=False)
         _check_operands(function, operands, token)
         if name in AGGREGATORS and not grouping:
             grouping = self._grouping("by", "without") or Grouping(True, ())
         return Operation(name, tuple(operands), grouping)
-
-    def _argument(self) -> Expr:
-        expr = self._binary()
-        if self.token.key == "," and self.following.key == ")":
-            raise self.following.unexpected("an argument")
-        return expr
 
     def _selector(self) -> Selector:
         start, matchers = self.token, []
