@@ -6,9 +6,8 @@ ARG BASE=python:3.13-slim
 FROM ${BASE} AS tested
 USER 0
 WORKDIR /app
-COPY health_check.py .
-RUN ["python3", "-m", "compileall", "-q", "-b", "/app/health_check.py"]
 COPY --chmod=755 . .
+RUN ["python3", "-m", "compileall", "-q", "-b", "/app/health_check.py"]
 USER 65532:65532
 RUN ["python3", "-m", "unittest", \
      "test_health_check.Documentation", "test_health_check.Vocabulary", \

@@ -995,7 +995,6 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 README = (
     ("`/health`, median; 1 MB of metrics, 10 KB", "/health, 1 client, .*, p50"),
     ("answers to 16 clients; 1 MB, 10 KB", "/health, 16 clients, .*, rate"),
-    ("scrapes, one at a time, at 1,000 probes a second", "scrapes at 1,000 probes/s"),
     ("memory with 64 clients, 200 clients", "peak RSS, .*, byte-code"),
     ("CPU of a day, a probe each 10 s", "CPU of a day, a probe each 10 s"),
     ("start to the first answer; from byte-code, from source", "start to 200, .*"),
