@@ -7230,8 +7230,6 @@ class Request(http.server.BaseHTTPRequestHandler):
     ``refusal`` is the answer to one that is not taken.
     """
 
-    protocol_version = "HTTP/1.1"
-
     def __init__(self, head: bytes) -> None:
         # That of the base class would take a socket, and wait for it.
         self.rfile, self.command = io.BytesIO(head.lstrip(b"\r\n")), ""
@@ -7266,10 +7264,6 @@ class Request(http.server.BaseHTTPRequestHandler):
     ) -> None:
         """Note why it is not taken: the base class would send a page of HTML."""
         self.refusal = Answer(code, REFUSALS[code])
-
-    def handle_expect_100(self) -> bool:
-        """Say nothing: the answer follows at once."""
-        return True
 
     def respond(self, answer: Answer) -> bytes:
         """Return the whole response; the connection ends with it."""
