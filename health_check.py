@@ -5022,9 +5022,8 @@ class Search(NamedTuple):
         known = self.homes | homes
         if known and not known & scraped - homes:
             return Search(known, 0 if homes else self.warned, self.warned_at), False
-        if not self.due(now):
-            return self._replace(homes=known), False
-        return Search(known, self.warned + 1, now), True
+        due = self.due(now)
+        return Search(known, self.warned + due, now if due else self.warned_at), due
 
     def due(self, now: float) -> bool:
         """Tell whether to warn if nothing is found."""
@@ -5078,16 +5077,13 @@ class Lookout:
 
     def wants_names(self, now: float) -> bool:
         """Tell whether the next scrapes should list the names of all metrics."""
-        due = [
-            search.due(now) and bool(search.warned or not search.homes)
-            for search in self._searches.values()
-        ]
-        # An empty page costs nothing to list.
-        due += [
-            state.empty or now - state.warned_at >= REMIND_OF_TARGET
-            for state in self._unwatched.values()
-        ]
-        return any(due) or (self._builtin and not self._asked)
+        searches, unwatched = self._searches.values(), self._unwatched.values()
+        return (
+            (self._builtin and not self._asked)
+            or any(s.due(now) and (s.warned or not s.homes) for s in searches)
+            # An empty page costs nothing to list.
+            or any(u.empty or now - u.warned_at >= REMIND_OF_TARGET for u in unwatched)
+        )
 
     def look(
         self, pages: Sequence[Page], evaluation: Evaluation,
