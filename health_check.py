@@ -1209,46 +1209,36 @@ def _pairs(
         return [(k, v, v, right) for k, v in cast(Vector, left).items()]
     if isinstance(left, float):
         return [(k, v, left, v) for k, v in cast(Vector, right).items()]
-    return _matched_pairs(expr, cast(Vector, left), cast(Vector, right))
+    sides = cast(Vector, left), cast(Vector, right)
+    if expr.group and expr.group.side == "right":
+        return [(k, a, a, b) for k, b, a in _matched_pairs(expr, *sides[::-1])]
+    return [(k, a, a, b) for k, a, b in _matched_pairs(expr, *sides)]
 
 
 def _matched_pairs(
-    expr: Operation, left: Vector, right: Vector
-) -> Iterator[tuple[Labels, float, float, float]]:
+    expr: Operation, many: Vector, one: Vector
+) -> Iterator[tuple[Labels, float, float]]:
     """Yield the pairs of two vectors by their labels.
 
     Each side has one series of the same labels, unless a group lets it have many: more
     are an error also where a filter would drop them, since Prometheus 3.9.
     """
-    swapped = bool(expr.group and expr.group.side == "right")
-    many, one = (right, left) if swapped else (left, right)
-    partners, keys = _partners(one if many else {}, expr.grouping), set()
+    partners, keys = _grouped(one if many else {}, expr.grouping), set()
+    for key, group in partners.items():
+        if len(group) > 1:
+            raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
     for labels, value in many.items():
         key = _signature(labels, expr.grouping)
-        if key not in partners:
-            continue
-        (partner, other), result = partners[key], labels
-        if expr.group:
-            result = key = _included(expr, labels, partner)
-        elif expr.grouping:
-            result = _filtered(labels, *expr.grouping)
-        if key in keys:
-            raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
-        keys.add(key)
-        a, b = (other, value) if swapped else (value, other)
-        yield result, a, a, b
-
-
-def _partners(
-    vector: Vector, grouping: Grouping | None
-) -> dict[Labels, tuple[Labels, float]]:
-    partners: dict[Labels, tuple[Labels, float]] = {}
-    for labels, value in vector.items():
-        key = _signature(labels, grouping)
-        if key in partners:
-            raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
-        partners[key] = labels, value
-    return partners
+        for partner, other in partners.get(key, {}).items():
+            result = labels
+            if expr.group:
+                result = key = _included(expr, labels, partner)
+            elif expr.grouping:
+                result = _filtered(labels, *expr.grouping)
+            if key in keys:
+                raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
+            keys.add(key)
+            yield result, value, other
 
 
 def _included(expr: Operation, labels: Labels, partner: Labels) -> Labels:
