@@ -30,9 +30,10 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Iterator, Mapping, NamedTuple
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple
 
 PROGRAM = Path(__file__).resolve().parent.parent / "health_check.py"
 CACHES = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -529,6 +530,13 @@ def trace(request: int, thread: int) -> None:
         raise OSError(ctypes.get_errno(), f"ptrace({request})")
 
 
+def as_wanted(told: Iterable[str], wanted: str, besides: str) -> bool:
+    """Tell whether the rule that must fire did, or nothing but one that may."""
+    if wanted:
+        return wanted == "?" or any(wanted in said for said in told)
+    return all(said in ("Healthy", f"Unhealthy: {besides}") for said in told)
+
+
 class Run:
     """One server, this program beside it, and the clients of the moment."""
 
@@ -655,28 +663,26 @@ class Run:
         ``until`` ends it early.
         """
         began, own = time.monotonic(), []
-        reasons: list[tuple[float, str]] = []
-        while time.monotonic() - began < seconds:
+        told: dict[float, str] = {}
+        said = ""
+        while time.monotonic() - began < seconds and not (until and until in said):
             own.append(get(self.at(self.row.health), 2.5)[0])
-            code, text = get(f"http://127.0.0.1:{self.own}/health?verbose", 10)
-            words = {"200": "Healthy", "503": (text.splitlines() or [""])[-1]}
-            said = words.get(code, f"no answer: {code}")
-            at = time.monotonic() - began
-            if not reasons or reasons[-1][1] != said:
-                reasons.append((at, said))
-            if until and until in said:
-                break
+            before, said = said, self.verdict()
+            if said != before:
+                told[time.monotonic() - began] = said
             time.sleep(1)
-        ours = "; ".join(f"{at:.0f} s {said[:90]}" for at, said in reasons)
-        right = any(wanted in said for _, said in reasons)
-        if not wanted:
-            fine = "Healthy", f"Unhealthy: {besides}"
-            right = all(said in fine for _, said in reasons)
-        wrong = not right and wanted != "?"
+        ours = "; ".join(f"{at:.0f} s {text[:90]}" for at, text in told.items())
+        wrong = not as_wanted(told.values(), wanted, besides)
         self.wrong += wrong
         note = " **WRONG**" if wrong else ""
         statuses = "/".join(dict.fromkeys(own))
         print(f"| {self.name} | {state} | {statuses} | {ours}{note} |", flush=True)
+
+    def verdict(self) -> str:
+        """Return what this program says."""
+        code, text = get(f"http://127.0.0.1:{self.own}/health?verbose", 10)
+        words = {"200": "Healthy", "503": (text.splitlines() or [""])[-1]}
+        return words.get(code, f"no answer: {code}")
 
     def rest(self, seconds: float = 60.0) -> None:
         """Let the clients go, and wait until this program says Healthy."""
@@ -728,6 +734,16 @@ class Run:
             self.send(3, PATIENCE, row.prefill)
             self.watch("long prefills", 100)
             self.rest(120)
+        self.hang()
+        os.kill(self.engine(), signal.SIGKILL)
+        self.send(2, 5.0)
+        self.watch("engine killed, asked", 60, "?")
+        if row.drain:
+            self.drained()
+
+    def hang(self) -> None:
+        """Stop the engine with requests in flight, and again while nobody asks."""
+        row = self.row
         self.send(4, PATIENCE)
         time.sleep(6)
         self.freeze()
@@ -743,11 +759,6 @@ class Run:
         self.watch(state, 150, row.asked, row.asked)
         self.thaw()
         self.rest(120)
-        os.kill(self.engine(), signal.SIGKILL)
-        self.send(2, 5.0)
-        self.watch("engine killed, asked", 60, "?")
-        if row.drain:
-            self.drained()
 
     def drained(self) -> None:
         """Start the server anew, and tell it to end with requests in flight."""
@@ -822,26 +833,32 @@ class Run:
         self.processes = []
 
 
-def main(words: list[str]) -> int:
-    """Run the servers that are named; return 1 if one was not told as it should be."""
-    mode = words[0] if words[0] in ("work", "canary") else ""
-    minutes = float(words[1]) if mode == "work" else 0.0
-    names = words[2:] if mode == "work" else words[1:] if mode else words
-    runs = [Run(n, SERVERS[n]) for n in (SERVERS if names == ["all"] else names)]
-    for run in runs:
-        run.install()
-        print(f"# {run.name}: logs in {run.folder}", flush=True)
+def take(run: Run, mode: str, minutes: float) -> None:
+    """Install a server, and do to it what is asked."""
+    run.install()
+    print(f"# {run.name}: logs in {run.folder}", flush=True)
     try:
         if mode == "work":
-            with ThreadPoolExecutor(len(runs)) as pool:
-                list(pool.map(lambda run: run.work(minutes), runs))
+            run.work(minutes)
+        elif mode == "canary":
+            run.canary()
         else:
-            for run in runs:
-                run.canary() if mode else run.course()
-                run.end()
+            run.course()
     finally:
+        run.end()
+
+
+def main(words: list[str]) -> int:
+    """Run the servers that are named; return 1 if one was not told as it should be."""
+    mode, *names = words if words[0] in ("work", "canary") else ["course", *words]
+    minutes = float(names.pop(0)) if mode == "work" else 0.0
+    runs = [Run(n, SERVERS[n]) for n in (SERVERS if names == ["all"] else names)]
+    if mode == "work":
+        with ThreadPoolExecutor(len(runs)) as pool:
+            list(pool.map(take, runs, repeat(mode), repeat(minutes)))
+    else:
         for run in runs:
-            run.end()
+            take(run, mode, minutes)
     return 1 if any(run.wrong for run in runs) else 0
 
 
