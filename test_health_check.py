@@ -3882,11 +3882,15 @@ class MonitorTest(NetworkTest):
         self.assertEqual(waits()[-1], 0.02)
 
     def test_an_answer_that_has_begun_ends_at_the_deadline(self):
-        server = self.metrics(b"HTTP/1.1 200 OK\r\n", FOREVER)
+        server, reasons = self.metrics(b"HTTP/1.1 200 OK\r\n", FOREVER), set()
         monitor = self.monitor(server, METRICS_TIMEOUT="0.04")
-        for count in range(1, 4):
-            self.assertEqual(monitor.check().targets[0].reason, "timeout")
-            self.assertEqual(len(server.requests), count)
+
+        def asked_again():
+            reasons.add(monitor.check().targets[0].reason)
+            return len(server.requests) > 2
+
+        self.assertTrue(wait_until(asked_again))
+        self.assertEqual(reasons, {"timeout"})
 
     def test_a_target_cannot_fake_what_a_scrape_adds(self):
         spoof = page('up 1\n{"up"} 1\nscrape_error 0\nq{instance="fake"} 3\n')
@@ -4769,7 +4773,8 @@ class ServeTest(NetworkTest):
             self.addCleanup(free.set)
             before = threading.active_count()
             self.assert_soon_unhealthy(port, 20)
-            self.assertEqual((threading.active_count(), server.requests), (before, []))
+            self.assertLessEqual(threading.active_count(), before)
+            self.assertEqual(server.requests, [])
             free.set()
             self.assertTrue(wait_until(lambda: get(port)[0] == 200))
 
@@ -6153,7 +6158,8 @@ class MainTest(CommandLine):
 
         def act(port):
             sock = send(port, request_for("/drain"))
-            self.assertEqual(get(port, "/livez")[0], 200)
+            # The second check is for the drain.
+            self.assertTrue(wait_until(lambda: len(running.requests) > 1))
             os.kill(os.getpid(), signal.SIGTERM)
             answers.append(receive(sock))
 
