@@ -2579,6 +2579,7 @@ NOT_SERVING = """probe_success{probe="health"} == 0
   unless on (instance) (probe_error{probe="health", reason="timeout"}
     and on (instance) max_over_time(probe_success{probe="health"}[30s]) > 0)
 """
+NOWHERE = Grouping(True, ())
 LATEST, MOVED = "last_over_time({}[2m10s])", "idelta({}[5m]) != 0"
 GENERATE = "/v1/(chat/)?completions|/v1/responses|/v1/messages"
 PROBES = "/livez|/readyz|/healthz"
@@ -2648,21 +2649,23 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     Idle: nothing has run, waited or moved for ``after`` seconds.  Stuck: what Stalling
     fires for, and soon enough for the answer to be there before that does.
     """
-    moving = [s for s in SERVERS if s.moving]
-    gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in moving).split()
-    moved = [text for server in moving for text in _changed(server, MOVED)]
-    busy = (f"{LATEST.format(gauge)} > 0" for gauge in gauges)
-    idle = (f"{LATEST.format(gauge)} == 0" for gauge in gauges)
-    asleep = (text for server in SERVERS for text in _sleeps(server))
-    nowhere = Grouping(True, ())
-    quiet = Operation("unless", (_union(idle), _union([*busy, *asleep])), nowhere)
-    known = parse_expression("sum_over_time(up[5m]) > 1")
-    quiet = Operation("and", (quiet, known), Grouping(True, ("instance",)))
+    moving = [server for server in SERVERS if server.moving]
+    moved = _union(text for server in moving for text in _changed(server, MOVED))
     stuck = _union(_stuck(server, "") for server in SERVERS)
     return tuple(
-        Rule(name, Operation("unless", (expr, _union(moved)), nowhere), hold, 0.0, True)
-        for name, expr, hold in (("Idle", quiet, after), ("Stuck", stuck, 40.0))
+        Rule(name, Operation("unless", (expr, moved), NOWHERE), hold, 0.0, True)
+        for name, expr, hold in (("Idle", _idle(moving), after), ("Stuck", stuck, 40.0))
     )
+
+
+def _idle(servers: Iterable[KnownServer]) -> Expr:
+    gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in servers).split()
+    idle = _union(f"{LATEST.format(gauge)} == 0" for gauge in gauges)
+    busy = [f"{LATEST.format(gauge)} > 0" for gauge in gauges]
+    asleep = (text for server in SERVERS for text in _sleeps(server))
+    quiet = Operation("unless", (idle, _union([*busy, *asleep])), NOWHERE)
+    known = parse_expression("sum_over_time(up[5m]) > 1")
+    return Operation("and", (quiet, known), Grouping(True, ("instance",)))
 
 
 def with_canary(rule: Rule, labels: tuple[str, ...]) -> Rule:
@@ -2876,10 +2879,8 @@ def _like_vllm(prefix: str, name: str, at: str, seen: str, **more: str) -> Known
 
 def _alive(gauge: str) -> str:
     """Return what gives a gauge, unless it has stood still for ten minutes."""
-    return (
-        f"last_over_time({gauge}[1m])"
-        f" unless (changes({gauge}[10m]) == 0 and {gauge} offset 9m)"
-    )
+    stale = f"changes({gauge}[10m]) == 0 and {gauge} offset 9m"
+    return f"last_over_time({gauge}[1m]) unless ({stale})"
 
 
 def _ended(series: str) -> dict[str, str]:
@@ -4481,14 +4482,12 @@ class Reading:
         return end - 1
 
     def _make_room(self) -> None:
-        sizes: Counter[str] = collections.Counter()
         names = {text: dict(labels)["__name__"] for text, labels in self.series.items()}
-        for text, name in names.items():
-            sizes[name] += len(text) if name in self._format.spare else 0
-        ((largest, size),) = sizes.most_common(1)
-        if not size:
+        spare = collections.Counter(n for n in names.values() if n in self._format.spare)
+        if not spare:
             limits = f"{MAX_SERIES} series, or {MAX_SERIES_TEXT} bytes of them"
             raise ScrapeError("too_large", f"more than {limits}, are wanted")
+        ((largest, _),) = spare.most_common(1)
         self.dropped.add(largest)
         self._known = {}
         for text in [text for text, name in names.items() if name == largest]:
