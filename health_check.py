@@ -4483,11 +4483,11 @@ class Reading:
 
     def _make_room(self) -> None:
         names = {text: dict(labels)["__name__"] for text, labels in self.series.items()}
-        spare = collections.Counter(n for n in names.values() if n in self._format.spare)
+        spare = self._format.spare.intersection(names.values())
         if not spare:
             limits = f"{MAX_SERIES} series, or {MAX_SERIES_TEXT} bytes of them"
             raise ScrapeError("too_large", f"more than {limits}, are wanted")
-        ((largest, _),) = spare.most_common(1)
+        largest = max(sorted(spare), key=[*names.values()].count)
         self.dropped.add(largest)
         self._known = {}
         for text in [text for text, name in names.items() if name == largest]:
