@@ -2051,8 +2051,7 @@ class Parser:
         if self.token.key not in words:
             return None
         word = self.take().key
-        label = partial(self._label, besides=("inf", "nan", "without"))
-        return Grouping(word in ("by", "on"), tuple(self._list("()", label)))
+        return Grouping(word in ("by", "on"), tuple(self._list("()", self._label)))
 
     def _group(self, grouping: Grouping) -> Group | None:
         if self.token.key not in ("group_left", "group_right"):
@@ -2064,7 +2063,7 @@ class Parser:
             raise word.error("a label is in on and in group")
         return Group(word.key[len("group_") :], tuple(labels))
 
-    def _label(self, besides: Sequence[str] = ()) -> str:
+    def _label(self, besides: Sequence[str] = ("inf", "nan", "without")) -> str:
         token = self.token
         if token.kind == "string":
             return _unquote(self.take())
@@ -2102,7 +2101,7 @@ class Parser:
         return Selector(names[0].value, tuple(others))
 
     def _matcher(self) -> Matcher:
-        token, label, op = self.token, self._label(), self.token
+        token, label, op = self.token, self._label(()), self.token
         if token.kind == "string" and op.key in (",", "}"):
             return Matcher("__name__", "=", label)
         if op.key not in ("=", "!=", "=~", "!~"):

@@ -733,6 +733,8 @@ class PromQL(unittest.TestCase):
             a * «group_left c => found 'group_left'
             a «and on (b) group_left c => has no group
             a * on (b) «group_left (b) c => in on and in group
+            a * on (b) group_left («inf) c => label name
+            a * on (b) group_left (by, «without) c => label name
         """))
 
     def test_what_Prometheus_refuses_is_refused(self):
