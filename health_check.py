@@ -528,7 +528,7 @@ class Verdict(NamedTuple):
     @property
     def healthy(self) -> bool:
         """Whether ``/health`` is 200."""
-        return not self.reason
+        return not self.fault and not any(status.fails for status in self.rules)
 
     def state_of(self, status: RuleStatus) -> str:
         """Return the state of a rule, ``unknown`` if only a scrape that fails tells it.
