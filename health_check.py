@@ -6060,9 +6060,9 @@ class Judge:
         self._give_up(scrapes)
         config, history = self._config, self.history
         targets = record_scrapes(scrapes, history, now, config, before.targets)
+        self._scraped = self._scraped or not all(target.reason for target in targets)
         probes += self._answers(check)
         record_probes(probes, history, now, config)
-        self._scraped = self._scraped or not all(target.reason for target in targets)
         evaluation = history.evaluation(now, check.wall)
         self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
         self._warn(scrapes, evaluation)
@@ -6098,8 +6098,8 @@ class Judge:
         evaluation = self.history.evaluation(check.now, check.wall)
         self._when = tuple(_judged(status, evaluation) for status in self._when)
         stalls = [status for status in self._statuses if status.rule.name in HUNG]
-        # While somebody drains the engine is asked for nothing more.
-        when = () if check.drain else self._when
+        # Asked for nothing more: a server that still loads, or that somebody drains.
+        when = self._when if self._scraped and not check.drain else ()
         answer = self.canary.consider(check.answer, when, stalls, evaluation)
         return (answer,) if answer.sent > -math.inf else ()
 

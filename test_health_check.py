@@ -3449,6 +3449,18 @@ class ProbeTest(NetworkTest):
             sent, clock.now = len(self.asking(server)), clock.now + 3.0
             self.assertEqual(sent, int(clock.now > 1008.0))
 
+    def test_no_canary_is_sent_before_a_first_good_scrape(self):
+        clock, server = Clock(), self.metrics(page())
+        url, when = f"http://{server.instance}/", "absent(x > 0)"
+        monitor = self.monitor(server, clock=clock, CANARY_URL=url, CANARY_WHEN=when)
+        monitor.canary.start()
+        for status, sent in ("503 Loading", 0), ("503 Loading", 0), ("200 OK", 1):
+            server.pieces = (page("x 0\n", status=status),)
+            monitor.check()
+            wait_until(monitor.canary.answered)
+            self.assertEqual(len(self.asking(server)), sent)
+            clock.now += 600.0
+
     def test_a_canary_that_is_refused_decides_nothing_and_names_what_to_mend(self):
         clock, refused = Clock(), page("no such model", status="404 Not Found")
         monitor, _ = self.watched(clock, lambda: [refused], CANARY_WHEN="x == 0")
