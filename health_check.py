@@ -6199,7 +6199,8 @@ def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         judged = judge(status, evaluation)
         if judged.state != "firing":
             return judged
-        words = status.last_words or last_words(status.rule, evaluation)
+        fired, rule = status.counts["firing"], status.rule
+        words = status.last_words if fired else last_words(rule, evaluation)
         return judged._replace(last_words=words)
     except Exception as error:
         return status._replace(error=f"bug: {report(error)}")

@@ -3832,6 +3832,15 @@ class MonitorTest(NetworkTest):
         self.assertIn(f"   tokens{of} 7{after}\n", told)
         self.assertNotIn("longer", "".join(answer_health(verdict, "verbose").body))
 
+    def test_last_words_are_looked_for_once_whatever_is_found(self):
+        clock, target = Clock(), self.metrics(page("q 2\n"))
+        rules = "Now: q > 1; Range: max_over_time(q[5m]) > 1"
+        monitor, words = self.monitor(target, clock=clock, UNHEALTHY_WHEN=rules), set()
+        for _ in range(3):
+            clock.now += 10.0
+            words.update(status.last_words for status in monitor.check().rules)
+        self.assertEqual((monitor.verdict.reason, words), ("Now, Range", {""}))
+
     def test_last_words_are_short(self):
         rule = parse_rules("a > 0 unless changes(b[1m]) > 0")[0]
         for text, said in (
