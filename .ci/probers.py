@@ -445,10 +445,10 @@ def main(wanted: list[str]) -> int:
              "Stalled: vllm:num_requests_waiting > 10 or up == 0",
              "METRICS_ENDPOINT": f"http://127.0.0.1:{engine.port}/metrics"},
     )  # fmt: skip
-    for client in asking.values():
-        client.start()
     seen: dict[str, list[str]] = {name: [] for name in asking}
     try:
+        for client in asking.values():
+            client.start()
         for state, expected in STATES:
             engine.become(state)
             if state == "killed":
