@@ -2569,7 +2569,7 @@ def _seconds(token: Token) -> float:
 LATE = 'scrape_error{reason="timeout"}'
 # A time out counts when it has lasted 30 s, anything else at once.
 DOWN = f"""scrape_error{{reason!="timeout"}}
-  or {LATE} and count_over_time({LATE}[2m]) > count_over_time({LATE}[30s])
+  or {LATE} and ignoring (reason) last_over_time(up[5m] offset 30s) == 0
     unless ignoring (reason) max_over_time(up[31s]) > 0
   or {LATE} unless ignoring (reason) max_over_time(up[10m]) > 0
 """
