@@ -2573,10 +2573,10 @@ DOWN = f"""scrape_error{{reason!="timeout"}}
     unless ignoring (reason) max_over_time(up[31s]) > 0
   or {LATE} unless ignoring (reason) max_over_time(up[10m]) > 0
 """
-# What is not 2xx counts at once, a time out when it has lasted 30 s.
 NOT_SERVING = """probe_success{probe="health"} == 0
   unless on (instance) (probe_error{probe="health", reason="timeout"}
-    and on (instance) max_over_time(probe_success{probe="health"}[30s]) > 0)
+    and on (instance) (max_over_time(probe_success{probe="health"}[31s]) > 0
+      or last_over_time(probe_success{probe="health"}[5m] offset 30s) > 0))
 """
 NOWHERE = Grouping(True, ())
 LATEST, MOVED = "last_over_time({}[2m10s])", "idelta({}[5m]) != 0"

@@ -3538,8 +3538,8 @@ class ProbeTest(NetworkTest):
         bad = page(status="503 Service Unavailable")
         for seconds, answers, reason in (
             (0, [page()], ""), (10, [bad], "NotServing"), (20, [page()], ""),
-            (30, [FOREVER], ""), (40, [FOREVER], ""), (51, [FOREVER], "NotServing"),
-            (60, [page()], ""),
+            (30, [FOREVER], ""), (60, [FOREVER], "NotServing"), (70, [page()], ""),
+            (190, [FOREVER], ""), (200, [page()], ""),
         ):  # fmt: skip
             with self.subTest(seconds=seconds):
                 pieces[:] = answers
