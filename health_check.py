@@ -5067,7 +5067,7 @@ class Lookout:
         """Tell whether the next scrapes should list the names of all metrics."""
         searches, unwatched = self._searches.values(), self._unwatched.values()
         return (
-            (self._builtin and not self._asked)
+            not self._asked
             or any(s.due(now) and (s.warned or not s.homes) for s in searches)
             # An empty page costs nothing to list.
             or any(u.empty or now - u.warned_at >= REMIND_OF_TARGET for u in unwatched)
@@ -5088,6 +5088,8 @@ class Lookout:
             yield logging.WARNING, text, {"metric": name}
         if thinned:
             yield from self._look_at_ranges(thinned)
+        if not self._asked:
+            yield from self._look_at_servers(pages)
         for page in pages if self._builtin else ():
             for text in self._look_at(page, evaluation.now):
                 message = f"{page.instance}: {text}"
@@ -5136,12 +5138,13 @@ class Lookout:
                 state, due = state.advance(page.names, now)
                 self._unwatched[page.instance] = state
                 yield from [state.remark] if due else []
-        if self._asked or page.names is None:
-            return
-        self._asked, there = True, list(servers_there(page.names))
+
+    def _look_at_servers(self, pages: Iterable[Page]) -> Iterator[Message]:
+        names = {name for page in pages for name in page.names or ()}
+        self._asked, there = bool(names), list(servers_there(names))
         conflict = there and port_conflict(self._config.app_port, there)
         if conflict:
-            yield conflict
+            yield logging.WARNING, conflict, {}
 
 
 def _searches_for(

@@ -3679,11 +3679,17 @@ class Absence(unittest.TestCase):
         for url in "http://h:8080/metrics", "http://h:8082/m", "http://h:8000/metrics":
             self.assertEqual(load_config({"METRICS_ENDPOINT": url}).warnings, ())
         (name,) = [s.known_by for s in health_check.SERVERS if s.name == "KServe"]
-        for port, count in ("8081", 1), ("8085", 0):
-            lookout = Lookout(config.rules, load_config({"APP_PORT": port}))
-            page_ = health_check.Page("h:1", [], frozenset({name}))
-            told = [text for _, text, _ in lookout.look([page_] * 2, history(""))]
-            found = [text for text in told if "is a port of KServe" in text]
+        other = health_check.Page("h:1", [], frozenset({"vllm:num_requests_waiting"}))
+        pages = other, other._replace(names=frozenset({name}))
+        # Of many servers, and where no built-in rule asks which there are.
+        own = {"METRIC_TO_CHECK": "x", "METRIC_THRESHOLD": "1"}
+        for port, more, count in ("8081", {}, 1), ("8081", own, 1), ("8085", {}, 0):
+            config = load_config({"APP_PORT": port, **more})
+            lookout = Lookout(config.rules, config)
+            self.assertTrue(lookout.wants_names(NOW))
+            looks = [lookout.look(pages, history("")) for _ in range(2)]
+            told = [text for look in looks for _, text, _ in look]
+            found = [text for text in told if "is a port of KServe: set" in text]
             self.assertEqual(len(found), count, told)
 class HistoryTest(unittest.TestCase):
     """What is remembered, against lists of all samples."""
