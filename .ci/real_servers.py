@@ -799,7 +799,8 @@ class Run:
         if self.row.long:
             self.send(1, PATIENCE)
             # The API of some answers later than their metrics do.
-            while not any(self.ends):
+            until = time.monotonic() + 900
+            while not any(self.ends) and time.monotonic() < until:
                 time.sleep(5)
             self.asking.clear()
         threading.Thread(target=self.shifts, args=(minutes,), daemon=True).start()
