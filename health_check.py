@@ -5762,7 +5762,7 @@ class Scraper:
         timeout = config.metrics_timeout
         late = "timeout", f"no answer within {format_duration(timeout)}"
         late_probe = False, 0, *late, timeout
-        self._late = [
+        self._late: list[Any] = [
             *(self._blank(target, timeout).failed(*late) for target in self._targets),
             *(ProbeStatus("health", r.instance, *late_probe) for r in self._routes),
         ]
@@ -5840,7 +5840,8 @@ class Scraper:
             )
             scrape = scrape._replace(status=status, reading=reading)
         except ScrapeError as error:
-            scrape = scrape.failed(error.reason, str(error))
+            late, failed = self._late[number], scrape.failed(error.reason, str(error))
+            scrape = late if error.reason == "timeout" else failed
         except Exception as error:
             scrape = scrape.failed("bug", report(error))
         status = scrape.status._replace(seconds=time.monotonic() - started)
@@ -6905,9 +6906,8 @@ def _target_html(target: TargetStatus, now: float, site: Site) -> tuple[bool, st
 
 
 def _failure(target: TargetStatus, url: str) -> str:
-    before, _, after = target.message.partition("no answer")
-    if target.reason == "timeout" and not before:
-        return f"no answer from {url}{after}"
+    if target.reason == "timeout":
+        return target.message.replace("no answer", f"no answer from {url}")
     if target.reason == "refused":
         return f"nobody listens at {url}"
     answers = " answers" if target.reason == "http_status" else ""

@@ -3882,6 +3882,13 @@ class MonitorTest(NetworkTest):
         self.assertEqual(monitor.verdict.reason, "Queue, Sum")
         self.assert_any(f"{bad.instance}: scraped again", self.log)
 
+    def test_a_timeout_is_told_of_likewise_whatever_was_waited_for(self):
+        for pieces in [FOREVER], dripping(page("x 1\n")), [page("x 1\n")[:-1], FOREVER]:
+            monitor = self.monitor(self.metrics(*pieces), METRICS_TIMEOUT="0.06")
+            (target,) = monitor.check().targets
+            told = target.reason, target.message, target.series
+            self.assertEqual(told, ("timeout", "no answer within 60ms", 0))
+
     def test_a_request_that_has_no_answer_is_not_sent_again_at_once(self):
         server = self.metrics(FOREVER)
         monitor = self.monitor(server, METRICS_TIMEOUT="0.04")
