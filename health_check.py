@@ -4505,16 +4505,25 @@ class Reading:
             return ()
         for bound in {"le", "quantile"}.intersection(own):
             own[bound] = normalize_bound(own[bound])
-        added = dict(self._format.labels)
-        labels = {**own, **added}
-        for label in filter(own.__contains__, added):
-            exported = "exported_" + label
-            while exported in labels:
-                exported = "exported_" + exported
-            labels[exported] = own[label]
+        labels = add_labels(own, dict(self._format.labels))
         share = self._shared.setdefault
         pairs = [(share(label, label), labels[label]) for label in sorted(labels)]
         return tuple(share(pair, pair) for pair in pairs)
+
+
+def add_labels(own: dict[str, str], added: dict[str, str]) -> dict[str, str]:
+    """Return labels with others added; those of the same name are renamed.
+
+    >>> add_labels({"pod": "a", "exported_pod": "b"}, {"pod": "c"})
+    {'pod': 'c', 'exported_pod': 'b', 'exported_exported_pod': 'a'}
+    """
+    labels = {**own, **added}
+    for label in filter(own.__contains__, added):
+        exported = "exported_" + label
+        while exported in labels:
+            exported = "exported_" + exported
+        labels[exported] = own[label]
+    return labels
 
 
 def normalize_bound(text: str) -> str:
@@ -6411,13 +6420,10 @@ def _firing(verdict: Verdict) -> Iterator[tuple[RuleStatus, Alert]]:
 
 def _alert_labels(rule: Rule, alert: Alert, config: Config) -> Labels:
     # Labels are an alert's identity; localhost:8000 is the same in every pod.
-    labels = {
-        _escape_name("exported_pod" if name == "pod" else name): value
-        for name, value in _fitting(unnamed(alert.labels))
-    }
-    labels.update(config.target_labels)
-    labels.update({"pod": config.pod_name, **dict(config.alert_labels)})
-    labels["alertname"] = rule.name
+    own = {_escape_name(n): value for n, value in _fitting(unnamed(alert.labels))}
+    pod = {"pod": config.pod_name}
+    labels = {**add_labels(own, pod), **dict(config.target_labels), **pod}
+    labels.update({**dict(config.alert_labels), "alertname": rule.name})
     return tuple(sorted(labels.items()))
 
 

@@ -4665,14 +4665,17 @@ class AlertmanagerTest(NetworkTest):
 
     def test_a_series_keeps_its_pod_beside_that_of_the_checker(self):
         alerts = [
-            self.alert()._replace(labels=(("engine", "0"), ("pod", name)))
-            for name in ("a", "b")
-        ]
+            self.alert()._replace(labels=(*exported, ("pod", name)))
+            for exported, name in (
+                ((), "a"), ((), "b"), ([("exported_pod", "x")], "c"),
+                ([("exported_pod", "y")], "c"),
+            )
+        ]  # fmt: skip
         self.publish(*alerts)
         self.notifier.work()
         labels = [alert["labels"] for alert in json.loads(self.received[0][1])]
         pods = [(each["pod"], each["exported_pod"]) for each in labels]
-        self.assertEqual(pods, [("pod-1", "a"), ("pod-1", "b")])
+        self.assertEqual(pods, [("pod-1", name) for name in "abxy"])
 
     def test_names_that_it_would_refuse_stay_apart(self):
         names = "a.b", "a:b", "a_b", "a-b", "\u00e9", "9", "a__b.c"
