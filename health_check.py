@@ -963,7 +963,9 @@ class Evaluation(NamedTuple):
     """The moment an expression is about, in monotonic and in Unix seconds.
 
     ``selected`` keeps which series selectors match, and ``computed`` what expressions
-    gave at this one moment, for all rules.  ``names`` are the metrics that are there.
+    gave at this one moment, for all rules.  ``names`` are the metrics that are there,
+    ``thinned`` those with samples forgotten for their size: how far apart the others
+    are, in seconds.
     """
 
     now: float
@@ -972,6 +974,7 @@ class Evaluation(NamedTuple):
     selected: dict[object, Any]
     computed: dict[object, Any]
     names: frozenset[str] = frozenset()
+    thinned: Mapping[str, float] = MappingProxyType({})
 
 
 class Range(NamedTuple):
@@ -1045,6 +1048,10 @@ def _applied(
 def _selected(selector: Selector, evaluation: Evaluation) -> Vector | Range:
     moment, found = moment_of(selector, evaluation), select(selector, evaluation)
     if selector.window:
+        apart = evaluation.thinned.get(selector.name, 0.0)
+        if 2 * apart > selector.window:
+            kept = f"samples {format_duration(apart)} apart are too few"
+            raise EvaluationError(f"{kept} for {format_expression(selector)}")
         # Prometheus counts in milliseconds, and so 4 - 1.001 is 2.999.
         return Range(found, round(moment - selector.window, 9), moment)
     samples = ((labels, series.sample_at(moment)) for labels, series in found.items())
@@ -5082,21 +5089,17 @@ class Lookout:
             or any(u.empty or now - u.warned_at >= REMIND_OF_TARGET for u in unwatched)
         )
 
-    def look(
-        self, pages: Sequence[Page], evaluation: Evaluation,
-        thinned: Mapping[str, float] = MappingProxyType({}),
-    ) -> Iterator[Message]:  # fmt: skip
+    def look(self, pages: Sequence[Page], evaluation: Evaluation) -> Iterator[Message]:
         """Yield what is to be said of what the good scrapes of a check have shown.
 
-        ``thinned`` has the seconds between two samples of a metric that are kept, where
-        some were forgotten for their size.  What is not taken is yielded again.
+        What is not taken is yielded again.
         """
         for name in {n for page in pages for n in page.reserved} - self._reserved:
             self._reserved.add(name)
             text = f"the target serves {name}, which is set here: dropped"
             yield logging.WARNING, text, {"metric": name}
-        if thinned:
-            yield from self._look_at_ranges(thinned)
+        if evaluation.thinned:
+            yield from self._look_at_ranges(evaluation.thinned)
         if not self._asked:
             yield from self._look_at_servers(pages)
         for page in pages if self._builtin else ():
@@ -5541,7 +5544,8 @@ class History:
         """Return what expressions are evaluated against, as of the latest record."""
         self._epoch = now - wall
         series = {name: table.series for name, table in self._tables.items()}
-        return Evaluation(now, wall, series, {}, {}, frozenset(series))
+        names = frozenset(series)
+        return Evaluation(now, wall, series, {}, {}, names, self.thinned())
 
     def _new_series(self, labels: Labels, now: float) -> Series | None:
         name = dict(labels)["__name__"]
@@ -6117,8 +6121,8 @@ class Judge:
         return (answer,) if answer.sent > -math.inf else ()
 
     def _warn(self, scrapes: Iterable[Scrape], evaluation: Evaluation) -> None:
-        pages, thinned = [s.page for s in scrapes if s.reading], self.history.thinned()
-        messages = self.lookout.look(pages, evaluation, thinned)
+        pages = [scrape.page for scrape in scrapes if scrape.reading]
+        messages = self.lookout.look(pages, evaluation)
         # Names made to be alike are slow to compare: the rest is for the next check.
         for level, text, fields in itertools.islice(messages, MAX_TOLD):
             log(level, text, **fields)

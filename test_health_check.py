@@ -4098,6 +4098,12 @@ class MonitorTest(NetworkTest):
         told = [kept.format(apart) for apart in ("3m20s", "6m40s")]
         expected = [f"{text}: HISTORY_LIMIT is too small" for text in told]
         self.assertEqual([x for x in self.log if "HISTORY" in x], expected)
+        self.assertTrue(monitor.verdict.healthy)
+        # A range that has no two samples would say that nothing changes, for ever.
+        monitor.judge.history.thinned = lambda: {"q": 12000.0}
+        error = monitor.check().rules[0].error
+        self.assertEqual(error, "samples 3h20m apart are too few for q[6h]")
+        self.assertFalse(monitor.verdict.healthy)
 
     def test_series_that_stay_are_no_reason_to_fail(self):
         many = "".join(f'q{{n="{number}"}} 1\n' for number in range(5000))
