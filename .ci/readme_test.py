@@ -65,7 +65,7 @@ def words(text: str) -> str:
 
 SERVERS = (
     "where its metrics are (`/metrics`, if not said), and the version that was run",
-    "what to know",
+    "what to know", "takes 8081",
 )
 CLAUSES = re.compile(r"(?:\s+(?:for|keep_firing_for)\s+\w+)+\s*\Z")
 
@@ -119,12 +119,14 @@ class Readme(server_test.ServerTest):
 
     def test_the_table_of_servers_is_that_of_the_program(self) -> None:
         rows = table(*SERVERS)
-        said = [at for servers, _ in rows for at in code(servers)]
+        said = [at for servers, *_ in rows for at in code(servers)]
         self.assertEqual(len(said), len(hc.SERVERS))
         for server in hc.SERVERS:
             at = re.sub(r"\A(:\d+)/metrics\Z", r"\1", server.at)
             pattern = re.compile(rf"(?:\A|, ){re.escape(f'{server.name} `{at}`')}")
-            self.assertTrue(any(pattern.search(row[0]) for row in rows), server.name)
+            (taken,) = {row[2] for row in rows if pattern.search(row[0])}
+            takes = "8081" in server.ports.split()
+            self.assertEqual(server.name in taken, takes, server.name)
 
     @PROMTOOL
     def test_promtool_accepts_the_rules(self) -> None:
