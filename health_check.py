@@ -5484,8 +5484,10 @@ class History:
     It has no thread, lock, clock or network: whoever checks calls it, and no other
     thread may touch it meanwhile.  Times are monotonic seconds, never less than before.
     All of it takes ``limit`` bytes at most: more samples are forgotten where that is
-    not enough.
+    not enough.  ``reserved`` are bytes that its owner keeps beside it.
     """
+
+    reserved = 0
 
     def __init__(self, wanted: Mapping[str, Lookback], limit: int) -> None:
         # Of the metrics that are there: most are of other servers, and cost nothing.
@@ -5502,7 +5504,7 @@ class History:
 
     def room(self) -> int:
         """Return the bytes that are left for new series; a quarter is for samples."""
-        return self._limit * 3 // 4 - self._labels_size
+        return self._limit * 3 // 4 - self._labels_size - self.reserved
 
     def cost(self, series: Iterable[Labels]) -> int:
         """Return the bytes that those of these series take that are new."""
@@ -5874,6 +5876,8 @@ class Scraper:
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
 MAX_LATE, MAX_OVERDUE, MAX_DRAIN_PAUSE = 0.25, 60.0, 5.0
+# What an alert of four labels takes besides their text, measured: 400, and a margin.
+ALERT_BYTES = 500
 TREND, MAX_TOLD = 120, 5
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 NO_SERVER = "whether a request runs is not known: set DRAIN_WHILE"
@@ -6076,6 +6080,7 @@ class Judge:
         self._restart_after_gap(now, before)
         self._give_up(scrapes)
         config, history = self._config, self.history
+        history.reserved = _size_of_kept(self._statuses)
         targets = record_scrapes(scrapes, history, now, config, before.targets)
         self._scraped = self._scraped or not all(target.reason for target in targets)
         probes += self._answers(check)
@@ -6196,6 +6201,14 @@ def record_probes(
     found = [probe.samples(config.target_labels) for probe in probes]
     if found:
         history.record(dict(collections.ChainMap(*found)), now, PROBED)
+
+
+def _size_of_kept(statuses: Iterable[RuleStatus]) -> int:
+    """Return the bytes of the alerts that outlive their series by keep_firing_for."""
+    kept = (a for s in statuses for a in s.alerts if a.absent_since is not None)
+    return sum(
+        ALERT_BYTES + sum(len(value) for _, value in alert.labels) for alert in kept
+    )
 
 
 def _tell(listener: Listener, before: Verdict, verdict: Verdict) -> None:

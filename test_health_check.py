@@ -4123,6 +4123,25 @@ class MonitorTest(NetworkTest):
         reasons = [monitor.check().targets[0].reason for _ in range(4)]
         self.assertEqual(reasons, ["", "", "too_large", "too_large"])
 
+    def test_alerts_that_outlive_their_series_count_as_history_too(self):
+        clock, count, letters = Clock(), itertools.count(), "b" * 30000
+
+        def answer(_):
+            labels = (f'q{{n="{next(count)}{letters}"}} 1\n' for _ in range(30))
+            return [page("".join(labels))]
+
+        server, rules = self.metrics(answer), "Q: q > 0 keep_firing_for 10m"
+        environ = {"UNHEALTHY_WHEN": rules, "HISTORY_LIMIT": "6Mi"}
+        monitor, reasons = self.monitor(server, clock=clock, **environ), []
+        for _ in range(6):
+            clock.now += 1
+            reasons.append(monitor.check().targets[0].reason)
+        self.assertEqual(reasons[0], "")
+        self.assertEqual(reasons[-1], "too_large")
+        clock.now += 601
+        self.assertEqual([monitor.check().reason for _ in range(2)][-1], "Q")
+        self.assertEqual(monitor.verdict.targets[0].reason, "")
+
     def test_firing_series_that_change_make_the_rule_an_error_for_a_while(self):
         clock, count = Clock(), itertools.count()
         server = self.metrics(lambda _: [page(f'q{{n="{next(count)}"}} 1\n')])
