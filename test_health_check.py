@@ -3370,7 +3370,7 @@ class ProbeTest(NetworkTest):
         )
         monitor = self.monitor(
             server, clock=clock, CANARY_URL=f"http://{server.instance}/v1/completions",
-            CANARY_TIMEOUT="0.03", UNHEALTHY_WHEN="Ok: x > 1", **environ,
+            CANARY_TIMEOUT="0.1", UNHEALTHY_WHEN="Ok: x > 1", **environ,
         )  # fmt: skip
         monitor.canary.start()
         return monitor, server
