@@ -7836,8 +7836,9 @@ def _checks(
     rules: Sequence[Rule], config: Config
 ) -> Iterator[tuple[list[str], tuple[TargetStatus, ...], Evaluation]]:
     """Scrape what rules read, again and again; yield what is missing too."""
-    asked = config._replace(rules=tuple(rules), canary_when=(), drain_while=None)
-    parts = Judge(asked)
+    # It asks the engine for nothing, and listens on no port.
+    idle = config._replace(canary_when=(), drain_while=None, app_port=0)
+    parts = Judge(idle._replace(rules=tuple(rules)))
     scraper, history, lookout = parts.scraper, parts.history, parts.lookout
     scraper.start()
     try:
