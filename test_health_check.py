@@ -6309,6 +6309,8 @@ class MainTest(CommandLine):
                 if hanging:
                     caller = send(port, request_for("/health"))
                     self.assertTrue(wait_until(lambda at=server: at.requests))
+                    # Who is accepted in order: the request before has been read too.
+                    self.assertEqual(get(port, "/livez")[0], 200)
                 before = time.monotonic()
                 os.kill(pid, number)
                 self.assertEqual(process.wait(20), 0)
