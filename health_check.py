@@ -1050,8 +1050,9 @@ def _selected(selector: Selector, evaluation: Evaluation) -> Vector | Range:
     if selector.window:
         apart = evaluation.thinned.get(selector.name, 0.0)
         if 2 * apart > selector.window:
+            range = f"{selector.name}[{format_duration(selector.window)}]"
             kept = f"samples {format_duration(apart)} apart are too few"
-            raise EvaluationError(f"{kept} for {format_expression(selector)}")
+            raise EvaluationError(f"{kept} for {range}")
         # Prometheus counts in milliseconds, and so 4 - 1.001 is 2.999.
         return Range(found, round(moment - selector.window, 9), moment)
     samples = ((labels, series.sample_at(moment)) for labels, series in found.items())
