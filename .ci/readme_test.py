@@ -386,6 +386,16 @@ class Kubernetes(unittest.TestCase):
                 rest = probe["periodSeconds"] * (probe["failureThreshold"] - 1)
                 self.assertGreater(rest, 300 + 30)
 
+    def test_a_checker_that_hangs_is_replaced_at_once_in_every_manifest(self) -> None:
+        due = {
+            "httpGet": {"path": "/livez", "port": 8081},
+            "timeoutSeconds": 5, "terminationGracePeriodSeconds": 5,
+        }  # fmt: skip
+        for name, deployment in deployments().items():
+            with self.subTest(name):
+                checker = named(deployment, "health-check")
+                self.assertEqual(checker["livenessProbe"], due)
+
     def test_a_wrong_rule_stops_a_rollout_before_it_starts_a_server(self) -> None:
         checker, _ = containers(deployments()["production"])
         self.assertEqual(checker["restartPolicy"], "Always")
