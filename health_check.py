@@ -2365,7 +2365,7 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     rule, part = before.rule, _part(before, evaluation)
     try:
         found, value, limit = part.measure(evaluation)
-        samples = _samples(found)
+        samples, matched = _samples(found), _count_found(rule, part, evaluation)
     except EvaluationError as error:
         return before._replace(error=str(error), value=None, part=part)
     same = rule.builtin and (part, value) == (before.part, before.value)
@@ -2378,7 +2378,6 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         # Those that were known go on, and so end in time and make room again.
         known = tuple(a for a in now_there if unnamed(a.labels) in alerts)
         return before._replace(alerts=known, error=problem, value=None, part=part)
-    matched = _count_found(rule, part, evaluation)
     return RuleStatus(rule, now_there, "", matched, value, limit, part=part)
 
 

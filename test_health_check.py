@@ -1604,6 +1604,10 @@ class Rules(unittest.TestCase):
         again = judge(broken, history(good, now=2))
         self.assertEqual((again.state, again.error), ("firing", ""))
         self.assertEqual(again.alerts[0].since, 0)
+        # Nor at a moment at which its subquery has no step and asks for nothing.
+        thinned = history("x 1 2")._replace(thinned={"x": 200.0})
+        rule = parse_rules("max_over_time(rate(x[5m])[1ms:7s]) > 0")[0]
+        self.assertIn("too few for x[5m]", judge(RuleStatus(rule), thinned).error)
 
     def test_a_restart_of_the_clocks_forgets_what_is_pending_and_nothing_else(self):
         status = RuleStatus(parse_rules("x > 1 for 2s")[0])
