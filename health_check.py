@@ -2761,16 +2761,13 @@ def own_names(server: KnownServer) -> frozenset[str]:
     return frozenset((*names, *server.known_by.split()))
 
 
-_parsed_once = lru_cache(maxsize=256)(parse_expression)
-
-
 def _union(texts: Iterable[str]) -> Expr:
     return _union_of(tuple(dict.fromkeys(filter(None, texts))))
 
 
 @lru_cache(maxsize=64)
 def _union_of(texts: tuple[str, ...]) -> Expr:
-    exprs = map(_parsed_once, texts)
+    exprs = map(parse_expression, texts)
     return reduce(lambda left, right: Operation("or", (left, right)), exprs)
 
 
