@@ -1050,9 +1050,9 @@ def _selected(selector: Selector, evaluation: Evaluation) -> Vector | Range:
     if selector.window:
         apart = evaluation.thinned.get(selector.name, 0.0)
         if 2 * apart > selector.window:
-            range = f"{selector.name}[{format_duration(selector.window)}]"
             kept = f"samples {format_duration(apart)} apart are too few"
-            raise EvaluationError(f"{kept} for {range}")
+            wanted = f"{selector.name}[{format_duration(selector.window)}]"
+            raise EvaluationError(f"{kept} for {wanted}")
         # Prometheus counts in milliseconds, and so 4 - 1.001 is 2.999.
         return Range(found, round(moment - selector.window, 9), moment)
     samples = ((labels, series.sample_at(moment)) for labels, series in found.items())
@@ -2100,10 +2100,8 @@ class Parser:
             raise start.unexpected("an expression")
         if self.token.key == "{":
             matchers += self._list("{}", self._matcher)
-        names: list[Matcher] = []
-        others: list[Matcher] = []
-        for matcher in matchers:
-            (names if matcher.label == "__name__" else others).append(matcher)
+        names = [m for m in matchers if m.label == "__name__"]
+        others = [m for m in matchers if m.label != "__name__"]
         if [name.op for name in names] != ["="] or not names[0].value:
             raise start.error("a selector must name its metric, once and exactly")
         return Selector(names[0].value, tuple(others))
