@@ -3697,7 +3697,7 @@ def _with_rules(config: Config) -> Config:
     unknown = ", ".join(name for name in config.exit_when if name not in names)
     if unknown:
         raise ConfigError(f"EXIT_WHEN: no rule {unknown}: there are {', '.join(names)}")
-    warnings = *config.warnings, *_sparse(config), *_taken_port(config)
+    warnings = *config.warnings, *_sparse(config), *dict.fromkeys(_taken_port(config))
     return config._replace(warnings=warnings)
 
 
