@@ -2592,6 +2592,7 @@ PROBES = "/livez|/readyz|/healthz"
 class KnownServer(NamedTuple):
     """A server, and what tells of its metrics; empty where nothing does.
 
+    ``at`` is where they are by default, ``seen`` the version that was, and how.
     ``waiting`` and ``running`` are gauges of requests, ``moving`` what changes with a
     step of the engine, ``prefill`` what changes in the prefill of a long prompt, and
     ``match`` how their series belong together; ``open`` is a gauge of requests in the

@@ -123,7 +123,9 @@ class Readme(server_test.ServerTest):
         self.assertEqual(len(said), len(hc.SERVERS))
         for server in hc.SERVERS:
             at = re.sub(r"\A(:\d+)/metrics\Z", r"\1", server.at)
-            pattern = re.compile(rf"(?:\A|, ){re.escape(f'{server.name} `{at}`')}")
+            version, _, how = server.seen.rpartition(", ")
+            shown = f"{server.name} `{at}`" + f" {version}" * (how == "run")
+            pattern = re.compile(rf"(?:\A|, ){re.escape(shown)}(?:\Z|, | \()")
             (taken,) = {row[2] for row in rows if pattern.search(row[0])}
             takes = "8081" in server.ports.split()
             self.assertEqual(server.name in taken, takes, server.name)
