@@ -4504,7 +4504,7 @@ class Reading:
         name = own["__name__"]
         if name in self._format.reserved:
             self.reserved.add(name)
-        if name not in self._format.names:
+        if name not in self._format.names or name in self.dropped:
             return ()
         for bound in {"le", "quantile"}.intersection(own):
             own[bound] = normalize_bound(own[bound])

@@ -2949,6 +2949,14 @@ class Exposition(unittest.TestCase):
                 with self.subTest(text[:9], size=size):
                     self.assertEqual(self.result(text, size=size), "too_large")
 
+    def test_a_metric_that_is_given_up_has_no_sample_however_it_is_written(self):
+        for form in 'x{{a="{}"}} 1\n', 'x {{a="{}"}} 1\n', '{{"x",a="{}"}} 1\n':
+            text = "y 1\n" + "".join(form.format(number) for number in range(6000))
+            stream = Stream("text/plain", io.BytesIO(text.encode()).readinto)
+            format = format_for(["x", "y"], (), spare=frozenset("x"))
+            reading = read_samples(stream, format, {})
+            self.assertEqual((shown(reading.samples), reading.dropped), ("y 1", {"x"}))
+
     def test_hostile_lines_are_read_in_linear_time(self):
         many = 200000
         blanks, digits = " " * many, "1" * many
