@@ -6032,9 +6032,8 @@ class Monitor:
 
     def _fault(self, error: Exception) -> Verdict:
         # The time stays that of the verdict before: a clock may be what is broken.
-        sequence, fault = self.verdict.sequence + 1, f"bug: {report(error)}"
-        before = self.verdict._replace(rules=(), targets=())
-        return before._replace(sequence=sequence, fault=fault)
+        before, fault = self.verdict, f"bug: {report(error)}"
+        return Verdict(before.sequence + 1, fault, before.time, before.wall)
 
     def _publish(self, verdict: Verdict) -> None:
         before, self.verdict = self.verdict, verdict

@@ -4322,6 +4322,22 @@ class MonitorTest(NetworkTest):
         self.assertTrue(monitor.check().healthy)
         self.log.clear()
 
+    def test_a_check_that_a_bug_ends_has_found_nothing(self):
+        server, url = self.metrics(page("run 0\n")), "http://127.0.0.1:1/health"
+        environ = {"DRAIN_WHILE": "run > 0", "HEALTH_ENDPOINT": url}
+        monitor = self.monitor(server, **environ)
+        monitor.drains_until = math.inf
+        before = monitor.check()
+        self.assertEqual((before.left, len(before.probes)), ("", 1))
+        with mock.patch.object(monitor.judge, "verdict_of", lambda *_: 1 / 0):
+            verdict = monitor.check()
+        self.assertEqual(verdict.sequence, before.sequence + 1)
+        # Nothing left in two checks would be Drained.
+        self.assertIsNone(verdict.left)
+        found = verdict.rules, verdict.targets, verdict.probes
+        self.assertEqual(found, ((), (), ()))
+        self.log.clear()
+
     def test_a_bug_before_its_scrape_is_unhealthy_with_its_reason_and_it_goes_on(self):
         breaks = iter(range(5))
 
