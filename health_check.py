@@ -5589,6 +5589,9 @@ class History:
                 table.stretch = 1.0
         while most > room and sum(map(Table.size, tables)) > room:
             largest = max(tables, key=Table.size)
+            if len(largest.checks) < 2:
+                # The labels of many targets may take more than there is.
+                break
             largest.thin()
             self._keep(largest, (len(largest.checks) - 1) % 2, 2)
 

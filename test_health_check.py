@@ -3818,6 +3818,14 @@ class HistoryTest(unittest.TestCase):
         history.record({y: 1.0}, now + 1e6 + 1, "xy")
         self.assertEqual(history.thinned(), {})
 
+    def test_labels_that_take_more_than_the_limit_leave_the_newest_samples(self):
+        history = History({"x": Lookback(), "y": Lookback(50.0, 50.0)}, 1 << 10)
+        x, y = (("__name__", "x"),), (("__name__", "y"),)
+        for count in range(9):
+            history.record({x: count, y: count}, 10.0 * count, "xy")
+        found = history.evaluation(80.0, 0.0).history
+        self.assertEqual([found["x"][x].value, found["y"][y].value], [8, 8])
+
     def test_a_metric_that_nothing_looks_back_at_is_its_newest_sample(self):
         history, labels = History({"x": Lookback()}, 1 << 20), (("__name__", "x"),)
         for now in range(3):
