@@ -1284,15 +1284,17 @@ class Evaluate(unittest.TestCase):
         kept = evaluation.computed.values()
         self.assertEqual([len(found) for found in kept].count(9), 2)
 
+    def calls_in_two_checks(self, function, expr, series):
+        patch = mock.patch.object(health_check, function.__name__, side_effect=function)
+        with patch as counted:
+            for _ in "12":
+                evaluate(expr, history(series))
+        return counted.call_count
+
     def test_a_label_value_is_matched_once_for_all_checks(self):
         series = "; ".join(f'x{{a="{i}{"a" * 2000}"}} 1' for i in range(9))
         expr = parse_expression('x{a=~"[0-9](a|aa)*b?"}')
-        with mock.patch.object(
-            health_check, "regex_matches", side_effect=regex_matches
-        ) as matched:
-            for _ in "12":
-                evaluate(expr, history(series))
-        self.assertEqual(matched.call_count, 9)
+        self.assertEqual(self.calls_in_two_checks(regex_matches, expr, series), 9)
         for check in range(50):
             evaluate(expr, history(f'x{{a="{check}"}} 1'))
         seen = health_check._known_values("x", expr.matchers[0])
@@ -1301,12 +1303,7 @@ class Evaluate(unittest.TestCase):
     def test_a_label_value_is_replaced_once_and_so_much_text_at_a_time(self):
         expr = parse_expression('label_replace(x, "b", "$1", "a", "(.)(a|aa)*(.*)")')
         series = "; ".join(f'x{{a="{i}{"a" * 99}"}} 1' for i in range(5))
-        with mock.patch.object(
-            health_check, "regex_expand", side_effect=regex_expand
-        ) as replaced:
-            for _ in "12":
-                evaluate(expr, history(series))
-        self.assertEqual(replaced.call_count, 5)
+        self.assertEqual(self.calls_in_two_checks(regex_expand, expr, series), 5)
         for check in range(20):
             evaluate(expr, history(f'x{{a="{check}"}} 1'))
         with mock.patch.object(health_check, "MAX_REPLACED", 499):
