@@ -47,7 +47,7 @@ ORIGINAL = "Go program"
 BEFORE, BUILD_BEFORE = "build before", "ebc540e"
 GO = {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode", "CGO_ENABLED": "0"}
 KB, MB = 1000, 1000000
-KIB, MIB = 1024, 1048576
+MIB = 1048576
 FOUR_NAMES = (
     "vllm:num_requests_waiting", "vllm:num_requests_running",
     "vllm:kv_cache_usage_perc", "vllm:generation_tokens_total",

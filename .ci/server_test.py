@@ -166,12 +166,6 @@ def comparable(series: Series) -> dict[Labels, str]:
     return {labels: repr(value) for labels, value in series.items()}
 
 
-def labels_of(series: Series, name: str, **labels: str) -> Series:
-    """Return the series of a metric that have some labels."""
-    wanted = {("__name__", name), *labels.items()}
-    return {k: v for k, v in series.items() if wanted <= set(k)}
-
-
 def run_main(*argv: str, **environ: str) -> tuple[int, str, str]:
     """Run the program in this process; return its status, stdout and stderr."""
     logger = logging.getLogger("health_check")
