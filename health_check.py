@@ -345,14 +345,18 @@ class Rule(NamedTuple):
 
 
 class Alert(NamedTuple):
-    """One series of a rule's result: pending or firing, and since when."""
+    """One series of a rule's result: pending since when, and firing from when on."""
 
     labels: Labels
     value: float
-    state: str
     since: float
     fired: float | None = None
     absent_since: float | None = None
+
+    @property
+    def state(self) -> str:
+        """``pending`` or ``firing``."""
+        return "pending" if self.fired is None else "firing"
 
     @property
     def began(self) -> float:
@@ -2533,10 +2537,10 @@ def _advance(
         since = now if alert.absent_since is None else alert.absent_since
         keeps = now - since < rule.keep_firing_for
         return alert._replace(absent_since=since) if keeps else None
-    alert = alert or Alert(*sample, state="pending", since=now)
+    alert = alert or Alert(*sample, since=now)
     alert = alert._replace(labels=sample.labels, value=sample.value, absent_since=None)
     if alert.state == "pending" and now - alert.since >= rule.hold:
-        return alert._replace(state="firing", fired=now)
+        return alert._replace(fired=now)
     return alert
 
 
@@ -6344,11 +6348,11 @@ class Notifier:
         self._warn_if_too_many(sum(status.counts["firing"] for status in verdict.rules))
         firing, failures = self._choose(verdict), _failures(verdict.targets)
         for labels, (status, alert) in firing.items():
-            old, started = self._notices.pop(labels, None), alert.fired or verdict.time
+            old = self._notices.pop(labels, None)
             sent = old.sent if old and old.ended is None else None
             annotations = _annotations(status, alert, failures)
             key = status.rule.name, alert.labels
-            notice = Notice(labels, annotations, started, None, sent, key)
+            notice = Notice(labels, annotations, alert.began, None, sent, key)
             self._notices[labels] = notice
         self._retire(firing, verdict, now)
 

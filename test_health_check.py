@@ -4554,7 +4554,7 @@ class AlertmanagerTest(NetworkTest):
 
     def alert(self, engine="0", state="firing"):
         labels = (("0", "z"), ("__name__", "q"), ("a.b", "x"), ("engine", engine))
-        return Alert(labels, 23.0, state, 900.0, 905.0 if state == "firing" else None)
+        return Alert(labels, 23.0, 900.0, 905.0 if state == "firing" else None)
 
     def sent(self):
         """Return what has been sent since the last call: engine, start, end."""
@@ -5059,7 +5059,7 @@ class ServeTest(NetworkTest):
         q, kept, half, slow, up, error, two, probe = (
             self.judged(rule, value=1.0, limit=0.0) for rule in rules
         )
-        alert = Alert((("__name__", "q"),), 2.0, "pending", NOW, NOW)
+        alert = Alert((("__name__", "q"),), 2.0, NOW)
         slow, error = slow._replace(alerts=(alert,)), error._replace(matched=0)
         two = two._replace(value=2.0, limit=3.0)
         fine = TargetStatus("a:1"), TargetStatus("b:1")
@@ -5099,7 +5099,7 @@ class ServeTest(NetworkTest):
     def firing(self, rules, alerts):
         """Return a verdict in which rules fire, each for some series."""
         found = tuple(
-            Alert((("__name__", "q"), ("n", str(number))), 1.0, "firing", NOW, NOW)
+            Alert((("__name__", "q"), ("n", str(number))), 1.0, NOW, NOW)
             for number in range(alerts)
         )
         text = ";".join(f"Q{number}: q > 0" for number in range(rules))
@@ -5232,8 +5232,8 @@ class ServeTest(NetworkTest):
     def test_rules_that_are_asked_for_are_told_in_json_too(self):
         rules = parse_rules("Q: q > 10; P: q > 1 for 1h; E: e; U: u")
         q, p, e, u = map(self.judged, rules)
-        alert = Alert((("__name__", "q"),), 24.0, "firing", NOW - 50, NOW - 42)
-        pending = alert._replace(state="pending", fired=None)
+        alert = Alert((("__name__", "q"),), 24.0, NOW - 50, NOW - 42)
+        pending = alert._replace(fired=None)
         found = (
             q._replace(alerts=(alert,)), p._replace(alerts=(pending,)),
             e._replace(error="odd"), u,
@@ -5414,8 +5414,8 @@ class ServeTest(NetworkTest):
         q, down, s, e, p, f = map(self.judged, rules)
         slow = TargetStatus("a:1", "timeout", "no answer within 800ms", since=NOW - 42)
         good = TargetStatus("a:1", seconds=0.0042, size=7, series=2)
-        alert = Alert((("__name__", "q"),), 24.0, "firing", NOW - 50, NOW - 42)
-        pending = alert._replace(state="pending", fired=None)
+        alert = Alert((("__name__", "q"),), 24.0, NOW - 50, NOW - 42)
+        pending = alert._replace(fired=None)
         q = q._replace(value=24.0, limit=10.0)
         for status, target, state, words in (
             (q._replace(alerts=(alert,)), good, "fail", "24, limit 10, for 42s"),
@@ -6392,7 +6392,7 @@ class MainTest(CommandLine):
 
     def test_it_exits_with_88_only_after_it_was_healthy_and_EXIT_AFTER(self):
         rule, other = parse_rules("Stalled: x > 1; Full: x > 2")
-        firing = (Alert((), 2.0, "firing", 0.0),)
+        firing = (Alert((), 2.0, 0.0, 0.0),)
         calm = RuleStatus(rule)
         bad = RuleStatus(rule, firing, last_words="x 2 for 5m")
         full = RuleStatus(other, firing)
@@ -6445,7 +6445,7 @@ class MainTest(CommandLine):
 
     def test_a_file_of_last_words_that_cannot_be_had_stops_no_exit(self):
         rule = parse_rules("Stalled: x > 1")[0]
-        bad = RuleStatus(rule, (Alert((), 2.0, "firing", 0.0),))
+        bad = RuleStatus(rule, (Alert((), 2.0, 0.0, 0.0),))
         with tempfile.NamedTemporaryFile() as file:
             os.mkfifo(f"{file.name}.fifo")
             self.addCleanup(os.unlink, f"{file.name}.fifo")

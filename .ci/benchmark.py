@@ -476,7 +476,7 @@ def child_alerts(count: str) -> list[float]:
 
     (rule,) = module.parse_rules("Q: q > 0")
     alerts = tuple(
-        module.Alert((("__name__", "q"), ("n", str(n))), 1.0, "firing", 0.0, 0.0)
+        module.Alert((("__name__", "q"), ("n", str(n))), 1.0, 0.0, 0.0)
         for n in range(int(count))
     )
     for number in range(5):
