@@ -3243,10 +3243,11 @@ def _basic(parts: urllib.parse.SplitResult) -> str:
 
 
 def _builtin_names(text: str) -> tuple[str, ...]:
-    for name in _items(text):
+    names = tuple(_items(text))
+    for name in names:
         if name not in BUILTIN:
             raise ValueError(f"{name} is no built-in rule: {', '.join(BUILTIN)}")
-    return tuple(_items(text))
+    return names
 
 
 def _rule_names(text: str) -> tuple[str, ...]:
@@ -3500,7 +3501,7 @@ class Config(NamedTuple):
     history_limit: int
     log_level: str
     log_format: str
-    given: Mapping[str, str]
+    given: Given
     rules: tuple[Rule, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -3615,7 +3616,7 @@ def missing_files(config: Config) -> Iterator[str]:
             yield f"{name}={path}: there is no such file, or it cannot be read"
 
 
-def _parsed(given: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+def _parsed(given: Given) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     problems = []
     for name, parse, default, _ in SETTINGS:
@@ -3686,7 +3687,7 @@ def _port_problems(_: Given, values: Values) -> Iterator[str]:
 
 def _canary_problems(given: Given, values: Values) -> Iterator[str]:
     url = values.get("canary_url")
-    for name in sorted(given) if url is None and "CANARY_URL" not in given else ():
+    for name in sorted(given) if "CANARY_URL" not in given else ():
         if name.startswith("CANARY_") and name.lower() in values:
             yield f"{name} needs CANARY_URL, where to send it"
     if "CANARY_BEARER_TOKEN_FILE" in given and url and url.authorization:
@@ -3776,7 +3777,7 @@ def _misspelt(given: Iterable[str]) -> Iterator[str]:
                 yield f"{name} is no setting: --help lists them"
 
 
-def _doubtful(given: Mapping[str, str]) -> Iterator[str]:
+def _doubtful(given: Given) -> Iterator[str]:
     for name in ("TARGET_LABELS", "ALERT_LABELS"):
         for label in re.findall(r"(\w+)=\s*(?=,|\Z)", given.get(name, "")):
             yield f"{name}: {label} has no value, so it is left out"
