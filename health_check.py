@@ -5539,9 +5539,11 @@ class History:
 
     def forget(self, name: str) -> None:
         """Remember no series of a metric, from now on."""
-        table = self._tables.get(name, Table(name, self._wanted.pop(name), 0.0))
-        for labels in list(table.series):
-            self._drop(table, labels)
+        del self._wanted[name]
+        table = self._tables.get(name)
+        if table:
+            for labels in list(table.series):
+                self._drop(table, labels)
 
     def evaluation(self, now: float, wall: float) -> Evaluation:
         """Return what expressions are evaluated against, as of the latest record."""
