@@ -5485,10 +5485,8 @@ class History:
     It has no thread, lock, clock or network: whoever checks calls it, and no other
     thread may touch it meanwhile.  Times are monotonic seconds, never less than before.
     All of it takes ``limit`` bytes at most: more samples are forgotten where that is
-    not enough.  ``reserved`` are bytes that its owner keeps beside it.
+    not enough.
     """
-
-    reserved = 0
 
     def __init__(self, wanted: Mapping[str, Lookback], limit: int) -> None:
         # Of the metrics that are there: most are of other servers, and cost nothing.
@@ -5505,7 +5503,7 @@ class History:
 
     def room(self) -> int:
         """Return the bytes that are left for new series; a quarter is for samples."""
-        return self._limit * 3 // 4 - self._labels_size - self.reserved
+        return self._limit * 3 // 4 - self._labels_size
 
     def cost(self, series: Iterable[Labels]) -> int:
         """Return the bytes that those of these series take that are new."""
@@ -6085,8 +6083,10 @@ class Judge:
         self._restart_after_gap(now, before)
         self._give_up(scrapes)
         config, history = self._config, self.history
-        history.reserved = _size_of_kept(self._statuses)
-        targets = record_scrapes(scrapes, history, now, config, before.targets)
+        kept = _size_of_kept(self._statuses)
+        targets = record_scrapes(
+            scrapes, history, now, config, before.targets, kept=kept
+        )
         self._scraped = self._scraped or not all(target.reason for target in targets)
         probes += self._answers(check)
         record_probes(probes, history, now, config)
@@ -6175,15 +6175,16 @@ class Statistics:
 
 def record_scrapes(
     scrapes: Iterable[Scrape], history: History, now: float, config: Config,
-    before: Iterable[TargetStatus] = (),
-) -> tuple[TargetStatus, ...]:
+    before: Iterable[TargetStatus] = (), *, kept: int = 0,
+) -> tuple[TargetStatus, ...]:  # fmt: skip
     """Remember what scrapes found, and what they add; return how each one went.
 
     A scrape for whose series there is no room has failed.  ``before`` is how those of
-    the check before went, for the time since when that has been so.
+    the check before went, for the time since when that has been so; ``kept`` are the
+    bytes of that room which alerts take.
     """
     samples: dict[Labels, float] = {}
-    room, statuses = history.room(), []
+    room, statuses = history.room() - kept, []
     for scrape in scrapes:
         cost = history.cost(scrape.samples)
         taken = scrape if cost <= room else scrape.failed("too_large", NO_ROOM)
