@@ -5938,8 +5938,10 @@ class Monitor:
         # Checks that begin until then tell what DRAIN_WHILE still gives.
         self.drains_until = -math.inf
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        self.judge, self.statistics = Judge(config), Statistics(config.rules)
-        self.scraper, self.canary = self.judge.scraper, self.judge.canary
+        self.canary = Canary(config, config.canary_url) if config.canary_url else None
+        self.judge = Judge(config, self.canary)
+        self.scraper = Scraper(config, self.judge.wanted, self.judge.spare)
+        self.statistics = Statistics(config.rules)
         self.listeners: list[Listener] = [self.statistics.add]
 
     def start(self) -> None:
@@ -6052,21 +6054,21 @@ class Monitor:
 class Judge:
     """Judges what scrapes find: has the rules with their states, and what they read.
 
-    It has no thread and no lock: one thread at a time calls it.
+    It has no thread and no lock: one thread at a time calls it.  ``wanted`` are the
+    metrics that it reads, and ``spare`` those that built-in rules alone do.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, canary: Canary | None = None) -> None:
         rules = (*config.rules, *config.canary_when)
         builtin = [rule.expr for rule in rules if rule.builtin]
         users = [rule.expr for rule in rules if not rule.builtin]
         users += filter(None, [config.drain_while])
         self._config, self._expressions = config, [*builtin, *users]
-        wanted = lookbacks(self._expressions)
-        spare = frozenset(wanted) - {*lookbacks(users)}
-        self.scraper = Scraper(config, wanted, spare)
-        self.history = History(wanted, config.history_limit)
+        backs, self._canary = lookbacks(self._expressions), canary
+        self.wanted = frozenset(backs)
+        self.spare = self.wanted.difference(lookbacks(users))
+        self.history = History(backs, config.history_limit)
         self.lookout = Lookout(config.rules, config, rules_of_settings(config))
-        self.canary = Canary(config, config.canary_url) if config.canary_url else None
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._when = tuple(RuleStatus(rule) for rule in config.canary_when)
         self._dropped: set[str] = set()
@@ -6120,14 +6122,14 @@ class Judge:
 
     def _answers(self, check: Check) -> tuple[ProbeStatus, ...]:
         """Let the canary be sent where CANARY_WHEN asks for it; return what it says."""
-        if not self.canary or not check.answer:
+        if not self._canary or not check.answer:
             return ()
         evaluation = self.history.evaluation(check.now, check.wall)
         self._when = tuple(_judged(status, evaluation) for status in self._when)
         stalls = [status for status in self._statuses if status.rule.name in HUNG]
         # Asked for nothing more: a server that still loads, or that somebody drains.
         when = self._when if self._scraped and not check.drain else ()
-        answer = self.canary.consider(check.answer, when, stalls, evaluation)
+        answer = self._canary.consider(check.answer, when, stalls, evaluation)
         return (answer,) if answer.sent > -math.inf else ()
 
     def _warn(self, scrapes: Iterable[Scrape], evaluation: Evaluation) -> None:
@@ -7845,7 +7847,8 @@ def _checks(
     # It asks the engine for nothing, and listens on no port.
     idle = config._replace(canary_when=(), drain_while=None, app_port=0)
     parts = Judge(idle._replace(rules=tuple(rules)))
-    scraper, history, lookout = parts.scraper, parts.history, parts.lookout
+    scraper = Scraper(config, parts.wanted, parts.spare)
+    history, lookout = parts.history, parts.lookout
     scraper.start()
     try:
         while True:
