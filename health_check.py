@@ -5914,11 +5914,11 @@ class Monitor:
 
     One check runs at a time, from when scrapes are ordered for it until its verdict is
     published: by the worker that has the last scrape, or by this class' own thread if
-    the deadline comes first.  Only that thread, or whoever calls ``check`` and has
-    started no thread, touches ``judge``, which makes a Verdict of scrapes.  The lock
-    guards what is asked for, which check runs, and whose scrapes are waited for.
-    ``verdict`` is replaced as a whole: any thread may read it.  ``listeners`` are
-    called in order.
+    the deadline comes first.  Meanwhile only that thread, or whoever calls ``check``
+    and has started no thread, touches ``judge``, which makes a Verdict of scrapes; any
+    may ask for its ``drain_while``.  The lock guards what is asked for, which check
+    runs, and whose scrapes are waited for.  ``verdict`` is replaced as a whole: any
+    thread may read it.  ``listeners`` are called in order.
     """
 
     def __init__(
@@ -5961,7 +5961,7 @@ class Monitor:
             self.canary.stop()
 
     def alive(self) -> bool:
-        """Tell whether all threads live, and no check is overdue for a minute."""
+        """Tell whether the threads for checks live, and no check is a minute late."""
         check, threads = self._running, (self._thread, *self.scraper.threads)
         late = self._clock() - check.now - self.verdict_timeout if check else 0.0
         return all(thread.is_alive() for thread in threads) and late < MAX_OVERDUE
