@@ -1060,7 +1060,6 @@ def markdown(rows: Sequence[Row], where: str) -> str:
     for what, pattern in README:
         others: dict[str, list[str]] = {}
         found = [r for r in rows if r.other and re.fullmatch(pattern, r.what)]
-        found = [r for r in found if r.against != 'count(b"\\n")']
         for r in found:
             others.setdefault(r.against, []).append(number(r.other))
         ours = ", ".join(dict.fromkeys(number(r.ours) for r in found))
