@@ -772,7 +772,7 @@ class Run:
         self.watch("told to end with 4 in flight, asked by another", 45, "?")
 
     def canary(self) -> None:
-        """Stop the engine while nobody asks: a canary tells within three minutes."""
+        """Stop the engine while nobody asks: a canary tells within five minutes."""
         self.start()
         self.watch("loading", 400, "?", "Healthy")
         self.send(1, PATIENCE)
