@@ -866,7 +866,7 @@ class FromACanary(AttackTest):
             "elsewhere": (redirects("http://127.0.0.1:9/", "307 No"), "redirect"),
         }  # fmt: skip
         with ThreadPoolExecutor(2) as pool:
-            found_out = pool.map(self.ask, answers, *zip(*answers.values()))
+            found_out = pool.map(self.ask, answers, [a for a, _ in answers.values()])
             for (name, (_, reason)), (seen, row) in zip(answers.items(), found_out):
                 TABLE.append(row)
                 with self.subTest(name):
@@ -876,7 +876,7 @@ class FromACanary(AttackTest):
                     self.assertEqual(row.after.threads, row.before.threads)
                     self.assertLessEqual(row.after.fds, row.before.fds)
 
-    def ask(self, name: str, answer: Answer, reason: str) -> tuple[str, Row]:
+    def ask(self, name: str, answer: Answer) -> tuple[str, Row]:
         """Return why the canary failed, and what checks were like meanwhile."""
         with Upstream(sends(page(FINE))) as metrics, Upstream(answer) as engine:
             settings = {
