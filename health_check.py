@@ -1778,8 +1778,9 @@ _NATIVE = "native histograms are not read, classic ones with buckets are"
 REFUSED = {
     **dict.fromkeys("""anchored double_exponential_smoothing fill fill_left fill_right
         histogram_quantiles info limit_ratio limitk mad_over_time max_of min_of range
-        smoothed sort_by_label sort_by_label_desc start end step ts_of_first_over_time
+        smoothed sort_by_label sort_by_label_desc step ts_of_first_over_time
         ts_of_last_over_time ts_of_max_over_time ts_of_min_over_time""".split(), _FLAG),
+    **dict.fromkeys(("start", "end"), "in a rule it is the moment of the check"),
     **dict.fromkeys("""histogram_avg histogram_count histogram_stddev histogram_stdvar
         histogram_sum </ >/""".split(), _NATIVE),
     "holt_winters": "Prometheus 3 has it no more; see deriv and predict_linear",
@@ -2259,6 +2260,8 @@ def find_parts(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Expr]:
 
 def format_expression(expr: Expr, floor: float = 0) -> str:
     """Return the canonical text of an expression; it parses to the same tree.
+
+    Durations are written to the millisecond.
 
     >>> format_expression(parse_expression("a>1  OR (b)"))
     'a > 1 or b'

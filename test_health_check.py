@@ -690,7 +690,7 @@ class PromQL(unittest.TestCase):
             «holt_winters(x[5m], 1, 1) => deriv        «info(x) => behind a flag
             «mad_over_time(x[5m]) => behind a flag     «limitk(1, x) => behind a flag
             «histogram_sum(x) => native histograms     x «</ y => native histograms
-            x @ «start() => behind a flag              x[«step()] => behind a flag
+            x @ «start() => the moment of the check    x[«step()] => behind a flag
             rate(x[5m] «anchored) => behind a flag     x + «fill(0) y => behind a flag
             «RATE(x[5m]) => is rate meant              «nothing_like_it(x) => a function
             x{a=~«"(?m)b"} => the flag m               x{a=~«"(?i-U)b"} => the flag U
