@@ -7776,7 +7776,7 @@ def check_once(config: Config) -> int:
 
 
 def print_query(config: Config, text: str) -> int:
-    """Print what an expression gives now, as promtool does; 1 if a scrape failed.
+    """Print what an expression gives now, as promtool does; 1 if it or a scrape fails.
 
     Raises PromQLError or ConfigError for one that can give nothing.
     """
@@ -8068,7 +8068,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status.
 
     0 is healthy or a clean stop, 1 unhealthy or not able to serve, 2 a wrong
-    configuration or expression.
+    configuration or expression, 88 the end that EXIT_WHEN asks for.
     """
     if hasattr(sys.stdout, "reconfigure"):
         # A label's value may be more than the locale can write.
