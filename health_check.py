@@ -7453,7 +7453,7 @@ class Server:
         else:
             time.sleep(0.01)
 
-    def _warn(self, text: str, seconds: float = HOUR, client: str = "") -> None:
+    def _warn(self, text: str, seconds: float, client: str = "") -> None:
         # Told once in a while: whoever makes a mistake makes it with each probe.
         now = time.monotonic()
         if now - self._warned.get(text, -math.inf) >= seconds:
