@@ -2579,7 +2579,8 @@ def _seconds(token: Token) -> float:
 # last two samples, however far apart the checks of a prober are.
 
 LATE = 'scrape_error{reason="timeout"}'
-# A time out counts when it has lasted 30 s, anything else at once.
+# A time out counts when it has lasted 30 s, or if no scrape succeeded in 10 minutes, as
+# where checks are that rare, and at the very first; anything else counts at once.
 DOWN = f"""scrape_error{{reason!="timeout"}}
   or {LATE} and ignoring (reason) last_over_time(up[5m] offset 30s) == 0
     unless ignoring (reason) max_over_time(up[31s]) > 0
