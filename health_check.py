@@ -4632,7 +4632,10 @@ def _unescape(quoted: bytes) -> str:
 
 LOG = logging.getLogger("health_check")
 MAX_BACKLOG, FLUSH_TIME = 256 * 1024, 0.2
+MAX_TOLD = 5
 BUG = "this is a bug in health_check.py: please report it"
+Message = Tuple[int, str, Dict[str, str]]
+"""A line of the log: its level, its text, and its fields for LOG_FORMAT=json."""
 
 
 def log_to_stderr(config: Config) -> None:
@@ -4652,6 +4655,12 @@ def log_to_stderr(config: Config) -> None:
 def log(level: int, message: str, **fields: object) -> None:
     """Log a message; with LOG_FORMAT=json the fields are keys beside it."""
     LOG.log(level, "%s", message, extra={"fields": fields})
+
+
+def log_some(messages: Iterable[Message]) -> None:
+    """Log the first of some messages, as it may take long to make each."""
+    for level, message, fields in itertools.islice(messages, MAX_TOLD):
+        log(level, message, **fields)
 
 
 def report(error: Exception) -> str:
@@ -4774,8 +4783,6 @@ class JSONFormatter(TextFormatter):
 
 MAX_LAST_WORDS, MAX_RULE, MAX_READ = 2000, 160, 5
 ANSWERED = "up", "scrape_error"
-Message = Tuple[int, str, Dict[str, str]]
-"""A line of the log: its level, its text, and its fields for LOG_FORMAT=json."""
 
 
 def log_transitions(before: Verdict, after: Verdict) -> None:
@@ -5066,17 +5073,15 @@ class Lookout:
     One thread at a time may use it.  Times are monotonic.
     """
 
-    def __init__(
-        self, rules: Sequence[Rule], config: Config, others: Iterable[Rule] = ()
-    ) -> None:
-        added, self._config, self._rules = reserved_names(config), config, rules
-        users = [rule for rule in rules if not rule.builtin]
+    def __init__(self, config: Config, others: Iterable[Rule] = ()) -> None:
+        added, self._config = reserved_names(config), config
+        users = [rule for rule in config.rules if not rule.builtin]
         self._searches = _searches_for(users, added)
         # Of other names that built-in rules read it does not follow which server it is.
         watched = (server for server in SERVERS if server.watched)
         self._names = frozenset().union(*map(own_names, watched))
         # A rule of a user's own that finds nothing is told of by itself.
-        reads = (s.name for rule in rules for s in find_selectors(rule.expr))
+        reads = (s.name for rule in config.rules for s in find_selectors(rule.expr))
         self._builtin = not self._searches and any(name not in added for name in reads)
         self._searches.update(_searches_for(others, added))
         self._unwatched: dict[str, Unwatched] = {}
@@ -5135,8 +5140,8 @@ class Lookout:
                 yield logging.WARNING, f"{rule}: {text}", fields
 
     def _look_at_ranges(self, thinned: Mapping[str, float]) -> Iterator[Message]:
-        ranges = ((r.name, s) for r in self._rules for s in find_selectors(r.expr))
-        for key in ranges:
+        rules = self._config.rules
+        for key in ((r.name, s) for r in rules for s in find_selectors(r.expr)):
             rule, selector = key
             apart = thinned.get(selector.name, 0.0) if selector.window else 0.0
             if apart > self._thinned.get(key, 0.0):
@@ -5886,7 +5891,7 @@ MAX_GAP, MAX_INTERVALS = 300.0, 3
 MAX_LATE, MAX_OVERDUE, MAX_DRAIN_PAUSE = 0.25, 60.0, 5.0
 # What an alert of four labels takes besides their text, measured: 400, and a margin.
 ALERT_BYTES = 500
-TREND, MAX_TOLD = 120, 5
+TREND = 120
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 NO_SERVER = "whether a request runs is not known: set DRAIN_WHILE"
 NO_ROOM = (
@@ -5908,9 +5913,9 @@ class Check(NamedTuple):
 
     now: float
     wall: float
-    drain: bool
-    answer: ProbeStatus | None
-    again: bool
+    drain: bool = False
+    answer: ProbeStatus | None = None
+    again: bool = False
 
 
 class Monitor:
@@ -5943,7 +5948,7 @@ class Monitor:
         self.drains_until = -math.inf
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         self.canary = Canary(config, config.canary_url) if config.canary_url else None
-        self.judge = Judge(config, self.canary)
+        self.judge = Judge(config, [*rules_of_settings(config)], self.canary)
         self.scraper = Scraper(config, self.judge.wanted, self.judge.spare)
         self.statistics = Statistics(config.rules)
         self.listeners: list[Listener] = [self.statistics.add]
@@ -6059,20 +6064,23 @@ class Judge:
     """Judges what scrapes find: has the rules with their states, and what they read.
 
     It has no thread and no lock: one thread at a time calls it.  ``wanted`` are the
-    metrics that it reads, and ``spare`` those that built-in rules alone do.
+    metrics that it reads, and ``spare`` those that built-in rules alone do.  What the
+    ``others`` read is there to be evaluated too, and ``warn`` takes what is missing.
     """
 
-    def __init__(self, config: Config, canary: Canary | None = None) -> None:
-        rules = (*config.rules, *config.canary_when)
+    def __init__(
+        self, config: Config, others: Sequence[Rule], canary: Canary | None = None,
+        warn: Callable[[Iterator[Message]], object] = log_some,
+    ) -> None:  # fmt: skip
+        rules = (*config.rules, *config.canary_when, *others)
         builtin = [rule.expr for rule in rules if rule.builtin]
         users = [rule.expr for rule in rules if not rule.builtin]
-        users += filter(None, [config.drain_while])
         self._config, self._expressions = config, [*builtin, *users]
         backs, self._canary = lookbacks(self._expressions), canary
         self.wanted = frozenset(backs)
         self.spare = self.wanted.difference(lookbacks(users))
         self.history = History(backs, config.history_limit)
-        self.lookout = Lookout(config.rules, config, rules_of_settings(config))
+        self.lookout, self._warn = Lookout(config, others), warn
         self._statuses = tuple(RuleStatus(rule) for rule in config.rules)
         self._when = tuple(RuleStatus(rule) for rule in config.canary_when)
         self._dropped: set[str] = set()
@@ -6098,7 +6106,8 @@ class Judge:
         record_probes(probes, history, now, config)
         evaluation = history.evaluation(now, check.wall)
         self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
-        self._warn(scrapes, evaluation)
+        pages = [scrape.page for scrape in scrapes if scrape.reading]
+        self._warn(self.lookout.look(pages, evaluation))
         targets = tuple(map(self.lookout.remark, targets))
         drain = self.drain_while if check.drain else None
         left = self._left(drain, targets, evaluation) if drain else None
@@ -6135,13 +6144,6 @@ class Judge:
         when = self._when if self._scraped and not check.drain else ()
         answer = self._canary.consider(check.answer, when, stalls, evaluation)
         return (answer,) if answer.sent > -math.inf else ()
-
-    def _warn(self, scrapes: Iterable[Scrape], evaluation: Evaluation) -> None:
-        pages = [scrape.page for scrape in scrapes if scrape.reading]
-        messages = self.lookout.look(pages, evaluation)
-        # Names made to be alike are slow to compare: the rest is for the next check.
-        for level, text, fields in itertools.islice(messages, MAX_TOLD):
-            log(level, text, **fields)
 
     def _left(
         self, drain: Expr, targets: Iterable[TargetStatus], evaluation: Evaluation
@@ -7756,22 +7758,20 @@ def check_once(config: Config) -> int:
 
     One check is no time: ``for`` counts as over, and a rule with a range is left out.
     """
-    targets, evaluation = _scrape_for(config.rules, config)
+    rules = tuple(rule._replace(hold=0.0) for rule in config.rules)
+    verdict, _ = next(_checks(config._replace(rules=rules)))
     decided = []
-    for rule in config.rules:
-        status = judge(RuleStatus(rule._replace(hold=0.0)), evaluation)
+    for status in verdict.rules:
         visible = visible_rule(status)
-        if visible and _needed_range(visible):
-            say(f"[?]{rule.name} undecided: one check has no {_needed_range(visible)}")
+        needed = _needed_range(visible) if visible else ""
+        if needed:
+            say(f"[?]{status.rule.name} undecided: one check has no {needed}")
         else:
             decided.append(status)
-    fault = "never scraped" if all(target.reason for target in targets) else ""
-    now, wall = evaluation.now, evaluation.wall
-    verdict = Verdict(1, fault, now, wall, tuple(decided), targets)
-    answer = answer_health(verdict, "verbose")
     if not decided:
         say("no rule can be decided by one check")
         return 1
+    answer = answer_health(verdict._replace(rules=tuple(decided)), "verbose")
     say("".join(answer.body).rstrip("\n"))
     return 0 if answer.status == 200 else 1
 
@@ -7782,9 +7782,11 @@ def print_query(config: Config, text: str) -> int:
     Raises PromQLError or ConfigError for one that can give nothing.
     """
     expr = _holdable(parse_expression(text), config)
-    again = bool(_range_text([expr]))
-    targets, evaluation = _scrape_for([Rule("Query", expr)], config, again=again)
-    failed = [target for target in targets if target.reason]
+    checks = _checks(config._replace(rules=()), Rule("Query", expr))
+    # A range of one sample tells little.
+    needed = 2 if _range_text([expr]) else 1
+    *_, (verdict, evaluation) = itertools.islice(checks, needed)
+    failed = [target for target in verdict.targets if target.reason]
     for target in failed:
         problem = f"scrape of {target.instance} failed: {target.reason}"
         say(f"{problem}: {target.message}", error=True)
@@ -7804,14 +7806,14 @@ def wait(config: Config, text: str, timeout: float) -> int:
     """
     expr = _holdable(parse_vector(text), config)
     quiet, reported, end = 0, -math.inf, time.monotonic() + timeout
-    for missing, targets, evaluation in _checks([Rule("Wait", expr)], config):
-        _warn(missing)
-        left = remaining(expr, targets, evaluation)
+    waits = Rule("Wait", expr)
+    for verdict, evaluation in _checks(config._replace(rules=()), waits):
+        left = remaining(expr, verdict.targets, evaluation)
         quiet = 0 if left else quiet + 1
         if quiet == 2:
             return 0
-        if left and evaluation.now >= reported + REPORT_PAUSE:
-            reported = evaluation.now
+        if left and verdict.time >= reported + REPORT_PAUSE:
+            reported = verdict.time
             say(f"waiting for {escape_controls(left)}")
         if time.monotonic() + QUERY_PAUSE > end:
             break
@@ -7827,46 +7829,28 @@ def _holdable(expr: Expr, config: Config) -> Expr:
     return expr
 
 
-def _scrape_for(
-    rules: Sequence[Rule], config: Config, *, again: bool = False
-) -> tuple[tuple[TargetStatus, ...], Evaluation]:
-    """Scrape what rules read, twice if ``again``; return how that went too."""
-    for check in itertools.islice(_checks(rules, config), 1 + again):
-        missing, targets, _ = check
-        # What is remarked of a target is printed with the outcome.
-        remarks = [f"{target.instance}: {target.remark}" for target in targets]
-        _warn(text for text in missing if text not in remarks)
-    return check[1:]
-
-
-def _warn(texts: Iterable[str]) -> None:
-    for text in texts:
-        say(f"warning: {text}", error=True)
-
-
-def _checks(
-    rules: Sequence[Rule], config: Config
-) -> Iterator[tuple[list[str], tuple[TargetStatus, ...], Evaluation]]:
-    """Scrape what rules read, again and again; yield what is missing too."""
+def _checks(config: Config, *others: Rule) -> Iterator[tuple[Verdict, Evaluation]]:
+    """Check again and again; what ``others`` read is there to be evaluated."""
     # It asks the engine for nothing, and listens on no port.
-    idle = config._replace(canary_when=(), drain_while=None, app_port=0)
-    parts = Judge(idle._replace(rules=tuple(rules)))
-    scraper = Scraper(config, parts.wanted, parts.spare)
-    history, lookout = parts.history, parts.lookout
+    idle = config._replace(canary_when=(), app_port=0)
+    judge, verdict = Judge(idle, others, warn=_warn), Verdict(0, "", 0.0, 0.0)
+    scraper = Scraper(config, judge.wanted, judge.spare)
     scraper.start()
     try:
         while True:
-            now, wall = time.monotonic(), time.time()
-            scrapes, probes = scraper.scrape(list_names=True)
-            targets = record_scrapes(scrapes, history, now, config)
-            record_probes(probes, history, now, config)
-            evaluation = history.evaluation(now, wall)
-            pages = [scrape.page for scrape in scrapes if scrape.reading]
-            missing = [text for _, text, _ in lookout.look(pages, evaluation)]
-            yield missing, tuple(map(lookout.remark, targets)), evaluation
+            check = Check(time.monotonic(), time.time())
+            verdict = judge.verdict_of(check, scraper.scrape(list_names=True), verdict)
+            yield verdict, judge.history.evaluation(check.now, check.wall)
             time.sleep(QUERY_PAUSE)
     finally:
         scraper.stop()
+
+
+def _warn(messages: Iterable[Message]) -> None:
+    for _, text, fields in messages:
+        # What is remarked of a target is printed with the outcome.
+        if "target" not in fields:
+            say(f"warning: {text}", error=True)
 
 
 def _results(expr: Expr, evaluation: Evaluation) -> Iterator[str]:
@@ -7932,12 +7916,12 @@ def check_config(config: Config, *, as_group: bool) -> int:
     if as_group:
         say(prometheus_rules(config.rules))
         return 0
-    targets, evaluation = next(_checks(config.rules, config))[1:]
-    for target in filter(operator.attrgetter("reason"), targets):
+    verdict, _ = next(_checks(config))
+    for target in filter(operator.attrgetter("reason"), verdict.targets):
         say(f"scrape of {target.instance}: {target.reason}: {target.message}")
-    for rule in config.rules:
-        say(describe_rule(judge(RuleStatus(rule), evaluation)))
-    for server in SERVERS if all(target.reason for target in targets) else ():
+    for status in verdict.rules:
+        say(describe_rule(status))
+    for server in SERVERS if verdict.fault else ():
         say(describe_server(server))
     return 0
 

@@ -3694,7 +3694,7 @@ class Absence(unittest.TestCase):
         own = {"METRIC_TO_CHECK": "x", "METRIC_THRESHOLD": "1"}
         for port, more, count in ("8081", {}, 1), ("8081", own, 1), ("8085", {}, 0):
             config = load_config({"APP_PORT": port, **more})
-            lookout = Lookout(config.rules, config)
+            lookout = Lookout(config)
             self.assertTrue(lookout.wants_names(NOW))
             looks = [lookout.look(pages, history("")) for _ in range(2)]
             told = [text for look in looks for _, text, _ in look]
