@@ -177,6 +177,22 @@ class Series:
         before = [self.values[fall - 1] for fall in self.falls[slice(*falls)]]
         return Points(times, values, before)
 
+    def newest(
+        self, count: int, start: float, end: float
+    ) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Return times and values of the newest samples of a window, if it has so many.
+
+        Mostly they are the last ones that there are, and need no search.
+        """
+        last = self.first + len(self.values)
+        times: Sequence[float] = self.checks[max(last - count, 0) : last]
+        values: Sequence[float] = self.values[-count:]
+        if self.gaps or times[-1] > end:
+            times, values, _ = self.window(start, end)
+        if len(values) < count or times[-count] <= start:
+            return None
+        return times[-count:], values[-count:]
+
     def sample_at(self, moment: float) -> tuple[float, float] | None:
         """Return the time and the value that an instant selector sees at a moment.
 
@@ -196,7 +212,8 @@ class Series:
         values, index = self.values, len(self.checks) - 1 - self.first
         if len(values) > index:
             values.pop()
-            self._trim()
+            if self.gaps or self.falls:
+                self._trim()
         while len(values) < index:
             self.gaps = self.gaps or array("I")
             self.gaps.append(len(values))
@@ -412,7 +429,8 @@ class RuleStatus(_RuleStatus):
             return "error"
         if not self.alerts:
             return "inactive"
-        return "firing" if self.counts["firing"] else "pending"
+        fires = any(alert.fired is not None for alert in self.alerts)
+        return "firing" if fires else "pending"
 
     def reads_only(self, names: Container[str]) -> bool:
         """Whether it has read metrics, and none but these."""
@@ -548,7 +566,7 @@ class Verdict(NamedTuple):
     @property
     def failed_scrapes(self) -> int:
         """How many of the targets could not be scraped."""
-        return sum(not target.up for target in self.targets)
+        return len([target for target in self.targets if target.reason])
 
     def wall_of(self, moment: float) -> float:
         """Return the Unix time of a monotonic moment."""
@@ -598,10 +616,15 @@ def label_all(
     values: Mapping[str, float], labels: Labels, error: str, reason: str
 ) -> dict[Labels, float]:
     """Return the samples of some metrics, and of an error if it has a reason."""
-    named = {(("__name__", name), *labels): value for name, value in values.items()}
+    named = {_named(name, labels): value for name, value in values.items()}
     if reason:
-        named[(("__name__", error), ("reason", reason), *labels)] = 1.0
-    return {tuple(sorted(pairs)): value for pairs, value in named.items()}
+        named[_named(error, (("reason", reason), *labels))] = 1.0
+    return named
+
+
+@lru_cache(maxsize=1024)
+def _named(name: str, labels: Labels) -> Labels:
+    return tuple(sorted((("__name__", name), *labels)))
 
 
 def float_or_nan(text: str) -> float:
@@ -1045,7 +1068,10 @@ def _applied(
         return lambda now: apply(expr, now, *[operand(now) for operand in operands])
     left, right = operands
     if lazy and expr.name in ("and", "unless"):
-        return lambda now: left(now) and operate(expr, left(now), right(now))
+        return lambda now: (found := left(now)) and operate(expr, found, right(now))
+    if is_filter(expr) and isinstance(expr.operands[1], Number):
+        keep = partial(keep_those, OPERATORS[expr.name], expr.operands[1].value)
+        return lambda now: keep(left(now))
     return lambda now: operate(expr, left(now), right(now))
 
 
@@ -1072,6 +1098,8 @@ def moment_of(expr: Selector | Subquery, evaluation: Evaluation) -> float:
 
 def select(selector: Selector, evaluation: Evaluation) -> Mapping[Labels, Series]:
     """Return the remembered series, fresh or not, that a selector matches."""
+    if not selector.matchers:
+        return evaluation.history.get(selector.name, {})
     key, known = (selector.name, selector.matchers), evaluation.selected
     if key not in known:
         found = evaluation.history.get(selector.name, {})
@@ -1208,6 +1236,13 @@ def operate(expr: Operation, left: Value, right: Value) -> Value:
     return finish((labels, float(apply(a, b))) for labels, _, a, b in pairs)
 
 
+def keep_those(
+    holds: Callable[[float, float], object], limit: float, vector: Vector
+) -> Vector:
+    """Return the series whose values compare so with a limit."""
+    return {labels: value for labels, value in vector.items() if holds(value, limit)}
+
+
 def is_filter(expr: Operation) -> bool:
     """Tell whether an operator only keeps series or drops them."""
     return expr.name in COMPARISONS and not expr.returns_bool
@@ -1263,6 +1298,8 @@ def _included(expr: Operation, labels: Labels, partner: Labels) -> Labels:
 
 def _combine(expr: Operation, left: Vector, right: Vector) -> Vector:
     """Return what ``and``, ``or`` or ``unless`` keeps of two vectors."""
+    if not right:
+        return {} if expr.name == "and" else left
     wanted, other = (right, left) if expr.name == "or" else (left, right)
     there = {_signature(labels, expr.grouping) for labels in other}
     kept = {
@@ -1422,10 +1459,9 @@ def _increase(
     return result * ((covered + lead + tail) / covered)
 
 
-def _irate(points: Points, *_: float) -> float:
-    times, values = points.times, points.values
-    before = 0.0 if values[-1] < values[-2] else values[-2]
-    return (values[-1] - before) / (times[-1] - times[-2])
+def _irate(times: Sequence[float], values: Sequence[float]) -> float:
+    before = 0.0 if values[1] < values[0] else values[0]
+    return (values[1] - before) / (times[1] - times[0])
 
 
 def _regression(points: Points, origin: float) -> tuple[float, float]:
@@ -1481,6 +1517,23 @@ def _over_range(
                     function(points, *bounds, *others),
                 )
         return _distinct(filter(None, map(known.get, found.values())))
+
+    return apply
+
+
+def _of_newest(
+    function: Callable[[Sequence[float], Sequence[float]], float], count: int,
+    finish: Callable[[Iterable[tuple[Labels, float]]], Vector] = _nameless,
+) -> Callable[..., Vector]:  # fmt: skip
+    """Apply to the newest samples of each series that has so many in the range."""
+
+    def apply(_: Operation, __: Evaluation, found: Range) -> Vector:
+        results = []
+        for labels, series in found.series.items():
+            newest = series.newest(count, found.start, found.end)
+            if newest:
+                results.append((labels, function(*newest)))
+        return finish(results)
 
     return apply
 
@@ -1717,13 +1770,17 @@ FUNCTIONS: dict[str, Function] = {
     }),
     **_rows((RANGE,), partial(_over_range, named=True), {
         "first_over_time": _of_values(operator.itemgetter(0)),
-        "last_over_time": _of_values(operator.itemgetter(-1)),
     }),
+    "last_over_time": Function(
+        (RANGE,), _of_newest(lambda _, values: values[0], 1, dict)
+    ),
     **_rows((RANGE,), partial(_over_range, least=2), {
         "increase": _increase, "delta": partial(_increase, counter=False),
         "rate": lambda points, a, b: _increase(points, a, b) / (b - a),
-        "irate": _irate, "idelta": _of_values(lambda values: values[-1] - values[-2]),
         "deriv": lambda points, start, end: _regression(points, end)[0],
+    }),
+    **_rows((RANGE,), partial(_of_newest, count=2), {
+        "irate": _irate, "idelta": lambda times, values: values[1] - values[0],
     }),
     **_rows((VECTOR,), _aggregate, {
         "group": lambda values: 1.0, **REDUCERS,
@@ -2370,12 +2427,12 @@ def judge(before: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     rule, part = before.rule, _part(before, evaluation)
     try:
         found, value, limit = part.measure(evaluation)
+        same = rule.builtin and (part, value) == (before.part, before.value)
+        if same and not found and before.state == "inactive":
+            return before
         samples, matched = _samples(found), _count_found(rule, part, evaluation)
     except EvaluationError as error:
         return before._replace(error=str(error), value=None, part=part)
-    same = rule.builtin and (part, value) == (before.part, before.value)
-    if same and not samples and before.state == "inactive":
-        return before
     alerts = {unnamed(alert.labels): alert for alert in before.alerts}
     now_there = _advanced(rule, alerts, samples, evaluation.now)
     if len(now_there) > MAX_FOUND:
@@ -2506,7 +2563,7 @@ def _measuring(expr: Expr, lazy: bool = False) -> Callable[[Evaluation], Measure
 
     def measure(evaluation: Evaluation) -> Measure:
         measured = compute(evaluation)
-        found = {k: v for k, v in measured.items() if holds(v, limit)}
+        found = keep_those(holds, limit, measured)
         # With == and != the worst is neither the greatest nor the least.
         value = worst([*(found or measured).values()]) if measured else None
         return Measure(found, value, limit)
@@ -2541,7 +2598,9 @@ def _advance(
         keeps = now - since < rule.keep_firing_for
         return alert._replace(absent_since=since) if keeps else None
     alert = alert or Alert(*sample, since=now)
-    alert = alert._replace(labels=sample.labels, value=sample.value, absent_since=None)
+    if alert.absent_since is not None or alert[:2] != sample:
+        labels, value = sample
+        alert = alert._replace(labels=labels, value=value, absent_since=None)
     if alert.state == "pending" and now - alert.since >= rule.hold:
         return alert._replace(fired=now)
     return alert
@@ -4573,9 +4632,11 @@ def _line(
     stop = min(end, start + MAX_LABELS)
     series = _SERIES.match(buffer, start, stop)
     number = series and value.match(buffer, series.end(), end)
-    with suppress(ValueError):
+    try:
         if series and number:
             return series[0], parse_float(number[1].decode("ascii")), number.end() - 1
+    except ValueError:
+        pass
     # A quoted label value may hold a newline, so a line may go on behind the end.
     if _OPEN_STRING.match(buffer, start, stop):
         if stop < end:
@@ -4802,7 +4863,9 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
         yield from _probe_transition(before.probes, probe)
     known = {status.rule.name: status for status in before.rules}
     for status in after.rules:
-        yield from _rule_transition(known.get(status.rule.name), status, after)
+        old = known.get(status.rule.name)
+        if old is not status:
+            yield from _rule_transition(old, status, after)
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
         word = "Healthy" if after.healthy else "Unhealthy"
         level = logging.INFO if after.healthy else logging.WARNING

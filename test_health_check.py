@@ -575,6 +575,10 @@ class Vocabulary(unittest.TestCase):
                 self.assertEqual(samples, [x for x in kept if first < x[0] <= last])
                 pairs = zip(points.values, points.values[1:])
                 self.assertEqual(list(points.falls), [a for a, b in pairs if b < a])
+                for count in 1, 2:
+                    newest = series.newest(count, first, last) if kept else None
+                    enough = samples[-count:] if samples[count - 1 :] else None
+                    self.assertEqual(newest and [*zip(*newest)], enough)
                 at = first + 0.5
                 value = dict(column).get(math.floor(at)) if kept else None
                 if first <= column[-1][0] and start <= first and step == 1:
