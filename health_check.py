@@ -745,37 +745,49 @@ def format_name(name: str, colon: str = "") -> str:
 # --- 2. Regex: pattern x text -> whether all of it matches ---------------------------
 # Python's re can take time exponential in the length of a label value, which comes from
 # outside.  Here a pattern becomes instructions that all states walk at once (Thompson's
-# construction), so a match takes at most the two lengths multiplied.  An instruction
-# tests a character, or is an anchor, or marks a group, or jumps.
+# construction), so a match takes at most the two lengths multiplied.
 
 
 class Instruction(NamedTuple):
-    """Takes a character, or jumps, the likeliest first; ``mark`` is that of a group."""
+    """Jumps, the likeliest first, or takes a character.
 
+    ``mark`` is that of the group which begins here, and negative where it ends.
+    """
+
+    jumps: tuple[int, ...] = ()
     test: Callable[[str], object] | None = None
     anchor: str = ""
-    jumps: tuple[int, ...] = ()
     mark: int = 0
 
 
+class OpenGroup(NamedTuple):
+    """A group whose end is not read yet; ``mark`` is 0 if it captures nothing."""
+
+    flags: int
+    mark: int
+    branches: list[list[Instruction]]
+
+
 Program = Sequence[Instruction]
-END = Instruction(anchor="end")
-MAX_PATTERN, MAX_INSTRUCTIONS, MAX_REPEAT, MAX_DEPTH = 4000, 1000, 1000, 50
+Threads = Dict[int, Dict[int, int]]
+"""What could match, best first: the next instruction, and the marks before it."""
+MAX_PATTERN, MAX_INSTRUCTIONS, MAX_REPEAT = 4000, 1000, 1000
 _FLAGS = {"i": re.IGNORECASE, "s": re.DOTALL}
-_GROUP = re.compile(
-    r"\((?:\?(?:P?<([A-Za-z_]\w*)>|([A-Za-z]*)(?:-([A-Za-z]+))?([:)]))|(?!\?))"
-)
 _REFERENCE = re.compile(r"\$(\$|\w+|\{\w+\})", re.ASCII)
-_ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|[^\\\[(]", re.DOTALL)
-_INTEGER = r"(?:0|[1-9][0-9]*)"
-_REPEAT = re.compile(rf"(?:([*+?])|\{{({_INTEGER}(?:,{_INTEGER}?)?)\}})(\??)")
-_SIGNS = {"*": "0,", "+": "1,", "?": "0,1"}
-_ESCAPED = r"\\[^dDwWsSnrtfv\W_]"
-_PAIR_ESCAPED = re.compile(r"\\.", re.DOTALL)
-_UNCOMMON = re.compile(
-    rf"{_ESCAPED}|\[(?:\\.|[^\\])*?(?:\[|--|&&|~~|\|\||\\S|\\s-[^]]|{_ESCAPED})",
-    re.DOTALL,
+_COUNT = "(?:0|[1-9][0-9]*)(?:,(?:0|[1-9][0-9]*)?)?"
+# Of escapes, those that RE2 and Python read alike.
+_PIECE = re.compile(
+    rf"""(?P<bar>\|)
+    |(?P<open>\()(?:(?!\?)|\?(?:P?<(?P<name>[A-Za-z_][A-Za-z0-9_]*)>
+        |(?P<on>[A-Za-z]*)(?:-(?P<off>[A-Za-z]+))?(?P<flags>[:)])))
+    |(?:(?P<close>\))|(?P<atom>\\[dDwWsSnrtfv\W_]|(?!\{{{_COUNT}\}})[^\\[(*+?]
+        |\[\^?\]?(?:\\[dDwWnrtfv\W_]|\\s(?!-[^]])|(?!--|&&|~~|\|\|)[^][\\])*\]))
+     (?:(?:(?P<sign>[*+?])|\{{(?P<count>{_COUNT})\}})(?P<lazy>\??))?
+    |(?P<wrong>.)""",
+    re.VERBOSE | re.DOTALL,
 )
+_SIGNS = {"*": "0,", "+": "1,", "?": "0,1"}
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 
 @lru_cache(maxsize=256)
@@ -786,10 +798,15 @@ def compile_regex(pattern: str) -> Program:
     """
     if len(pattern) > MAX_PATTERN:
         raise ValueError("this regular expression is too large")
-    at, program = _alternatives(pattern, 0, 0, re.DOTALL)
-    if at < len(pattern):
-        raise ValueError("unexpected ) in this regular expression")
-    return (*program, END)
+    groups = [OpenGroup(re.DOTALL, 0, [[]])]
+    for piece in _PIECE.finditer(pattern):
+        _add_piece(piece, groups)
+        sizes = (len(branch) + 1 for group in groups for branch in group.branches)
+        if sum(sizes) > MAX_INSTRUCTIONS:
+            raise ValueError("this regular expression is too large")
+    if len(groups) > 1:
+        raise ValueError("missing ) in this regular expression")
+    return (*_program(groups[0]), Instruction(anchor="end"))
 
 
 def regex_expand(pattern: str, text: str, template: str) -> str | None:
@@ -800,45 +817,19 @@ def regex_expand(pattern: str, text: str, template: str) -> str | None:
     'a:b-80x$'
     """
     program = compile_regex(pattern)
-    marks = _match(program, text)
+    threads = _follow(program, [(0, {})], "^" if text else "^$")
+    for place, character in enumerate(text, 1):
+        anchors = "$" if place == len(text) else ""
+        threads = _step(program, threads, character, anchors, place)
+    marks = threads.get(len(program) - 1)
     if marks is None:
         return None
     groups = {"$": "$", "0": text}
-    begins = sorted({step.mark for step in program if step.mark and not step.mark % 2})
-    for number, begin in enumerate(begins, 1):
-        name = cast("re.Match[str]", _GROUP.match(pattern, begin // 2 - 1))[1]
-        found = text[marks[begin] : marks[begin + 1]] if begin + 1 in marks else ""
-        groups[str(number)] = groups[name or str(number)] = found
+    opened = (p for p in _PIECE.finditer(pattern) if p["open"] and not p["flags"])
+    for number, piece in enumerate(opened, 1):
+        found = text[marks.get(piece.end(), 0) : marks.get(-piece.end(), 0)]
+        groups[str(number)] = groups[piece["name"] or str(number)] = found
     return _REFERENCE.sub(lambda match: groups.get(match[1].strip("{}"), ""), template)
-
-
-def _match(program: Program, text: str) -> dict[int, int] | None:
-    """Return where each mark was met in the best match of a whole text."""
-    # What could match, best first: the next instruction, and the marks before it.
-    threads: dict[int, dict[int, int]] = {}
-    _follow(program, threads, (0, {}), 0, "^" if text else "^$")
-    for place, character in enumerate(text, 1):
-        before, threads = threads, {}
-        anchors = "$" if place == len(text) else ""
-        for state, marks in before.items():
-            test = program[state].test
-            if test and test(character):
-                _follow(program, threads, (state + 1, marks), place, anchors)
-    return threads.get(len(program) - 1)
-
-
-def _follow(
-    program: Program, threads: dict[int, dict[int, int]],
-    start: tuple[int, dict[int, int]], place: int, anchors: str,
-) -> None:  # fmt: skip
-    todo = [start]
-    while todo:
-        state, marks = todo.pop()
-        if state not in threads:
-            threads[state], step = marks, program[state]
-            marks = {**marks, step.mark: place} if step.mark else marks
-            if step.anchor in anchors:
-                todo.extend((state + jump, marks) for jump in reversed(step.jumps))
 
 
 def regex_matches(pattern: str, text: str) -> bool:
@@ -848,59 +839,80 @@ def regex_matches(pattern: str, text: str) -> bool:
     (True, False)
     """
     program = compile_regex(pattern)
-    states = _closure(program, [0], "^" if text else "^$")
+    states = frozenset(_follow(program, [(0, {})], "^" if text else "^$"))
     for character in text:
-        states = _step(pattern, states, character)
+        states = _known_step(pattern, states, character)
         if not states:
             return False
-    return len(program) - 1 in _closure(program, states, "$" if text else "^$")
+    ends = _follow(program, [(state, {}) for state in states], "$" if text else "^$")
+    return len(program) - 1 in ends
 
 
 @lru_cache(maxsize=1024)
-def _step(pattern: str, states: frozenset[int], character: str) -> frozenset[int]:
-    program = compile_regex(pattern)
-    tests = ((state, program[state].test) for state in states)
-    return _closure(program, [at + 1 for at, test in tests if test and test(character)])
+def _known_step(pattern: str, states: frozenset[int], character: str) -> frozenset[int]:
+    threads: Threads = {state: {} for state in states}
+    return frozenset(_step(compile_regex(pattern), threads, character))
 
 
-def _closure(
-    program: Program, starts: Iterable[int], anchors: str = ""
-) -> frozenset[int]:
-    states: dict[int, dict[int, int]] = {}
-    for state in starts:
-        _follow(program, states, (state, {}), 0, anchors)
-    return frozenset(states)
+def _step(
+    program: Program, threads: Threads, taken: str, anchors: str = "", place: int = 0
+) -> Threads:
+    starts = [
+        (state + 1, marks)
+        for state, marks in threads.items()
+        if (test := program[state].test) and test(taken)
+    ]
+    return _follow(program, starts, anchors, place)
 
 
-def _jump(*offsets: int) -> Instruction:
-    return Instruction(jumps=offsets)
+def _follow(
+    program: Program, starts: list[tuple[int, dict[int, int]]], anchors: str,
+    place: int = 0,
+) -> Threads:  # fmt: skip
+    threads: Threads = {}
+    todo = starts[::-1]
+    while todo:
+        state, marks = todo.pop()
+        if state not in threads:
+            threads[state], step = marks, program[state]
+            marks = {**marks, step.mark: place} if step.mark else marks
+            if step.anchor in anchors:
+                todo.extend((state + jump, marks) for jump in reversed(step.jumps))
+    return threads
 
 
-def _alternatives(
-    pattern: str, at: int, depth: int, flags: int
-) -> tuple[int, list[Instruction]]:
-    branches: list[list[Instruction]] = [[]]
-    while pattern[at : at + 1] not in ("", ")"):
-        group = _GROUP.match(pattern, at)
-        if pattern[at] == "|":
-            branches.append([])
-            at += 1
-        elif group and group[4] == ")":
-            at, flags = group.end(), _flags(group, flags)
-        else:
-            at, piece = _repeated(pattern, at, depth, flags)
-            branches[-1] += piece
-        if sum(map(len, branches)) + len(branches) > MAX_INSTRUCTIONS:
-            raise ValueError("this regular expression is too large")
-    program = branches.pop()
-    for branch in reversed(branches):
-        either, skip = _jump(1, len(branch) + 2), _jump(len(program) + 1)
-        program = [either, *branch, skip, *program]
-    return at, program
+def _add_piece(piece: re.Match[str], groups: list[OpenGroup]) -> None:
+    """Begin or end a group, or add to what the innermost one holds."""
+    group = groups[-1]
+    if piece["bar"]:
+        group.branches.append([])
+    elif piece["flags"] == ")":
+        groups[-1] = group._replace(flags=_flags(piece, group.flags))
+    elif piece["open"]:
+        mark = 0 if piece["flags"] else piece.end()
+        groups.append(OpenGroup(_flags(piece, group.flags), mark, [[]]))
+    elif piece["atom"]:
+        group.branches[-1] += _repeated([_atom(piece["atom"], group.flags)], piece)
+    elif piece["close"] and len(groups) > 1:
+        groups[-2].branches[-1] += _repeated(_program(groups.pop()), piece)
+    else:
+        wrong = piece.string[piece.start() :][:4]
+        raise ValueError(f"{wrong!r} is not supported here")
 
 
-def _flags(group: re.Match[str], flags: int) -> int:
-    given, taken = group.groups("")[1:3]
+def _program(group: OpenGroup) -> list[Instruction]:
+    *others, program = group.branches
+    for branch in reversed(others):
+        either = Instruction((1, len(branch) + 2))
+        program = [either, *branch, Instruction((len(program) + 1,)), *program]
+    if group.mark:
+        begin, end = (Instruction((1,), mark=m) for m in (group.mark, -group.mark))
+        program = [begin, *program, end]
+    return program
+
+
+def _flags(piece: re.Match[str], flags: int) -> int:
+    given, taken = piece["on"] or "", piece["off"] or ""
     for flag in given + taken:
         if flag not in _FLAGS:
             raise ValueError(f"the flag {flag} is not supported here")
@@ -908,65 +920,35 @@ def _flags(group: re.Match[str], flags: int) -> int:
     return flags
 
 
-def _repeated(
-    pattern: str, at: int, depth: int, flags: int
-) -> tuple[int, list[Instruction]]:
-    at, atom = _atom(pattern, at, depth, flags)
-    repeat = _REPEAT.match(pattern, at)
-    if not repeat:
-        return at, atom
-    low, comma, high = (repeat[2] or _SIGNS[repeat[1]]).partition(",")
+def _repeated(atom: list[Instruction], piece: re.Match[str]) -> list[Instruction]:
+    count = piece["count"] or _SIGNS.get(piece["sign"], "1")
+    low, comma, high = count.partition(",")
     least, most = int(low), int(high or low)
     if most > MAX_REPEAT or most * len(atom) > MAX_INSTRUCTIONS or most < least:
         raise ValueError("bad repeat count in this regular expression")
     # A question mark behind it makes it prefer to leave.
-    order = -1 if repeat[3] else 1
+    order = -1 if piece["lazy"] else 1
     program = atom * least
-    program += [_jump(*(1, len(atom) + 1)[::order]), *atom] * (most - least)
+    program += [Instruction((1, len(atom) + 1)[::order]), *atom] * (most - least)
     if comma and not high:
-        program += [_jump(*(1, len(atom) + 2)[::order]), *atom, _jump(-len(atom) - 1)]
-    return repeat.end(), program
+        enter = Instruction((1, len(atom) + 2)[::order])
+        program += [enter, *atom, Instruction((-len(atom) - 1,))]
+    return program
 
 
-def _atom(
-    pattern: str, at: int, depth: int, flags: int
-) -> tuple[int, list[Instruction]]:
-    group = _GROUP.match(pattern, at)
-    if group and depth < MAX_DEPTH:
-        return _bracketed(pattern, group, depth, flags)
-    match = _ATOM.match(pattern, at)
-    if not match or _REPEAT.match(pattern, at) or _UNCOMMON.match(match[0]):
-        raise ValueError(f"{pattern[at : at + 4]!r} is not supported here")
-    if match[0] in ("^", "$"):
-        return match.end(), [Instruction(None, match[0], (1,))]
-    return match.end(), [Instruction(_test(match[0], flags))]
-
-
-def _test(atom: str, flags: int) -> Callable[[str], object]:
+def _atom(text: str, flags: int) -> Instruction:
+    if text in ("^", "$"):
+        return Instruction((1,), anchor=text)
     # Python's blanks have a vertical tab that RE2's have not.
-    blanks = r"\t\n\f\r " if atom[0] == "[" else r"[\t\n\f\r ]"
+    blanks = r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]"
     meanings = {r"\s": blanks, r"\S": r"[^\t\n\f\r ]"}
-    text = _PAIR_ESCAPED.sub(lambda pair: meanings.get(pair[0], pair[0]), atom)
+    text = _ESCAPED.sub(lambda pair: meanings.get(pair[0], pair[0]), text)
     # Without ASCII, which the classes need, letters of any script have two cases.
     flags |= 0 if flags & re.IGNORECASE and "\\" not in text else re.ASCII
     try:
-        return re.compile(text, flags).match
+        return Instruction(test=re.compile(text, flags).match)
     except re.error as error:
         raise ValueError(f"bad {text!r} in this regular expression: {error}") from None
-
-
-def _bracketed(
-    pattern: str, group: re.Match[str], depth: int, flags: int
-) -> tuple[int, list[Instruction]]:
-    flags = _flags(group, flags) if group[4] else flags
-    at, program = _alternatives(pattern, group.end(), depth + 1, flags)
-    if pattern[at : at + 1] != ")":
-        raise ValueError("missing ) in this regular expression")
-    if not group[4]:
-        mark = 2 * group.start() + 2
-        begin, end = (Instruction(None, "", (1,), mark + i) for i in (0, 1))
-        program = [begin, *program, end]
-    return at + 1, program
 
 
 # --- 3. Evaluate: operators and functions, Expr x History -> Vector ------------------

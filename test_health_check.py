@@ -904,6 +904,7 @@ class PromQL(unittest.TestCase):
             ("a{02}", ["a{02}"], ["aa"]), ("a{\u0662}", ["a{\u0662}"], ["aa"]),
             (r"[\s-][\\b]", [" b", "-\\"], ["a-"]),
             (r"[\\s][\\S]", ["sS", "\\\\"], ["tS", " S", "ss"]),
+            ("(" * 99 + "a|b" + ")" * 99, ["a", "b"], ["", "c"]),
         ):
             for text in matching + other:
                 with self.subTest(pattern, text=text):
@@ -915,7 +916,7 @@ class PromQL(unittest.TestCase):
             *"(?m)a (?U)a (?P<a!>b)".split(),
             *r"(?#a) (a)\1 (? \b \A \z \pL \Qa\E \x41 \a \u0041".split(),
             *r"\é [[:alpha:]] [a&&b] [a||b] [a--b] [\S] a{3,2} a{1001}".split(),
-            "(" * 100 + ")" * 100, "((a{99}){99}){99}", "a" * 9999, "a|" * 9999,
+            "(" * 500 + ")" * 500, "((a{99}){99}){99}", "a" * 9999, "a|" * 9999,
             r"[\s-a]", r"[\w\s-_]", r"[a\z]", "[" + r"\[" * 99999 + "]", "a{99999}",
             "a{500}b{600}",
         ):
