@@ -4483,6 +4483,11 @@ class Reading:
         self._value = _VALUE_OPENMETRICS if openmetrics else _VALUE
         self._started = self._ended = False
 
+    @property
+    def listed(self) -> frozenset[str] | None:
+        """The names of all metrics, None if they were not asked for."""
+        return frozenset(map(bytes.decode, self.names)) if self.lists_names else None
+
     def take(self, buffer: bytearray, filled: int, final: bool) -> int:
         """Take the samples of whole lines; return where the rest to keep begins."""
         end = buffer.rfind(b"\n", 0, filled) + 1
@@ -5051,18 +5056,6 @@ SUFFIXES = "total count sum bucket created seconds second bytes info".split()
 RENAMED = {"gpu", "kv"}
 
 
-class Page(NamedTuple):
-    """What the good scrape of a target has shown; no ``names`` if not asked for.
-
-    ``reserved`` are those of the names that are set here, so that it may not have them.
-    """
-
-    instance: str
-    samples: Iterable[Labels]
-    names: frozenset[str] | None = None
-    reserved: AbstractSet[str] = frozenset()
-
-
 class Search(NamedTuple):
     """How far the search for the series of a selector has come.
 
@@ -5144,25 +5137,27 @@ class Lookout:
             or any(u.empty or now - u.warned_at >= REMIND_OF_TARGET for u in unwatched)
         )
 
-    def look(self, pages: Sequence[Page], evaluation: Evaluation) -> Iterator[Message]:
-        """Yield what is to be said of what the good scrapes of a check have shown.
+    def look(
+        self, readings: Mapping[str, Reading], evaluation: Evaluation
+    ) -> Iterator[Message]:
+        """Yield what is to be said of what the good scrapes of a check have read.
 
-        What is not taken is yielded again.
+        These are by the instance of their target.  What is not taken is yielded again.
         """
-        for name in {n for page in pages for n in page.reserved} - self._reserved:
+        names = {name for read in readings.values() for name in read.listed or ()}
+        reserved = {name for read in readings.values() for name in read.reserved}
+        for name in reserved - self._reserved:
             self._reserved.add(name)
             text = f"the target serves {name}, which is set here: dropped"
             yield logging.WARNING, text, {"metric": name}
         if evaluation.thinned:
             yield from self._look_at_ranges(evaluation.thinned)
         if not self._asked:
-            yield from self._look_at_servers(pages)
-        for page in pages if self._builtin else ():
-            for text in self._look_at(page, evaluation.now):
-                message = f"{page.instance}: {text}"
-                yield logging.WARNING, message, {"target": page.instance}
-        if pages:
-            yield from self._search(pages, evaluation)
+            yield from self._look_at_servers(names)
+        for instance, reading in readings.items() if self._builtin else ():
+            yield from self._look_at(instance, reading, evaluation.now)
+        if readings:
+            yield from self._search(frozenset(readings), names, evaluation)
 
     def remark(self, target: TargetStatus) -> TargetStatus:
         """Return how a scrape went with what is to be said of its page."""
@@ -5171,10 +5166,9 @@ class Lookout:
         return target._replace(remark=remark or target.remark, watched=not remark)
 
     def _search(
-        self, pages: Sequence[Page], evaluation: Evaluation
+        self, scraped: frozenset[str], names: AbstractSet[str], evaluation: Evaluation
     ) -> Iterator[Message]:
-        names = {name for page in pages for name in page.names or ()}
-        scraped, own = frozenset(p.instance for p in pages), self._config.target_labels
+        own = self._config.target_labels
         for (rule, selector), search in self._searches.items():
             homes = homes_of(selector, scraped, evaluation)
             state, due = search.advance(homes, scraped, evaluation.now)
@@ -5196,18 +5190,22 @@ class Lookout:
                 message = f"{rule}: {kept} of {text}: HISTORY_LIMIT is too small"
                 yield logging.WARNING, message, {"rule": rule, "selector": text}
 
-    def _look_at(self, page: Page, now: float) -> Iterator[str]:
-        if any(dict(labels)["__name__"] in self._names for labels in page.samples):
-            self._unwatched.pop(page.instance, None)
+    def _look_at(
+        self, instance: str, reading: Reading, now: float
+    ) -> Iterator[Message]:
+        names = reading.listed
+        if any(dict(labels)["__name__"] in self._names for labels in reading.samples):
+            self._unwatched.pop(instance, None)
         else:
-            state = self._unwatched.setdefault(page.instance, Unwatched(now))
-            if page.names is not None:
-                state, due = state.advance(page.names, now)
-                self._unwatched[page.instance] = state
-                yield from [state.remark] if due else []
+            state = self._unwatched.setdefault(instance, Unwatched(now))
+            if names is not None:
+                state, due = state.advance(names, now)
+                self._unwatched[instance] = state
+                if due:
+                    text = f"{instance}: {state.remark}"
+                    yield logging.WARNING, text, {"target": instance}
 
-    def _look_at_servers(self, pages: Iterable[Page]) -> Iterator[Message]:
-        names = {name for page in pages for name in page.names or ()}
+    def _look_at_servers(self, names: AbstractSet[str]) -> Iterator[Message]:
         self._asked, there = bool(names), list(servers_there(names))
         conflict = there and port_conflict(self._config.app_port, there)
         if conflict:
@@ -5759,15 +5757,6 @@ class Scrape(NamedTuple):
         """The wanted samples of the target."""
         return self.reading.samples if self.reading else {}
 
-    @property
-    def page(self) -> Page:
-        """What the target has shown."""
-        reading = self.reading
-        names = reading.names if reading and reading.lists_names else None
-        decoded = None if names is None else frozenset(map(bytes.decode, names))
-        reserved = reading.reserved if reading else frozenset()
-        return Page(self.status.instance, self.samples, decoded, reserved)
-
     def failed(self, reason: str, message: str) -> Scrape:
         """Return the same scrape as one that has failed."""
         status = self.status._replace(reason=reason, message=message)
@@ -6151,8 +6140,8 @@ class Judge:
         record_probes(probes, history, now, config)
         evaluation = history.evaluation(now, check.wall)
         self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
-        pages = [scrape.page for scrape in scrapes if scrape.reading]
-        self._warn(self.lookout.look(pages, evaluation))
+        readings = {s.status.instance: s.reading for s in scrapes if s.reading}
+        self._warn(self.lookout.look(readings, evaluation))
         targets = tuple(map(self.lookout.remark, targets))
         drain = self.drain_while if check.drain else None
         left = self._left(drain, targets, evaluation) if drain else None
@@ -6916,17 +6905,10 @@ def _families(*families: tuple[str, str, Labelled]) -> Iterator[Family]:
 
 
 class Site(NamedTuple):
-    """What the page shows beside a verdict: of what, and what the latest checks were.
+    """What the page shows beside a verdict; ``last_words`` are of the run before."""
 
-    ``urls`` has the URL of each instance, ``interval`` the seconds between two checks
-    of a schedule, ``moments`` when the checks were that the trends are of.
-    """
-
-    pod: str = ""
-    urls: Mapping[str, str] = MappingProxyType({})
-    interval: float = 0.0
-    moments: Sequence[float] = ()
-    trends: Mapping[str, Sequence[tuple[float, str]]] = MappingProxyType({})
+    config: Config
+    statistics: Statistics
     last_words: str = ""
 
 
@@ -6937,7 +6919,7 @@ def answer_page(verdict: Verdict, site: Site, query: str = "") -> Answer:
     three intervals between checks and than a minute.  ``still`` is not loaded again.
     """
     seconds = max(0, int(time.monotonic() - verdict.time))
-    old = seconds > max(MAX_INTERVALS * site.interval, OLD_AGE)
+    old = seconds > max(MAX_INTERVALS * site.config.scrape_interval, OLD_AGE)
     head = _page_head(verdict, site, format_duration(seconds), old)
     if "still" not in _options(query):
         head = head.replace("</head>", f"{REFRESH}</head>")
@@ -6957,17 +6939,19 @@ def _page_head(verdict: Verdict, site: Site, age: str, old: bool) -> str:
     shown = f"checked {age} ago, <time>{format_time(verdict.wall)}</time>"
     if not verdict.sequence:
         state, word, text, shown = "old", "Not checked yet", "Not checked yet", ""
-    where = filter(None, [site.pod, *site.urls.values()])
+    pod, targets = site.config.pod_name, site.config.metrics_endpoint
+    where = filter(None, [pod, *(target.url for target in targets)])
+    title = " ".join([f"{word}:", pod, *(target.instance for target in targets)])
     return PAGE_HEAD.format(
-        style=STYLE, title=_escape(" ".join([f"{word}:", site.pod, *site.urls])),
-        state=state, verdict=_words(text), where=_words(", ".join(where)),
-        shown=shown,
+        style=STYLE, title=_escape(title), state=state, verdict=_words(text),
+        where=_words(", ".join(where)), shown=shown,
     )  # fmt: skip
 
 
 def _sections(verdict: Verdict, site: Site) -> Iterator[str]:
     # What fails comes first, and why before what.
-    targets = [_target_html(target, verdict.time, site) for target in verdict.targets]
+    urls = {target.instance: target.url for target in site.config.metrics_endpoint}
+    targets = [_target_html(target, verdict.time, urls) for target in verdict.targets]
     probes = [_probe_html(probe) for probe in verdict.probes]
     yield from (html for failed, html in (*targets, *probes) if failed)
     yield from (_rule_html(status, verdict, site) for status in _worst_first(verdict))
@@ -6976,10 +6960,12 @@ def _sections(verdict: Verdict, site: Site) -> Iterator[str]:
         yield _section("warn", "the run before ended so", site.last_words)
 
 
-def _target_html(target: TargetStatus, now: float, site: Site) -> tuple[bool, str]:
+def _target_html(
+    target: TargetStatus, now: float, urls: Mapping[str, str]
+) -> tuple[bool, str]:
     text = f"{target.series} series, {target.size} bytes in {_brief(target.seconds)}"
     if target.reason:
-        what = _failure(target, site.urls.get(target.instance, target.instance))
+        what = _failure(target, urls[target.instance])
         text = f"{what}, for {format_duration(int(now - target.since))}"
     if target.remark:
         text += f"; {target.remark}"
@@ -7083,9 +7069,9 @@ def _escape(text: str) -> str:
 
 
 def _figure(status: RuleStatus, site: Site) -> str:
-    trend = tuple(site.trends.get(status.rule.name, ()))
     # The Monitor may add to these meanwhile.
-    moments = tuple(site.moments)
+    trend = tuple(site.statistics.trends[status.rule.name])
+    moments = tuple(site.statistics.moments)
     if not trend or len(moments) < 2 or not visible_rule(status):
         return ""
     if status.limit is None or asks_for_an_answer(status):
@@ -7408,8 +7394,9 @@ class Server:
         notifiers: Sequence[Notifier] = (), last_words: str = "",
     ) -> None:
         self._listener, self._monitor, self._notifiers = listener, monitor, notifiers
+        site = Site(monitor.config, monitor.statistics, last_words)
         self._routes: dict[str, Callable[[Verdict, str], Answer]] = {
-            "/": partial(self._page, last_words),
+            "/": lambda verdict, query: answer_page(verdict, site, query),
             "/livez": lambda *_: answer_livez(monitor.alive()),
             "/metrics": lambda verdict, _: answer_metrics(self._metrics(verdict)),
             "/health": answer_health,
@@ -7691,13 +7678,6 @@ class Server:
         except Exception as error:
             fault = f"bug: {report(error)}"
         return Verdict(0, fault, time.monotonic(), time.time())
-
-    def _page(self, last_words: str, verdict: Verdict, query: str) -> Answer:
-        config, latest = self._monitor.config, self._monitor.statistics
-        urls = {target.instance: target.url for target in config.metrics_endpoint}
-        shown = config.pod_name, urls, config.scrape_interval
-        site = Site(*shown, latest.moments, latest.trends, last_words)
-        return answer_page(verdict, site, query)
 
     def _metrics(self, verdict: Verdict) -> Iterator[Family]:
         yield from verdict_families(verdict)

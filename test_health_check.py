@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import calendar
+import collections
 import contextlib
 import difflib
 import doctest
@@ -3202,6 +3203,16 @@ def answer_verdict(verdict):
     return "".join(answer_metrics(verdict_families(verdict)).body)
 
 
+def site_of(trends=None, moments=(), last_words="", **environ):
+    """Return what a page of a:1 and b:1 shows, with trends of these rules alone."""
+    urls = "http://a:1/metrics,http://b:1/metrics"
+    config = load_config({"METRICS_ENDPOINT": urls, **environ})
+    statistics = health_check.Statistics(())
+    statistics.trends = collections.defaultdict(tuple, trends or {})
+    statistics.moments.extend(moments)
+    return Site(config, statistics, last_words)
+
+
 ANSWER = '{"choices": [{"text": " the"}]}'
 
 
@@ -3573,7 +3584,7 @@ class ProbeTest(NetworkTest):
                 self.assertEqual(probes[0]["status"], word)
         labels = f'{{probe="health", target="{route.instance}"}}'
         self.assertIn(f"probe_success{labels} 1\n", answer_verdict(verdict))
-        page_ = "".join(answer_page(verdict, Site()).body)
+        page_ = "".join(answer_page(verdict, site_of()).body)
         self.assertIn(f"health of {route.instance}", page_)
 
 
@@ -3693,15 +3704,16 @@ class Absence(unittest.TestCase):
         for url in "http://h:8080/metrics", "http://h:8082/m", "http://h:8000/metrics":
             self.assertEqual(load_config({"METRICS_ENDPOINT": url}).warnings, ())
         (name,) = [s.known_by for s in health_check.SERVERS if s.name == "KServe"]
-        other = health_check.Page("h:1", [], frozenset({"vllm:num_requests_waiting"}))
-        pages = other, other._replace(names=frozenset({name}))
+        pages = ["vllm:num_requests_waiting 1\n", f"{name} 1\n"]
+        stream = Stream("text/plain", io.BytesIO("".join(pages).encode()).readinto)
+        read = {"h:1": health_check.read_samples(stream, format_for([], ()), {}, True)}
         # Of many servers, and where no built-in rule asks which there are.
         own = {"METRIC_TO_CHECK": "x", "METRIC_THRESHOLD": "1"}
         for port, more, count in ("8081", {}, 1), ("8081", own, 1), ("8085", {}, 0):
             config = load_config({"APP_PORT": port, **more})
             lookout = Lookout(config)
             self.assertTrue(lookout.wants_names(NOW))
-            looks = [lookout.look(pages, history("")) for _ in range(2)]
+            looks = [lookout.look(read, history("")) for _ in range(2)]
             told = [text for look in looks for _, text, _ in look]
             found = [text for text in told if "is a port of KServe: set" in text]
             self.assertEqual(len(found), count, told)
@@ -4292,7 +4304,7 @@ class MonitorTest(NetworkTest):
                 self.assertEqual(f"warn: {first}" in told, not watched)
         families = [f for f in verdict_families(verdict) if f.name.endswith("_watched")]
         self.assertEqual([family.samples[0][2] for family in families], [0])
-        told = "".join(answer_page(verdict, Site()).body)
+        told = "".join(answer_page(verdict, site_of()).body)
         self.assertIn("nothing is watched: no rule", told)
 
     def test_a_rule_that_has_no_answer_is_unhealthy_with_its_reason(self):
@@ -5045,7 +5057,7 @@ class ServeTest(NetworkTest):
                 [status.rule.name for status in verdict.rules], verdict, "verbose"
             ),
             "json": health_check.answer_health(verdict, "format=json"),
-            "page": answer_page(verdict, Site()),
+            "page": answer_page(verdict, site_of()),
             "metrics": answer_metrics(verdict_families(verdict)),
         }
 
@@ -5354,14 +5366,14 @@ class ServeTest(NetworkTest):
         ):  # fmt: skip
             with self.subTest(age, interval=interval, fault=fault):
                 seen = verdict._replace(time=verdict.time - age, fault=fault)
-                answer = answer_page(seen, Site(interval=interval))
+                answer = answer_page(seen, site_of(SCRAPE_INTERVAL=str(interval)))
                 self.assertEqual(answer.status, status)
                 body = "".join(answer.body)
                 self.assertIn(f'<header class="{state}"><h1>', body)
                 self.assertEqual("Last verdict, 1m" in body, state == "old")
 
     def page_of(self, verdict, **known):
-        return "".join(answer_page(verdict, Site(**known)).body)
+        return "".join(answer_page(verdict, site_of(**known)).body)
 
     def test_before_the_first_check_nothing_is_said_of_the_server(self):
         monitor = self.monitor(self.metrics(page()))
@@ -5440,7 +5452,6 @@ class ServeTest(NetworkTest):
                 body = self.page_of(verdict)
                 self.assertIn(f'<section class="{state}"><h2>{status.rule.name}<', body)
                 self.assertIn(words, body)
-        urls = {"a:1": "http://a:1/metrics"}
         for target, words in (
             (slow, "no answer from http://a:1/metrics within 800ms, for 42s"),
             (good, "2 series, 7 bytes in 4.2 ms"),
@@ -5453,7 +5464,7 @@ class ServeTest(NetworkTest):
             with self.subTest(words):
                 firing = f._replace(alerts=(alert,))
                 verdict = Verdict(1, "", NOW, WALL, (s, q, firing), (target,))
-                body = self.page_of(verdict, urls=urls)
+                body = self.page_of(verdict)
                 self.assertIn(f"<p>{words}", body)
                 order = re.findall("<h2>(.*?)</h2>", body)
                 scrape = ["scrape of a:1"]
@@ -5463,8 +5474,8 @@ class ServeTest(NetworkTest):
 
     def test_the_page_names_its_pod_and_its_server_and_can_stand_still(self):
         verdict = Verdict(1, "", time.monotonic(), WALL)
-        urls = {"a:1": "http://a:1/metrics", "b:2": "http://b:2/metrics"}
-        site = Site("<pod>", urls)
+        urls = "http://a:1/metrics,http://b:2/metrics"
+        site = site_of(POD_NAME="<pod>", METRICS_ENDPOINT=urls)
         body = "".join(answer_page(verdict, site).body)
         for part in (
             "<title>Healthy: &lt;pod&gt; a:1 b:2</title>",
@@ -5486,7 +5497,7 @@ class ServeTest(NetworkTest):
             target = TargetStatus("a:1", "tls", f"{word} > 1")
             body = self.page_of(Verdict(1, "", NOW, WALL, (), (target,)))
             if shown:
-                self.assertIn(f"a:1: {shown} &gt; 1", body)
+                self.assertIn(f"http://a:1/metrics: {shown} &gt; 1", body)
             self.assertIn(word, html.unescape(body.replace("<wbr>", "")))
             self.assertNotRegex(body, "<wbr>[0-9<]")
 
@@ -6420,8 +6431,8 @@ class MainTest(CommandLine):
                 self.assertEqual(health_check.read_last_words(path), told)
                 self.assertEqual(words in self.log, bool(status))
                 self.log.clear()
-        shown = answer_page(Verdict(1, "", NOW, WALL), Site(last_words="<x 2 for 5m>"))
-        page_ = "".join(shown.body)
+        site = site_of(last_words="<x 2 for 5m>")
+        page_ = "".join(answer_page(Verdict(1, "", NOW, WALL), site).body)
         self.assertIn("the run before ended so", page_)
         self.assertIn("&lt;x 2 for 5m&gt;", page_)
 
