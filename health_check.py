@@ -7508,8 +7508,8 @@ class Server:
         return None
 
     def _to_build(self) -> list[Connection]:
-        # One at a time, and while those who do not read what was built leave room.
-        return list(self._waiting[BUILD])[: self._unsent < MAX_UNSENT]
+        # One at a time.
+        return list(self._waiting[BUILD])[:1]
 
     def _expire(self) -> float | None:
         """Give up what is overdue, and return the seconds until something may be."""
@@ -7565,6 +7565,14 @@ class Server:
 
     def _converse(self, sock: socket.socket, client: str) -> Conversation[None]:
         """Take a caller from the first byte to the last."""
+        # Nothing here keeps the answer, which may be long, while the caller lingers.
+        yield from self._send(sock, (yield from self._respond(sock, client)))
+        # A connection that is closed while input is unread, or still comes, is reset,
+        # and the caller might never see its answer.
+        sock.shutdown(socket.SHUT_WR)
+        yield from _read_past(sock, LINGER)
+
+    def _respond(self, sock: socket.socket, client: str) -> Conversation[bytes]:
         request = yield from _receive(sock)
         mistake = mistake_of(request) if request.refusal else ""
         if mistake:
@@ -7574,15 +7582,14 @@ class Server:
             answer = answer._replace(body=(yield from _build(answer.body)))
         self._count(request.path, str(answer.status))
         LOG.debug("%s: %s %s", client, request.requestline, answer.status)
-        yield from self._send(sock, request.respond(answer))
-        # A connection that is closed while input is unread, or still comes, is reset,
-        # and the caller might never see its answer.
-        sock.shutdown(socket.SHUT_WR)
-        yield from _read_past(sock, LINGER)
+        return request.respond(answer)
 
     def _send(self, sock: socket.socket, output: bytes) -> Conversation[None]:
         rest = memoryview(output)
         self._unsent += len(output)
+        # Those who have read too little for longest make room.
+        while self._unsent > MAX_UNSENT and self._waiting[WRITE]:
+            self._close(next(iter(self._waiting[WRITE])))
         try:
             while rest:
                 sent = yield from _when(WRITE, sock.send, rest)

@@ -1032,7 +1032,7 @@ CROWD = {"idle": 2000, "dripping": 500, "not reading": 100}
 OPENING = {
     "idle": b"",
     "dripping": b"GET",
-    "not reading": b"GET /health?verbose HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "not reading": b"GET /health?format=json HTTP/1.1\r\nHost: localhost\r\n\r\n",
 }
 
 
@@ -1066,6 +1066,8 @@ class Crowd:
     def _call(self, kind: str) -> None:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        # As on a network, where the kernel takes less than over loopback.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
         sock.connect(("127.0.0.1", self._port))
         self.calls += 1
         sock.setblocking(False)
@@ -1125,6 +1127,7 @@ class FromDownstream(AttackTest):
             answers, during = [], []
             while crowd.poll() is None:
                 answers.append(timed(checker.port))
+                self.assertEqual(get(checker.port, "/metrics")[0], 200)
                 during.append(checker.usage())
                 time.sleep(0.05)
             calls = crowd.communicate()[0].strip()
