@@ -939,6 +939,8 @@ def _repeated(atom: list[Instruction], piece: re.Match[str]) -> list[Instruction
 def _atom(text: str, flags: int) -> Instruction:
     if text in ("^", "$"):
         return Instruction((1,), anchor=text)
+    if text.isalnum() and not flags & re.IGNORECASE:
+        return Instruction(test=text.__eq__)
     # Python's blanks have a vertical tab that RE2's have not.
     blanks = r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]"
     meanings = {r"\s": blanks, r"\S": r"[^\t\n\f\r ]"}
@@ -1836,20 +1838,19 @@ NO_NAMES = (*MODIFIERS, "inf", "nan")
 JOINERS = {*PRECEDENCE, *MODIFIERS, *RULE_WORDS, "offset", "@", "["}
 MAX_OPERATORS, MIN_RANGE, SUBQUERY_STEP = 150, 0.001, 60.0
 
-_TOKENS = (
+_TOKEN = re.compile(
     r"""(?:[ \t\r]|\#[^\n]*)*(?:
     (?P<word>[a-z_:][\w:]*)
-    |(?P<op>=~|!~|==|!=|<=|>=|</|>/|[-+*/%^<>=(){}\[\],;@:])
+    |(?P<op>=~|!~|==|!=|<=|>=|</|>/|[-+*/%^<>=(){}\[\],;@])
     |(?P<number>(?:0x(?:_?[0-9a-f])+|(?:\d+(?-i:ms|[smhdwy]))+
         |(?:\d(?:_?\d)*(?:\.(?:\d(?:_?\d)*)?)?|\.\d(?:_?\d)*)
          (?:e[+-]?\d(?:_?\d)*)?)(?![\w.]))
     |(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`[^`]*`)
     |(?P<newline>\n(?:[ \t\r\n]|\#[^\n]*)*)
-    |(?P<end>\Z)|(?P<wrong>.))"""
+    |(?P<end>\Z)|(?P<wrong>.))""",
+    re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
-_TOKEN = re.compile(_TOKENS, re.VERBOSE | re.ASCII | re.IGNORECASE)
-# A colon in square brackets begins no name.
-_TOKEN_IN_BRACKETS = re.compile(_TOKENS.replace("[a-z_:]", "[a-z_]"), _TOKEN.flags)
+_DEPTHS = {**dict.fromkeys("([{", 1), **dict.fromkeys(")]}", -1)}
 _BRACKET = re.compile(r"\s*\(")
 _ESCAPES = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\"))
 _ESCAPE = re.compile(
@@ -1908,31 +1909,34 @@ def parse_expression(text: str) -> Expr:
     >>> parse_expression("up == 0").name
     '=='
     """
-    parser = Parser(t for t in tokenize(text) if t.kind != "newline")
+    parser = Parser(tokenize(text, 1))
     expr = parser.expression()
     if parser.token.kind != "end":
         raise parser.token.unexpected("an operator or the end")
     return expr
 
 
-def tokenize(text: str) -> Iterator[Token]:
+def tokenize(text: str, depth: int = 0) -> Iterator[Token]:
     """Yield the tokens of one or more rules, the last of kind ``end``.
 
-    A newline inside brackets, between a function and its bracket, or before a word of
-    JOINERS only continues a rule and is left out; where an expression cannot end yet,
-    the parser skips it.  Raises PromQLError.
+    A newline inside brackets, of which ``depth`` are open, between a function and its
+    bracket, or before a word of JOINERS only continues a rule and is left out; where an
+    expression cannot end yet, the parser skips it.  Raises PromQLError.
     """
-    depth, newline, last, at, kind, tokens = 0, None, "", 0, "", _TOKEN
+    newline, last, at, kind, in_range = None, "", 0, "", False
     while kind != "end":
-        match = cast("re.Match[str]", tokens.match(text, at))
-        kind, at = str(match.lastgroup), match.end()
+        match = cast("re.Match[str]", _TOKEN.match(text, at))
+        kind, at = match.lastgroup or "", match.end()
         found = match[kind]
-        key = found.lower() if kind in ("word", "op") else ""
-        token = Token(kind, found, key, match.start(kind), text)
+        if in_range and found[:1] == ":":
+            # A colon in square brackets begins no name.
+            kind, at, found = "op", at - len(found) + 1, ":"
+        key = found.lower() if kind == "word" else found if kind == "op" else ""
+        token = Token(kind, found, key, at - len(found), text)
         if kind == "wrong":
             raise token.wrong()
-        depth += (found in ("(", "{", "[")) - (found in (")", "}", "]"))
-        tokens = {"[": _TOKEN_IN_BRACKETS, "]": _TOKEN}.get(found, tokens)
+        depth += _DEPTHS.get(found, 0)
+        in_range = found == "[" or (in_range and found != "]")
         if kind != "newline":
             if newline and not _goes_on(token, last):
                 yield newline
@@ -1965,9 +1969,10 @@ class Parser:
     def take(self) -> Token:
         """Return the next token and go on behind it, if it is not the end."""
         token = self.token
-        self._operators += token.key in PRECEDENCE or token.key == "("
-        if self._operators > MAX_OPERATORS:
-            raise token.error(f"more than {MAX_OPERATORS} operators and brackets")
+        if token.key in PRECEDENCE or token.key == "(":
+            self._operators += 1
+            if self._operators > MAX_OPERATORS:
+                raise token.error(f"more than {MAX_OPERATORS} operators and brackets")
         self.token = self.following
         self.following = next(self._rest, self.token)
         return token
@@ -2170,10 +2175,10 @@ def _check_operator(expr: Operation, token: Token) -> None:
     op, types = token.key, set(map(type_of, expr.operands))
     labels = expr.grouping and expr.grouping.labels
     for wrong, problem in (
-        (RANGE in types, f"{op!r} takes no {RANGE}"),
-        (STRING in types, f"{op!r} takes no {STRING}"),
-        (op in SET_OPERATORS and SCALAR in types, f"{op!r} takes no scalar"),
-        (op in SET_OPERATORS and expr.group, f"{op!r} has no group"),
+        (RANGE in types, "{!r} takes no range vector"),
+        (STRING in types, "{!r} takes no string"),
+        (op in SET_OPERATORS and SCALAR in types, "{!r} takes no scalar"),
+        (op in SET_OPERATORS and expr.group, "{!r} has no group"),
         (op not in COMPARISONS and expr.returns_bool, "bool stands after a comparison"),
         (types == {SCALAR} and is_filter(expr),
          "comparisons between scalars must use bool"),
@@ -2181,7 +2186,7 @@ def _check_operator(expr: Operation, token: Token) -> None:
          "on and ignoring stand between two instant vectors"),
     ):  # fmt: skip
         if wrong:
-            raise token.error(problem)
+            raise token.error(problem.format(op))
 
 
 def _check_operands(
