@@ -2699,7 +2699,8 @@ def builtin_rules(names: Iterable[str], limit: float) -> Iterator[Rule]:
         clauses, text_for = BUILTIN[name]
         texts = (text_for(server, format_float(limit)) for server in SERVERS)
         (rule,) = parse_rules(f"{name}: up {clauses}", builtin=True)
-        yield rule._replace(expr=_union(texts))
+        expr = _union(texts)
+        yield rule._replace(expr=_seen_twice(expr) if name in HUNG else expr)
 
 
 def canary_rules(after: float) -> tuple[Rule, ...]:
@@ -2710,7 +2711,7 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     """
     moving = [server for server in SERVERS if server.moving]
     moved = _union(text for server in moving for text in _changed(server, MOVED))
-    stuck = _union(_stuck(server, "") for server in SERVERS)
+    stuck = _seen_twice(_union(_stuck(server, "") for server in SERVERS))
     return tuple(
         Rule(name, Operation("unless", (expr, moved), NOWHERE), hold, 0.0, True)
         for name, expr, hold in (("Idle", _idle(moving), after), ("Stuck", stuck, 40.0))
@@ -2722,9 +2723,13 @@ def _idle(servers: Iterable[KnownServer]) -> Expr:
     idle = _union(f"{LATEST.format(gauge)} == 0" for gauge in gauges)
     busy = [f"{LATEST.format(gauge)} > 0" for gauge in gauges]
     asleep = (text for server in SERVERS for text in _sleeps(server))
-    quiet = Operation("unless", (idle, _union([*busy, *asleep])), NOWHERE)
+    return _seen_twice(Operation("unless", (idle, _union([*busy, *asleep])), NOWHERE))
+
+
+def _seen_twice(expr: Expr) -> Expr:
+    # From one sample nothing is known, whatever the rest says of it.
     known = parse_expression("sum_over_time(up[5m]) > 1")
-    return Operation("and", (quiet, known), Grouping(True, ("instance",)))
+    return Operation("and", (expr, known), Grouping(True, ("instance",)))
 
 
 def with_canary(rule: Rule, labels: tuple[str, ...]) -> Rule:
@@ -2835,9 +2840,7 @@ def _stuck(server: KnownServer, _: str) -> str:
     standing = _standing(server, gauges, server.match), _standing(server, server.open)
     stuck = server.stuck or " or ".join(filter(None, standing))
     stuck += _unless("ignoring (pid, sleep_state)", _sleeps(server))
-    # From one sample nothing is known, whatever the rest says of it.
-    known = " and on (instance) sum_over_time(up[5m]) > 1"
-    return stuck and f"({stuck}){_only_with(server.beside)}{known}"
+    return stuck and f"({stuck}){_only_with(server.beside)}"
 
 
 def _standing(server: KnownServer, gauges: str, match: str = "on (instance)") -> str:
