@@ -1091,8 +1091,7 @@ def select(selector: Selector, evaluation: Evaluation) -> Mapping[Labels, Series
             fits = _matched(selector.name, matcher, evaluation)
             found = {k: fits[k] for k in found if k in fits} if place else fits
         known[key] = found
-    selected: Mapping[Labels, Series] = known[key]
-    return selected
+    return cast("Mapping[Labels, Series]", known[key])
 
 
 def _matched(
@@ -1346,26 +1345,25 @@ def _power(left: float, right: float) -> float:
         return math.copysign(math.inf, left if right % 2 == 1 else 1)
 
 
-def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
-    # What rounds to 0 keeps its sign.
-    return lambda value: (
-        math.copysign(function(value), value) if math.isfinite(value) else value
-    )
-
-
 def _total(
-    function: Callable[[float], float], *poles: tuple[float, float]
-) -> Callable[[float], float]:
+    function: Callable[[float], float], *poles: tuple[float, float],
+    overflow: float = math.inf,
+) -> Callable[[float], float]:  # fmt: skip
     # Where Python raises, C and Go have NaN or an infinity, as each pole says.
     def total(value: float) -> float:
         try:
             return function(value)
-        except OverflowError:
-            return math.copysign(math.inf, value)
+        except (OverflowError, OSError):
+            return math.copysign(overflow, value)
         except ValueError:
             return dict(poles).get(value, math.nan)
 
     return total
+
+
+def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
+    # What rounds to 0 keeps its sign.
+    return _total(lambda value: math.copysign(function(value), value))
 
 
 def _round(value: float, nearest: float = 1.0) -> float:
@@ -1461,23 +1459,17 @@ def _regression(points: Points, origin: float) -> tuple[float, float]:
 
 
 def _each(function: Callable[..., float]) -> Callable[..., Vector]:
-    """Apply to the value of each series."""
-    return lambda expr, evaluation, vector, *others: _nameless(
-        (labels, function(value, *others)) for labels, value in vector.items()
+    """Apply to the value of each series, or to the time if there is no operand."""
+    return lambda expr, now, vector=None, *others: _nameless(
+        (labels, function(value, *others))
+        for labels, value in ({(): now.wall} if vector is None else vector).items()
     )
 
 
 def _of_time(part: Callable[[time.struct_time], float]) -> Callable[..., Vector]:
-    """Apply to the date of each value as a Unix time, or to that of now."""
-
-    def of_date(value: float) -> float:
-        try:
-            return float(part(time.gmtime(int(value))))
-        except (OverflowError, ValueError, OSError):
-            return math.nan
-
-    return lambda expr, evaluation, vector=None: _each(of_date)(
-        expr, evaluation, {(): evaluation.wall} if vector is None else vector
+    """Apply to the date of each value as a Unix time."""
+    return _each(
+        _total(lambda at: float(part(time.gmtime(int(at)))), overflow=math.nan)
     )
 
 
@@ -1522,8 +1514,10 @@ def _of_newest(
     return apply
 
 
-def _of_values(function: Callable[..., float]) -> Callable[..., float]:
-    return lambda points, start, end, *others: function(points.values, *others)
+def _over_values(
+    function: Callable[..., float], named: bool = False
+) -> Callable[..., Vector]:
+    return _over_range(lambda p, _, __, *more: function(p.values, *more), named=named)
 
 
 def _aggregate(function: Callable[..., float]) -> Callable[..., Vector]:
@@ -1724,16 +1718,14 @@ FUNCTIONS: dict[str, Function] = {
     **_rows((VECTOR,), _each, {
         "abs": abs, "ceil": _whole(math.ceil), "floor": _whole(math.floor),
         "sgn": lambda value: float((value > 0) - (value < 0)) or value,
-        "sqrt": _total(math.sqrt), "exp": _total(math.exp),
+        "deg": math.degrees, "rad": math.radians,
         "ln": _total(math.log, (0, -math.inf)),
         "log2": _total(math.log2, (0, -math.inf)),
         "log10": _total(math.log10, (0, -math.inf)),
-        "deg": math.degrees, "rad": math.radians,
-        "sin": _total(math.sin), "cos": _total(math.cos), "tan": _total(math.tan),
-        "asin": _total(math.asin), "acos": _total(math.acos), "atan": math.atan,
-        "sinh": _total(math.sinh), "cosh": lambda value: _total(math.cosh)(abs(value)),
-        "tanh": math.tanh, "asinh": math.asinh, "acosh": _total(math.acosh),
+        **{name: _total(getattr(math, name)) for name in """exp sqrt
+            sin cos tan asin acos atan sinh tanh asinh acosh""".split()},
         "atanh": _total(math.atanh, (1, math.inf), (-1, -math.inf)),
+        "cosh": lambda value: _total(math.cosh)(abs(value)),
     }),
     **_rows((VECTOR, SCALAR), _each, {"round": _round}, optional=1),
     **_rows((VECTOR, SCALAR), _each, {"clamp_min": _greater, "clamp_max": _less}),
@@ -1744,20 +1736,14 @@ FUNCTIONS: dict[str, Function] = {
         "day_of_year": lambda date: date.tm_yday, "year": lambda date: date.tm_year,
         "days_in_month": lambda date: calendar.monthrange(*date[:2])[1],
     }, optional=1),
-    **_rows((RANGE,), _over_range, {
-        "changes": _of_values(_changes), "present_over_time": lambda *_: 1.0,
-        "resets": lambda points, *_: float(len(points.falls)),
-        **{f"{name}_over_time": _of_values(REDUCERS[name]) for name in REDUCERS},
+    **_rows((RANGE,), _over_values, {
+        "changes": _changes, "present_over_time": lambda values: 1.0,
+        **{f"{name}_over_time": REDUCERS[name] for name in REDUCERS},
     }),
-    **_rows((SCALAR, RANGE), _over_range, {
-        "quantile_over_time": _of_values(_quantile),
-    }),
-    **_rows((RANGE,), partial(_over_range, named=True), {
-        "first_over_time": _of_values(operator.itemgetter(0)),
-    }),
-    "last_over_time": Function(
-        (RANGE,), _of_newest(lambda _, values: values[0], 1, dict)
-    ),
+    **_rows((SCALAR, RANGE), _over_values, {"quantile_over_time": _quantile}),
+    "first_over_time": Function((RANGE,), _over_values(lambda v: v[0], named=True)),
+    "last_over_time": Function((RANGE,), _of_newest(lambda _, v: v[0], 1, dict)),
+    "resets": Function((RANGE,), _over_range(lambda p, *_: float(len(p.falls)))),
     **_rows((RANGE,), partial(_over_range, least=2), {
         "increase": _increase, "delta": partial(_increase, counter=False),
         "rate": lambda points, a, b: _increase(points, a, b) / (b - a),
