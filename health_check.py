@@ -2625,6 +2625,8 @@ NOT_SERVING = """probe_success{probe="health"} == 0
 """
 NOWHERE = Grouping(True, ())
 LATEST, MOVED = "last_over_time({}[2m10s])", "idelta({}[5m]) != 0"
+# Nobody listened: what was seen before is of a process that has ended.
+GONE = 'count_over_time(scrape_error{reason="refused"}[2m10s])'
 GENERATE = "/v1/(chat/)?completions|/v1/responses|/v1/messages"
 PROBES = "/livez|/readyz|/healthz"
 
@@ -2704,6 +2706,25 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     )
 
 
+def without_recovered(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
+    """Return a status without what Unanswered keeps firing though something moves.
+
+    Or though the server has been started again: its clients went with the one before.
+    """
+    rule = status.rule
+    if not (status.alerts and rule.builtin and rule.name == "Unanswered"):
+        return status
+    there = {dict(labels)["instance"] for labels in evaluate(_recovery(), evaluation)}
+    alerts = (a for a in status.alerts if dict(a.labels)["instance"] not in there)
+    return status._replace(alerts=tuple(alerts))
+
+
+def _recovery() -> Expr:
+    servers = [server for server in SERVERS if server.abandoned]
+    moved = (text for s in servers for text in _changed(s, MOVED, s.accepted))
+    return _union([*moved, GONE])
+
+
 def _idle(servers: Iterable[KnownServer]) -> Expr:
     gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in servers).split()
     idle = _union(f"{LATEST.format(gauge)} == 0" for gauge in gauges)
@@ -2714,8 +2735,9 @@ def _idle(servers: Iterable[KnownServer]) -> Expr:
 
 def _seen_twice(expr: Expr) -> Expr:
     # From one sample nothing is known, whatever the rest says of it.
-    known = parse_expression("sum_over_time(up[5m]) > 1")
-    return Operation("and", (expr, known), Grouping(True, ("instance",)))
+    known = f"sum_over_time(up[5m]) > 1 unless ignoring (reason) {GONE}"
+    both = expr, parse_expression(known)
+    return Operation("and", both, Grouping(True, ("instance",)))
 
 
 def with_canary(rule: Rule, labels: tuple[str, ...]) -> Rule:
@@ -2841,7 +2863,7 @@ def _unanswered(server: KnownServer, _: str) -> str:
     # What moved counts for longer, so that a scrape may come between it and the end.
     moved = _changed(server, "changes({}[2m10s]) > 0", server.accepted)
     ended = f"sum by (instance) (increase({server.abandoned}[1m10s])) > 1.5"
-    quiet = _unless("on (instance)", [*moved, *_sleeps(server)])
+    quiet = _unless("on (instance)", [*moved, *_sleeps(server), GONE])
     return f"{ended}{quiet}{_only_with(server.own)}"
 
 
@@ -6268,7 +6290,7 @@ def _without(name: str, status: RuleStatus) -> RuleStatus:
 
 def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
     try:
-        judged = judge(status, evaluation)
+        judged = without_recovered(judge(status, evaluation), evaluation)
         if judged.state != "firing":
             return judged
         fired, rule = status.counts["firing"], status.rule
@@ -7993,16 +8015,26 @@ def prometheus_rules(rules: Iterable[Rule]) -> str:
     """
     lines = ["groups:", "  - name: health_check", "    rules:"]
     for rule in rules:
-        names = {selector.name for selector in find_selectors(rule.expr)}
+        expr = _without_gone(rule.expr) if rule.builtin else rule.expr
+        names = {selector.name for selector in find_selectors(expr)}
         notes = [name for name in NOT_IN_PROMETHEUS if name in names]
         lines += [f"      # {name} {NOT_IN_PROMETHEUS[name]}" for name in notes]
-        text = format_expression(_as_in_prometheus(rule.expr))
+        text = format_expression(_as_in_prometheus(expr))
         clauses = zip(RULE_WORDS, (rule.hold, rule.keep_firing_for))
         lines += [
             f"      - alert: {rule.name}", "        expr: |-", f"          {text}",
             *(f"        {word}: {format_duration(s)}" for word, s in clauses if s),
         ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _without_gone(expr: Expr) -> Expr:
+    # That nobody listens is not told there from any other failure of a scrape.
+    if not isinstance(expr, Operation):
+        return expr
+    operands = tuple(map(_without_gone, expr.operands))
+    ended = operands[1:] == (parse_expression(GONE),)
+    return operands[0] if ended else expr._replace(operands=operands)
 
 
 def _as_in_prometheus(expr: Expr, *, counts: bool = False) -> Expr:

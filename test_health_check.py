@@ -47,6 +47,7 @@ from unittest import mock
 import health_check
 from health_check import (
     ANONYMOUS,
+    HUNG,
     MAX_ALERTS,
     RETRY,
     SCRAPE_REASONS,
@@ -82,6 +83,7 @@ from health_check import (
     as_of,
     ask,
     ask_canary,
+    canary_rules,
     compile_regex,
     escape_controls,
     evaluate,
@@ -121,6 +123,7 @@ from health_check import (
     type_of,
     unholdable,
     verdict_families,
+    without_recovered,
 )
 
 NOW, WALL, WHOLE = 1000.0, 1700000000.0, 1 << 20
@@ -1649,8 +1652,7 @@ class Replay:
 
     CONFIG = load_config({})
 
-    def __init__(self):
-        rules = self.CONFIG.rules
+    def __init__(self, rules=CONFIG.rules):
         wanted = lookbacks(rule.expr for rule in rules)
         self.format = format_for(wanted, ())
         self.history, self.now, self.targets = History(wanted, WHOLE << 6), 0.0, ()
@@ -1664,7 +1666,8 @@ class Replay:
             scrapes, self.history, self.now, self.CONFIG, self.targets
         )
         evaluation = self.history.evaluation(self.now, WALL + self.now)
-        self.statuses = tuple(judge(status, evaluation) for status in self.statuses)
+        judged = (judge(status, evaluation) for status in self.statuses)
+        self.statuses = tuple(without_recovered(s, evaluation) for s in judged)
         assert not any(status.error for status in self.statuses), self.statuses
         return {
             (status.rule.name, dict(alert.labels)["instance"])
@@ -1820,6 +1823,36 @@ class Servers(unittest.TestCase):
         for n in range(13):
             move = [f"{busy} 3\n{moving} {n}\n" for busy, moving in rows]
             self.assertEqual(replay.check([*move, *rest], 30), set())
+
+    def test_what_a_server_showed_before_it_was_restarted_is_forgotten(self):
+        rows = [f"{busy} 3\n{moving} 7\n" for busy, moving in self.stalls()]
+        replay, fresh = Replay(), ["python_info 1\n"] * len(rows)
+        stalled = {(name, str(n)) for n in range(len(rows)) for name in HUNG}
+        for _ in range(7):
+            firing = replay.check(rows, 60)
+        self.assertEqual(firing, stalled)
+        down = replay.check(["refused"] * len(rows), 60)
+        self.assertEqual({rule for rule, _ in down}, {"Down"})
+        self.assertEqual(replay.check(fresh, 60), set())
+
+    def test_no_canary_is_due_for_what_a_server_showed_before_it_was_restarted(self):
+        for page, every, rule in (vllm(), 30, "Idle"), (vllm(1), 10, "Stuck"):
+            replay = Replay(canary_rules(300.0))
+            self.assertEqual(replay.run([[page] * 13], every)[0][1], {rule})
+            self.assertEqual(replay.run([["refused"]])[0][1], set())
+
+    def test_Unanswered_outlasts_the_clients_and_neither_a_restart_nor_a_recovery(self):
+        replay, gone, refused = Replay(), vllm(ok=2), "refused"
+        moved, new = vllm(tokens=1, ok=2), "python_info 1\n"
+        rows = [[gone] * 2, [moved, moved], [refused, new], [gone, refused]]
+        replay.run([[vllm()] * 14] * 4)
+        for every, count in (10, 1), (50, 12):
+            for _, firing in replay.run([[gone] * count] * 4, every):
+                self.assertEqual(firing, {"Unanswered"})
+        found = [[firing for _, firing in replay.run([row[n : n + 1] for row in rows])]
+                 for n in range(2)]
+        self.assertEqual(found[0], [{"Unanswered"}, set(), {"Down"}, {"Unanswered"}])
+        self.assertEqual(found[1], [{"Unanswered"}, set(), set(), {"Down"}])
 
     def test_one_failed_scrape_is_no_news(self):
         for every, losses in (10, (60, 30, 18, 6)), (30, (18, 6)), (60, (18, 6)):
@@ -4172,8 +4205,10 @@ class MonitorTest(NetworkTest):
             reasons.append(monitor.check().targets[0].reason)
         self.assertEqual(reasons[0], "")
         self.assertEqual(reasons[-1], "too_large")
-        clock.now += 601
-        self.assertEqual([monitor.check().reason for _ in range(2)][-1], "Q")
+        for later in 601, 1:
+            clock.now += later
+            monitor.check()
+        self.assertEqual(monitor.verdict.reason, "Q")
         self.assertEqual(monitor.verdict.targets[0].reason, "")
 
     def test_firing_series_that_change_make_the_rule_an_error_for_a_while(self):
