@@ -2498,6 +2498,29 @@ def without(expr: Expr, name: str) -> Expr:
     return expr._replace(operands=operands)
 
 
+def renamed(expr: Expr, labels: Container[str]) -> Expr:
+    """Return an expression that means the labels which targets themselves give.
+
+    Those that TARGET_LABELS has, too, have another name.
+
+    >>> print(format_expression(renamed(parse_expression("sum by (a) (x)"), ["a"])))
+    sum by (exported_a) (x)
+    """
+
+    def new(label: str) -> str:
+        return f"exported_{label}" if label in labels else label
+
+    if isinstance(expr, Selector) and expr.matchers:
+        matchers = (m._replace(label=new(m.label)) for m in expr.matchers)
+        return expr._replace(matchers=tuple(matchers))
+    if not isinstance(expr, Operation):
+        return expr
+    operands = tuple(renamed(part, labels) for part in expr.operands)
+    keep, names = expr.grouping or (False, ())
+    grouping = expr.grouping and Grouping(keep, tuple(map(new, names)))
+    return expr._replace(operands=operands, grouping=grouping)
+
+
 def _part(status: RuleStatus, evaluation: Evaluation) -> Part:
     rule, part = status.rule, status.part
     names = evaluation.names if rule.builtin else frozenset()
@@ -2792,7 +2815,9 @@ def port_conflict(port: int, servers: Iterable[KnownServer] = ()) -> str:
     return text if names else ""
 
 
-def drain_expression(expressions: Iterable[Expr]) -> Expr | None:
+def drain_expression(
+    expressions: Iterable[Expr], labels: Container[str] = ()
+) -> Expr | None:
     """Return what gives the requests that run or wait, of servers that have gauges.
 
     None if these expressions read no such server's: what they read costs nothing more.
@@ -2806,7 +2831,7 @@ def drain_expression(expressions: Iterable[Expr]) -> Expr | None:
         text for text in map(_in_flight, SERVERS)
         if text and lookbacks([parse_expression(text)]).keys() <= names
     ]  # fmt: skip
-    return parse_expression(" or ".join(found)) if found else None
+    return renamed(parse_expression(" or ".join(found)), labels) if found else None
 
 
 def _in_flight(server: KnownServer) -> str:
@@ -3759,13 +3784,22 @@ def _with_rules(config: Config) -> Config:
     when = config.canary_when
     if config.canary_url and not when:
         when = canary_rules(config.canary_after)
-    config = config._replace(rules=_rules(config), canary_when=when)
+    rules, when = (_for_targets(some, config) for some in (_rules(config), when))
+    config = config._replace(rules=rules, canary_when=when)
     names = [rule.name for rule in config.rules]
     unknown = ", ".join(name for name in config.exit_when if name not in names)
     if unknown:
         raise ConfigError(f"EXIT_WHEN: no rule {unknown}: there are {', '.join(names)}")
     warnings = *config.warnings, *_sparse(config), *dict.fromkeys(_taken_port(config))
     return config._replace(warnings=warnings)
+
+
+def _for_targets(rules: Iterable[Rule], config: Config) -> tuple[Rule, ...]:
+    own = dict(config.target_labels)
+    return tuple(
+        rule._replace(expr=renamed(rule.expr, own)) if own and rule.builtin else rule
+        for rule in rules
+    )
 
 
 def _taken_port(config: Config) -> Iterator[str]:
@@ -6139,7 +6173,8 @@ class Judge:
     @cached_property
     def drain_while(self) -> Expr | None:
         """What gives the requests that run or wait; it is made when first asked for."""
-        return self._config.drain_while or drain_expression(self._expressions)
+        own = dict(self._config.target_labels)
+        return self._config.drain_while or drain_expression(self._expressions, own)
 
     def verdict_of(self, check: Check, found: Found, before: Verdict) -> Verdict:
         """Return the verdict of a check from what was found, and the one before."""

@@ -1652,8 +1652,8 @@ class Replay:
 
     CONFIG = load_config({})
 
-    def __init__(self, rules=CONFIG.rules):
-        wanted = lookbacks(rule.expr for rule in rules)
+    def __init__(self, rules=CONFIG.rules, own=()):
+        self.own, wanted = own, lookbacks(rule.expr for rule in rules)
         self.format = format_for(wanted, ())
         self.history, self.now, self.targets = History(wanted, WHOLE << 6), 0.0, ()
         self.statuses = tuple(map(RuleStatus, rules))
@@ -1676,7 +1676,7 @@ class Replay:
         }  # fmt: skip
 
     def scrape(self, instance, text):
-        own = (("instance", instance),)
+        own = (("instance", instance), *self.own)
         scrape = Scrape(TargetStatus(instance), own)
         if text in SCRAPE_REASONS:
             return scrape.failed(text, "")
@@ -1853,6 +1853,23 @@ class Servers(unittest.TestCase):
                  for n in range(2)]
         self.assertEqual(found[0], [{"Unanswered"}, set(), {"Down"}, {"Unanswered"}])
         self.assertEqual(found[1], [{"Unanswered"}, set(), set(), {"Down"}])
+
+    def test_labels_of_targets_are_none_that_built_in_rules_mean(self):
+        texts = " ".join(map(format_rule, Replay.CONFIG.rules))
+        labels = {*re.findall(r"(\w+)[!=]~?\"", texts), "engine"}
+        for found in re.findall(r"(?:on|by|ignoring) \(([^)]*)\)", texts):
+            labels.update(found.split(", "))
+        labels -= {"instance", "reason", ""}
+        text = ",".join(f"{label}=x" for label in labels)
+        config = load_config({"TARGET_LABELS": text})
+        replay, rows = Replay(config.rules, config.target_labels), self.stalls()
+        for n in range(7):
+            pages = [f"{busy} 3\n{moving} {min(n, 2)}\n" for busy, moving in rows]
+            pages.append(vllm(1, 0, min(n, 2), failed=n))
+            firing = replay.check(pages, 60)
+            self.assertTrue(not firing or n > 3, firing)
+        stalling = {("Stalling", str(n)) for n in range(len(rows) + 1)}
+        self.assertEqual(firing, {*stalling, ("Failing", str(len(rows)))})
 
     def test_one_failed_scrape_is_no_news(self):
         for every, losses in (10, (60, 30, 18, 6)), (30, (18, 6)), (60, (18, 6)):
