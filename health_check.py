@@ -31,6 +31,7 @@ and fails open, for liveness: a fault of this program must not restart an engine
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -41,6 +42,8 @@ if __name__ == "__main__":
     _EXIT = 0 if sys.argv[1:] in ([], ["--demo"]) else 1
     signal.signal(signal.SIGTERM, lambda *_: os._exit(_EXIT))
     signal.signal(signal.SIGINT, lambda *_: os._exit(_EXIT))
+    # What is made until main() stays: to look for garbage in it takes 4 ms.
+    gc.disable()
 
 import base64
 import calendar
@@ -8460,4 +8463,6 @@ def _start_demo(config: Config) -> Config:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     sys.exit(main())
