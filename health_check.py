@@ -575,15 +575,6 @@ class Verdict(NamedTuple):
         return self.wall - self.time + moment
 
 
-class Family(NamedTuple):
-    """A metric of this program: its samples are suffix, labels and value."""
-
-    name: str
-    kind: str
-    help: str
-    samples: Sequence[tuple[str, Mapping[str, str], float]]
-
-
 _FLOAT = re.compile(
     r"(?:[+-]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?|inf(?:inity)?)|nan)\Z",
     re.ASCII | re.IGNORECASE,
@@ -6627,9 +6618,6 @@ _LONG_WORD = r"[^\s\0]{38,}"
 _JOINTS = r'[,({=/](?=[a-zA-Z"])', r"[_:.](?=[a-zA-Z])"
 
 
-Labelled = Iterable[Tuple[Mapping[str, str], float]]
-
-
 class Answer(NamedTuple):
     """A response: status, body, its type, and headers of its own.
 
@@ -6865,47 +6853,38 @@ def _json_number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else format_float(value)
 
 
-def answer_metrics(families: Iterable[Family]) -> Answer:
+def answer_metrics(lines: Iterable[str]) -> Answer:
     """Answer ``/metrics`` in the text format 0.0.4."""
-    lines = _bounded(_exposition(families), "# the other samples are left out\n")
-    return Answer(200, lines, "text/plain; version=0.0.4; charset=utf-8")
+    shown = _bounded(lines, "# the other samples are left out\n")
+    return Answer(200, shown, "text/plain; version=0.0.4; charset=utf-8")
 
 
-def _exposition(families: Iterable[Family]) -> Iterator[str]:
-    for name, kind, text, samples in families:
-        yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
-        for suffix, labels, value in samples:
-            series = (("__name__", name + suffix), *labels.items())
-            yield f"{format_series(series)} {format_float(value)}\n"
-
-
-def verdict_families(verdict: Verdict) -> Iterator[Family]:
-    """Yield what the latest verdict says, as metrics."""
-    yield from _families_of(
+def verdict_metrics(verdict: Verdict) -> Iterator[str]:
+    """Yield the lines of what the latest verdict says."""
+    yield from _metrics(
         [({}, verdict)] if verdict.sequence else [],
         ("health_check_healthy", "healthy", "Whether the latest verdict is Healthy."),
         ("health_check_verdict_timestamp_seconds", "wall", "When it was reached."),
     )
     rules = [({"rule": status.rule.name}, status) for status in verdict.rules]
     states = [(rule, verdict.state_of(status)) for rule, status in rules]
-    yield from _families((
-        "health_check_rule_state", "1 for the state that a rule is in.",
+    yield from _metrics(
         [({**rule, "state": state}, state == known) for rule, known in states
          for state in reversed([*HEALTH_STATUS])],
-    ))  # fmt: skip
-    yield from _families_of(
+        ("health_check_rule_state", "", "1 for the state that a rule is in."),
+    )  # fmt: skip
+    yield from _metrics(
         rules,
         ("health_check_rule_series", "matched", "Series that its selectors matched."),
         ("health_check_rule_value", "value", "Worst value of a rule EXPR OP NUMBER."),
         ("health_check_rule_limit", "limit", "Limit of a rule EXPR OP NUMBER."),
     )
-    targets = [({"target": target.instance}, target) for target in verdict.targets]
-    yield from _families_of(
-        targets,
+    yield from _metrics(
+        [({"target": target.instance}, target) for target in verdict.targets],
         ("health_check_target_up", "up", "Whether the last scrape succeeded."),
         ("health_check_target_watched", "watched", "0 if no rule knows its metrics."),
     )
-    yield from _families_of(
+    yield from _metrics(
         [({"probe": p.probe, "target": p.instance}, p) for p in verdict.probes],
         ("probe_success", "success", "Whether a probe succeeded."),
         ("probe_http_status_code", "code", "Status of the answer, 0 without one."),
@@ -6913,68 +6892,82 @@ def verdict_families(verdict: Verdict) -> Iterator[Family]:
     )
 
 
-def scrape_families(statistics: Statistics) -> Iterator[Family]:
-    """Yield what has been counted of scrapes, as metrics."""
+def scrape_metrics(statistics: Statistics) -> Iterator[str]:
+    """Yield the lines of what has been counted of scrapes."""
     # A copy: the thread that checks may count meanwhile.
     scrapes = dict(statistics.scrapes).items()
-    yield from _families(
-        ("health_check_scrapes_total", "Scrapes by target and outcome.",
-         [({"target": t, "outcome": o}, count) for (t, o), count in scrapes]),
-    )  # fmt: skip
+    yield from _metrics(
+        [({"target": t, "outcome": o}, count) for (t, o), count in scrapes],
+        ("health_check_scrapes_total", "", "Scrapes by target and outcome."),
+    )
+    name = "health_check_scrape_duration_seconds"
     bounds = map(format_float, (*BUCKETS, math.inf))
     counts = list(itertools.accumulate(statistics.durations))
-    buckets = [("_bucket", {"le": le}, n) for le, n in zip(bounds, counts)]
-    yield Family(
-        "health_check_scrape_duration_seconds", "histogram", "Time of a scrape.",
-        [*buckets, ("_sum", {}, statistics.seconds), ("_count", {}, counts[-1])],
-    )
+    yield _heading(name, "histogram", "Time of a scrape.")
+    for bound, count in zip(bounds, counts):
+        yield _sample(f"{name}_bucket", {"le": bound}, count)
+    yield _sample(f"{name}_sum", {}, statistics.seconds)
+    yield _sample(f"{name}_count", {}, counts[-1])
 
 
-def service_families(
+def service_metrics(
     requests: Mapping[tuple[str, str], int], unknown: int,
     notifiers: Iterable[Notifier],
-) -> Iterator[Family]:  # fmt: skip
-    """Yield what has been counted of requests and notifications, as metrics."""
-    yield from _families(
-        ("health_check_requests_total", "Requests by path and code.",
-         [({"path": p, "code": c}, count) for (p, c), count in requests.items()]),
-        ("health_check_unknown_rule_requests_total",
-         "Rules asked for that are not there, answered 200.", [({}, unknown)]),
+) -> Iterator[str]:  # fmt: skip
+    """Yield the lines of what has been counted of requests and notifications."""
+    yield from _metrics(
+        [({"path": p, "code": c}, count) for (p, c), count in requests.items()],
+        ("health_check_requests_total", "", "Requests by path and code."),
+    )
+    yield from _metrics(
+        [({}, unknown)],
+        ("health_check_unknown_rule_requests_total", "",
+         "Rules asked for that are not there, answered 200."),
     )  # fmt: skip
-    yield from _families_of(
+    yield from _metrics(
         [({"alertmanager": n.target.url}, n) for n in notifiers],
         ("health_check_notifications_sent_total", "sent", "Alerts that were taken."),
         ("health_check_notifications_failed_total", "failed", "Alerts that were not."),
     )
 
 
-def process_families() -> Iterator[Family]:
-    """Yield what Prometheus' client libraries tell of a process."""
+def process_metrics() -> Iterator[str]:
+    """Yield the lines of what Prometheus' client libraries tell of a process."""
     versions = {"version": __version__, "python": sys.version.split()[0]}
-    resident: Labelled = ()
+    resident: list[tuple[dict[str, str], int]] = []
     with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         resident = [({}, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))]
-    return _families(
-        ("health_check_build_info", "Versions, always 1.", [(versions, 1)]),
-        ("process_start_time_seconds", "When it started, Unix time.", [({}, STARTED)]),
-        ("process_cpu_seconds_total", "CPU time.", [({}, time.process_time())]),
-        ("process_resident_memory_bytes", "Resident memory.", resident),
-    )
+    for found, name, text in (
+        ([(versions, 1)], "health_check_build_info", "Versions, always 1."),
+        ([({}, STARTED)], "process_start_time_seconds", "When it started, Unix time."),
+        ([({}, time.process_time())], "process_cpu_seconds_total", "CPU time."),
+        (resident, "process_resident_memory_bytes", "Resident memory."),
+    ):
+        yield from _metrics(found, (name, "", text))
 
 
-def _families_of(
+def _metrics(
     found: Sequence[tuple[dict[str, str], Any]], *rows: tuple[str, str, str]
-) -> Iterator[Family]:
-    """Yield a family for each row: a name, the attribute that it has, and its help."""
+) -> Iterator[str]:
+    """Yield a metric for each row: its name, the attribute with its value, its help.
+
+    Without an attribute what is found is the value; of None there is no sample.
+    """
     for name, attribute, text in rows:
-        values = [(labels, getattr(thing, attribute)) for labels, thing in found]
-        yield from _families((name, text, [v for v in values if v[1] is not None]))
+        yield _heading(name, "counter" if name.endswith("_total") else "gauge", text)
+        for labels, thing in found:
+            value = getattr(thing, attribute) if attribute else thing
+            if value is not None:
+                yield _sample(name, labels, value)
 
 
-def _families(*families: tuple[str, str, Labelled]) -> Iterator[Family]:
-    for name, text, values in families:
-        kind = "counter" if name.endswith("_total") else "gauge"
-        yield Family(name, kind, text, [("", labels, v) for labels, v in values])
+def _heading(name: str, kind: str, text: str) -> str:
+    return f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+
+
+def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    series = (("__name__", name), *labels.items())
+    return f"{format_series(series)} {format_float(value)}\n"
 
 
 class Site(NamedTuple):
@@ -7016,8 +7009,8 @@ def _page_head(verdict: Verdict, site: Site, age: str, old: bool) -> str:
     where = filter(None, [pod, *(target.url for target in targets)])
     title = " ".join([f"{word}:", pod, *(target.instance for target in targets)])
     return PAGE_HEAD.format(
-        style=STYLE, title=_escape(title), state=state, verdict=_words(text),
-        where=_words(", ".join(where)), shown=shown,
+        style=STYLE, title=html.escape(escape_controls(title)), state=state,
+        verdict=_words(text), where=_words(", ".join(where)), shown=shown,
     )  # fmt: skip
 
 
@@ -7135,10 +7128,6 @@ def _words(text: str) -> str:
 
 def _break_long(text: str, joint: str) -> str:
     return re.sub(_LONG_WORD, lambda word: re.sub(joint, "\\g<0>\0", word[0]), text)
-
-
-def _escape(text: str) -> str:
-    return html.escape(escape_controls(text))
 
 
 def _figure(status: RuleStatus, site: Site) -> str:
@@ -7759,13 +7748,13 @@ class Server:
             fault = f"bug: {report(error)}"
         return Verdict(0, fault, time.monotonic(), time.time())
 
-    def _metrics(self, verdict: Verdict) -> Iterator[Family]:
-        yield from verdict_families(verdict)
-        yield from scrape_families(self._monitor.statistics)
+    def _metrics(self, verdict: Verdict) -> Iterator[str]:
+        yield from verdict_metrics(verdict)
+        yield from scrape_metrics(self._monitor.statistics)
         # Callers choose the names: the log has some of them, and no label.
         unknown = sum(self._unknown.values())
-        yield from service_families(self._requests, unknown, self._notifiers)
-        yield from process_families()
+        yield from service_metrics(self._requests, unknown, self._notifiers)
+        yield from process_metrics()
 
 
 def _receive(sock: socket.socket) -> Conversation[Request]:

@@ -117,12 +117,12 @@ from health_check import (
     regex_expand,
     regex_matches,
     restart_clocks,
-    scrape_families,
+    scrape_metrics,
     servers_there,
     tokenize,
     type_of,
     unholdable,
-    verdict_families,
+    verdict_metrics,
     without_recovered,
 )
 
@@ -3250,7 +3250,7 @@ class LogTest(CommandLine):
 
 
 def answer_verdict(verdict):
-    return "".join(answer_metrics(verdict_families(verdict)).body)
+    return "".join(answer_metrics(verdict_metrics(verdict)).body)
 
 
 def site_of(trends=None, moments=(), last_words="", **environ):
@@ -4056,9 +4056,9 @@ class MonitorTest(NetworkTest):
 
         monitor = self.monitor(self.metrics(page()))
         monitor.check()
-        family = next(scrape_families(monitor.statistics))
+        lines = [*scrape_metrics(monitor.statistics)]
         monitor.statistics.scrapes = Changing(monitor.statistics.scrapes)
-        self.assertEqual(next(scrape_families(monitor.statistics)), family)
+        self.assertEqual([*scrape_metrics(monitor.statistics)], lines)
 
     def test_a_scrape_adds_its_duration_and_size(self):
         rules = "T: scrape_duration_seconds > 0; S: scrape_body_size_bytes == 4"
@@ -4354,8 +4354,7 @@ class MonitorTest(NetworkTest):
                 self.assertIn(line, "".join(self.log))
                 told = "".join(answer_health(verdict, "verbose").body)
                 self.assertEqual(f"warn: {first}" in told, not watched)
-        families = [f for f in verdict_families(verdict) if f.name.endswith("_watched")]
-        self.assertEqual([family.samples[0][2] for family in families], [0])
+        self.assertRegex(answer_verdict(verdict), r"_watched\{.*\} 0\n")
         told = "".join(answer_page(verdict, site_of()).body)
         self.assertIn("nothing is watched: no rule", told)
 
@@ -5126,7 +5125,7 @@ class ServeTest(NetworkTest):
             ),
             "json": health_check.answer_health(verdict, "format=json"),
             "page": answer_page(verdict, site_of()),
-            "metrics": answer_metrics(verdict_families(verdict)),
+            "metrics": answer_metrics(verdict_metrics(verdict)),
         }
 
     def judged(self, rule, **known):
@@ -5437,8 +5436,7 @@ class ServeTest(NetworkTest):
         body = self.page_of(monitor.verdict)
         self.assertIn('<header class="old"><h1>Not checked yet<', body)
         self.assertNotIn("Unhealthy", body)
-        families = health_check.verdict_families(monitor.verdict)
-        self.assertEqual([f.name for f in families if f.samples], [])
+        self.assertNotRegex(answer_verdict(monitor.verdict), "(?m)^[^#]")
         answer = health_check.answer_health(monitor.verdict, "verbose")
         self.assertEqual(answer.status, 503)
         self.assertIn("Unhealthy: not checked yet", "".join(answer.body))
