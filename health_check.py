@@ -326,18 +326,16 @@ class Subquery(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """``by`` or ``on`` these labels, or ``without`` or ``ignoring`` them."""
+    """``by`` or ``on`` these labels, or ``without`` or ``ignoring`` them.
 
-    keep: bool
-    labels: tuple[str, ...]
+    ``many`` is left or right if that side of an operator may have many series for one
+    of the other side, from which their results get the labels ``included``.
+    """
 
-
-class Group(NamedTuple):
-    """``group_left`` or ``group_right``: the side that may have many series for one of
-    the other side, from which their results get these labels."""
-
-    side: str
-    labels: tuple[str, ...]
+    keep: bool = False
+    labels: tuple[str, ...] = ()
+    many: str = ""
+    included: tuple[str, ...] = ()
 
 
 class Operation(NamedTuple):
@@ -345,9 +343,8 @@ class Operation(NamedTuple):
 
     name: str
     operands: tuple[Expr, ...]
-    grouping: Grouping | None = None
+    grouping: Grouping = Grouping()
     returns_bool: bool = False
-    group: Group | None = None
 
 
 Expr = Union[Number, Text, Selector, Subquery, Operation]
@@ -1212,7 +1209,7 @@ def operate(expr: Operation, left: Value, right: Value) -> Value:
     if is_filter(expr):
         return {labels: kept for labels, kept, a, b in pairs if apply(a, b)}
     # A group may give its many series the name of another metric.
-    finish = _distinct if expr.group else _nameless
+    finish = _distinct if expr.grouping.many else _nameless
     return finish((labels, float(apply(a, b))) for labels, _, a, b in pairs)
 
 
@@ -1237,7 +1234,7 @@ def _pairs(
     if isinstance(left, float):
         return [(k, v, left, v) for k, v in cast(Vector, right).items()]
     sides = cast(Vector, left), cast(Vector, right)
-    if expr.group and expr.group.side == "right":
+    if expr.grouping.many == "right":
         return [(k, a, a, b) for k, b, a in _matched_pairs(expr, *sides[::-1])]
     return [(k, a, a, b) for k, a, b in _matched_pairs(expr, *sides)]
 
@@ -1250,18 +1247,19 @@ def _matched_pairs(
     Each side has one series of the same labels, unless a group lets it have many: more
     are an error also where a filter would drop them, since Prometheus 3.9.
     """
-    partners, keys = _grouped(one if many else {}, expr.grouping), set()
+    grouping = expr.grouping
+    partners, keys = _grouped(one if many else {}, grouping), set()
     for key, group in partners.items():
         if len(group) > 1:
             raise EvaluationError(f"many-to-many matching, on {format_series(key)}")
     for labels, value in many.items():
-        key = _signature(labels, expr.grouping)
+        key = _signature(labels, grouping)
         for partner, other in partners.get(key, {}).items():
             result = labels
-            if expr.group:
+            if grouping.many:
                 result = key = _included(expr, labels, partner)
-            elif expr.grouping:
-                result = _filtered(labels, *expr.grouping)
+            elif grouping.keep or grouping.labels:
+                result = _filtered(labels, grouping.keep, grouping.labels)
             if key in keys:
                 raise EvaluationError(f"many-to-one matching, on {format_series(key)}")
             keys.add(key)
@@ -1270,7 +1268,7 @@ def _matched_pairs(
 
 def _included(expr: Operation, labels: Labels, partner: Labels) -> Labels:
     """Return the labels of a result, with those of a partner that its group names."""
-    names, others = cast(Group, expr.group).labels, dict(partner)
+    names, others = expr.grouping.included, dict(partner)
     dropped = names if is_filter(expr) else (*names, *METADATA)
     wanted = [(name, others[name]) for name in names if name in others]
     return tuple(sorted([*_filtered(labels, False, dropped), *wanted]))
@@ -1311,7 +1309,7 @@ def unnamed(labels: Labels) -> Labels:
     return _filtered(labels, False, ("__name__",))
 
 
-def _grouped(vector: Vector, grouping: Grouping | None) -> dict[Labels, Vector]:
+def _grouped(vector: Vector, grouping: Grouping) -> dict[Labels, Vector]:
     groups: dict[Labels, Vector] = {}
     for labels, value in vector.items():
         groups.setdefault(_signature(labels, grouping), {})[labels] = value
@@ -1322,9 +1320,9 @@ def _filtered(labels: Labels, keep: bool, names: Sequence[str]) -> Labels:
     return tuple([pair for pair in labels if (pair[0] in names) == keep])
 
 
-def _signature(labels: Labels, grouping: Grouping | None) -> Labels:
+def _signature(labels: Labels, grouping: Grouping) -> Labels:
     """Return the labels that a series is matched or grouped by."""
-    keep, names = grouping or (False, ())
+    keep, names, _, _ = grouping
     return _filtered(labels, keep, names if keep else (*names, "__name__"))
 
 
@@ -1550,8 +1548,9 @@ def _top(sign: float) -> Callable[..., Vector]:
 def _count_values(
     expr: Operation, _: Evaluation, label: str, vector: Vector
 ) -> Vector:
-    keep, names = cast(Grouping, expr.grouping)
-    grouping = Grouping(keep, (*names, label) if keep else names)
+    grouping = expr.grouping
+    if grouping.keep:
+        grouping = Grouping(True, (*grouping.labels, label))
     labeled = (_relabeled(k, label, format_float(vector[k])) for k in vector)
     counts = collections.Counter(_signature(labels, grouping) for labels in labeled)
     return {labels: float(count) for labels, count in counts.items()}
@@ -1620,7 +1619,7 @@ def _of_buckets(function: Callable[..., float]) -> Callable[..., Vector]:
 
     def apply(_: Operation, __: Evaluation, *values: Any) -> Vector:
         results: Vector = {}
-        for key, group in _grouped(values[-1], Grouping(False, ("le",))).items():
+        for key, group in _grouped(values[-1], Grouping(labels=("le",))).items():
             buckets: dict[float, float] = {}
             for labels, count in group.items():
                 bound = float_or_nan(dict(labels).get("le", ""))
@@ -1989,11 +1988,10 @@ class Parser:
         while PRECEDENCE.get(self.token.key, -1) >= floor:
             token = self.take()
             returns_bool = self.accept("bool")
-            grouping = self._grouping("on", "ignoring")
-            group = self._group(grouping) if grouping else None
+            grouping = self._matching()
             # Only the power is right-associative.
             right = self._binary(PRECEDENCE[token.key] + (token.key != "^"))
-            left = Operation(token.key, (left, right), grouping, returns_bool, group)
+            left = Operation(token.key, (left, right), grouping, returns_bool)
             _check_operator(left, token)
         return left
 
@@ -2097,18 +2095,20 @@ class Parser:
     def _grouping(self, *words: str) -> Grouping | None:
         if self.token.key not in words:
             return None
-        word = self.take().key
-        return Grouping(word in ("by", "on"), tuple(self._list("()", self._label)))
+        keep = self.take().key == words[0]
+        return Grouping(keep, tuple(self._list("()", self._label)))
 
-    def _group(self, grouping: Grouping) -> Group | None:
-        if self.token.key not in ("group_left", "group_right"):
-            return None
-        word = self.take()
+    def _matching(self) -> Grouping:
+        grouping, word = self._grouping("on", "ignoring"), self.token
+        if not grouping or word.key not in ("group_left", "group_right"):
+            return grouping or Grouping()
+        self.take()
         self.accept("\n")
-        labels = self._list("()", self._label) if self.token.key == "(" else []
-        if grouping.keep and {*labels} & {*grouping.labels}:
+        included = self._list("()", self._label) if self.token.key == "(" else []
+        if grouping.keep and {*included} & {*grouping.labels}:
             raise word.error("a label is in on and in group")
-        return Group(word.key[len("group_") :], tuple(labels))
+        side = word.key[len("group_") :]
+        return grouping._replace(many=side, included=tuple(included))
 
     def _label(self, besides: Sequence[str] = ("inf", "nan", "without")) -> str:
         token = self.token
@@ -2127,9 +2127,9 @@ class Parser:
         grouping = self._grouping("by", "without")
         operands = self._list("()", self._binary, trailing=False)
         _check_operands(function, operands, token)
-        if name in AGGREGATORS and not grouping:
-            grouping = self._grouping("by", "without") or Grouping(True, ())
-        return Operation(name, tuple(operands), grouping)
+        if function.aggregates and not grouping:
+            grouping = self._grouping("by", "without") or Grouping(True)
+        return Operation(name, tuple(operands), grouping or Grouping())
 
     def _selector(self) -> Selector:
         start, matchers = self.token, []
@@ -2163,16 +2163,15 @@ class Parser:
 
 def _check_operator(expr: Operation, token: Token) -> None:
     op, types = token.key, set(map(type_of, expr.operands))
-    labels = expr.grouping and expr.grouping.labels
     for wrong, problem in (
         (RANGE in types, "{!r} takes no range vector"),
         (STRING in types, "{!r} takes no string"),
         (op in SET_OPERATORS and SCALAR in types, "{!r} takes no scalar"),
-        (op in SET_OPERATORS and expr.group, "{!r} has no group"),
+        (op in SET_OPERATORS and expr.grouping.many, "{!r} has no group"),
         (op not in COMPARISONS and expr.returns_bool, "bool stands after a comparison"),
         (types == {SCALAR} and is_filter(expr),
          "comparisons between scalars must use bool"),
-        (labels and SCALAR in types,
+        (expr.grouping.labels and SCALAR in types,
          "on and ignoring stand between two instant vectors"),
     ):  # fmt: skip
         if wrong:
@@ -2314,7 +2313,7 @@ def format_expression(expr: Expr, floor: float = 0) -> str:
         level = SIGN if text.startswith("-") else level
     elif expr.name in FUNCTIONS:
         operands = ", ".join(map(format_expression, expr.operands))
-        grouping = _format_grouping(expr.grouping, "by", "without")
+        grouping = _format_grouping(expr, "by", "without")
         text = f"{expr.name}{grouping and grouping + ' '}({operands})"
     elif expr == _negative(expr.operands[1]):
         level, text = SIGN, "-" + format_expression(expr.operands[1], SIGN)
@@ -2328,10 +2327,10 @@ def _format_operator(expr: Operation) -> str:
     left = format_expression(expr.operands[0], level + power)
     right = format_expression(expr.operands[1], level + (not power))
     modifiers = " bool" * expr.returns_bool
-    modifiers += _format_grouping(expr.grouping, "on", "ignoring")
-    if expr.group:
-        labels = ", ".join(map(format_name, expr.group.labels))
-        modifiers += f" group_{expr.group.side} ({labels})"
+    modifiers += _format_grouping(expr, "on", "ignoring")
+    if expr.grouping.many:
+        labels = ", ".join(map(format_name, expr.grouping.included))
+        modifiers += f" group_{expr.grouping.many} ({labels})"
     return f"{left} {expr.name}{modifiers} {right}"
 
 
@@ -2350,11 +2349,11 @@ def _format_looking_back(expr: Selector | Subquery) -> str:
     return f"{text} offset {length}" if expr.offset else text
 
 
-def _format_grouping(grouping: Grouping | None, kept: str, dropped: str) -> str:
-    if not grouping or (kept == "by" and grouping == (True, ())):
+def _format_grouping(expr: Operation, kept: str, dropped: str) -> str:
+    if expr.grouping == Grouping(expr.name in AGGREGATORS):
         return ""
-    labels = ", ".join(map(format_name, grouping.labels))
-    return f" {kept if grouping.keep else dropped} ({labels})"
+    labels = ", ".join(map(format_name, expr.grouping.labels))
+    return f" {kept if expr.grouping.keep else dropped} ({labels})"
 
 
 # --- 5. Rules: text -> Rules; Vector -> inactive, pending, firing --------------------
