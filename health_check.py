@@ -2001,24 +2001,22 @@ class Parser:
             start = self.token
             return self._looking_back(start, self._operand())
         sign, operand = self.take(), self._binary(POWER)
-        if type_of(operand) in (RANGE, STRING):
-            raise sign.error(f"{sign.key!r} takes no {type_of(operand)}")
+        _check_operator(Operation(sign.key, (operand, operand)), sign)
         return operand if sign.key == "+" else _negative(operand)
 
     def _looking_back(self, start: Token, expr: Expr) -> Expr:
         """Return an operand with what stands behind it: a range, ``offset``, ``@``."""
-        plain, given = start.key != "(", ""
+        plain = start.key != "("
         while self.token.key in ("[", "offset", "@"):
             word = self.take()
             if word.key == "[":
-                expr = self._range(expr, word, plain and not given)
-                plain, given = True, ""
+                expr, plain = self._range(expr, word, plain), True
                 continue
             if not plain or not isinstance(expr, (Selector, Subquery)):
                 raise word.error(f"{word.key!r} stands behind a selector or a subquery")
-            if word.key in given:
+            given = {"offset": expr.offset or None, "@": expr.at}
+            if given[word.key] is not None:
                 raise word.error(f"{word.key!r} is given twice")
-            given += word.key
             if word.key == "offset":
                 expr = expr._replace(offset=self._signed("a duration"))
             else:
@@ -2029,18 +2027,16 @@ class Parser:
         window = self._duration()
         if not self.accept(":"):
             self.expect("]")
-            if not plain or not isinstance(expr, Selector) or expr.window:
+            if not plain or not isinstance(expr, Selector) or expr[2:] != (0, 0, None):
                 raise bracket.error("only a selector has a range, a subquery is [5m:]")
             return expr._replace(window=window)
         step = SUBQUERY_STEP if self.token.key == "]" else self._duration()
         self.expect("]")
         if type_of(expr) != VECTOR:
-            problem = f"a subquery is of an {VECTOR}, not of a {type_of(expr)}"
-            raise bracket.error(problem)
+            raise bracket.error(f"a subquery is of an {VECTOR}, no {type_of(expr)}")
         subquery = Subquery(expr, window, step)
         if count_steps(subquery) > MAX_STEPS:
-            problem = f"a subquery of more than {MAX_STEPS} points"
-            raise bracket.error(f"{problem}: make its step longer")
+            raise bracket.error(f"more than {MAX_STEPS} points: make the step longer")
         return subquery
 
     def _duration(self) -> float:
@@ -2084,12 +2080,11 @@ class Parser:
         items: list[T] = []
         self.accept("\n")
         self.expect(brackets[0])
-        while not self.accept(brackets[1]):
+        while self.token.key != brackets[1] or (items and not trailing):
             items.append(item())
-            if self.token.key != brackets[1]:
-                self.expect(",")
-                if not trailing and self.token.key == brackets[1]:
-                    raise self.token.unexpected("an argument")
+            if not self.accept(","):
+                break
+        self.expect(brackets[1])
         return items
 
     def _grouping(self, *words: str) -> Grouping | None:
@@ -2139,11 +2134,11 @@ class Parser:
             raise start.unexpected("an expression")
         if self.token.key == "{":
             matchers += self._list("{}", self._matcher)
-        names = [m for m in matchers if m.label == "__name__"]
-        others = [m for m in matchers if m.label != "__name__"]
+        names = [matcher for matcher in matchers if matcher.label == "__name__"]
         if [name.op for name in names] != ["="] or not names[0].value:
             raise start.error("a selector must name its metric, once and exactly")
-        return Selector(names[0].value, tuple(others))
+        matchers.remove(names[0])
+        return Selector(names[0].value, tuple(matchers))
 
     def _matcher(self) -> Matcher:
         token, label, op = self.token, self._label(()), self.token
@@ -2244,20 +2239,21 @@ def _parse_number(text: str) -> float:
 
 def _unquote(token: Token) -> str:
     mark, body = token.text[0], token.text[1:-1]
-    parts = [body] if mark == "`" else _ESCAPE.split(body)
-    for index in range(1, len(parts), 2):
-        code, base = parts[index], 8 if parts[index].isdigit() else 16
+    known = {**_ESCAPES, mark: mark}
+
+    def unescaped(match: re.Match[str]) -> str:
+        code, base = match[1], 8 if match[1].isdigit() else 16
+        if code in known:
+            return known[code]
         number = int(code.lstrip("xuU"), base) if code[1:] else sys.maxunicode + 1
-        if code == mark or code in _ESCAPES:
-            parts[index] = _ESCAPES.get(code, mark)
-        elif number > sys.maxunicode:
+        if number > sys.maxunicode:
             raise token.error(f"unknown escape \\{code}")
-        else:
-            # \x and octal numbers are bytes of UTF-8; a surrogate stands for one.
-            byte = code[0] not in "uU" and number > 127
-            parts[index] = chr(number + 0xDC00 * byte)
+        # \x and octal numbers are bytes of UTF-8; a surrogate stands for one.
+        return chr(number + 0xDC00 * (code[0] not in "uU" and number > 127))
+
     try:
-        return "".join(parts).encode(errors="surrogateescape").decode()
+        text = body if mark == "`" else _ESCAPE.sub(unescaped, body)
+        return text.encode(errors="surrogateescape").decode()
     except UnicodeError:
         raise token.error("this string is not UTF-8") from None
 

@@ -719,7 +719,8 @@ class PromQL(unittest.TestCase):
                 self.assertEqual(parse_expression(text), parse_expression(meaning))
         self.refused(parse_expression, claims("""
             (x) «offset 5m => stands behind a selector    sum(x) «offset 5m => selector
-            x offset 5m«[5m] => only a selector            1 «offset 5m => selector
+            x offset 5m«[5m] => only a selector            x @ 0 «@ 6 => given twice
+            x @ 0«[5m] => only a selector            1 «offset 5m => selector
             x offset 5m «offset 1m => given twice          x @ 5 «@ 6 => given twice
             x offset «y => a duration                      x @ «y => a Unix time
             x @ «Inf => a Unix time                        x offset «293y => duration
@@ -758,7 +759,7 @@ class PromQL(unittest.TestCase):
             «sum(1) => scalar                          «sum(x, y) => sum
             «sum() => sum                              «vector(x) => instant vector
             «time(1) => time                           «round(x, 1, 2) => round
-            abs(x,«) => expected an argument           sum by («a:b) (x) => a label name
+            abs(x,«) => expected an expression         sum by («a:b) (x) => a label name
             sum by (a) «x => expected '('
             sum(x) by (a) «by (b) => found 'by'
             «{a='b'} => must name its metric
@@ -766,7 +767,7 @@ class PromQL(unittest.TestCase):
             «{__name__=''} => must name its metric
             «x{__name__='y'} => must name its metric
             x{«1='a'} => a label name                  x{«,} => a label name
-            x{a='b'«c='d'} => expected ','             x{a«>'b'} => !~
+            x{a='b'«c='d'} => expected '}'             x{a«>'b'} => !~
             x{a=«b} => a string                        x{a=~«'('} => regular expression
             x{a=«'b => unterminated string             x{a=«'\q'} => unknown escape \q
             x{a=«`b => unterminated string             x{a=«'\xc3'} => not UTF-8
