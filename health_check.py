@@ -996,6 +996,9 @@ class Range(NamedTuple):
 
 
 Value = Union[float, str, Vector, Range]
+Numbers = Sequence[float]
+Apply = Callable[..., Any]
+"""From an Operation, an Evaluation and the values of operands to a Value."""
 
 
 def evaluate(expr: Expr, evaluation: Evaluation) -> Any:
@@ -1375,7 +1378,7 @@ def _less(left: float, right: float) -> float:
     return -_greater(-left, -right)
 
 
-def _sum(values: Sequence[float]) -> float:
+def _sum(values: Numbers) -> float:
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
@@ -1383,22 +1386,22 @@ def _sum(values: Sequence[float]) -> float:
         return float(sum(values))
 
 
-def _average(values: Sequence[float]) -> float:
+def _average(values: Numbers) -> float:
     # Where the sum overflows, the mean need not.
     mean = _sum(values) / len(values)
     return _sum([v / len(values) for v in values]) if math.isinf(mean) else mean
 
 
-def _extreme(choose: Callable[..., float], values: Sequence[float]) -> float:
+def _extreme(choose: Callable[..., float], values: Numbers) -> float:
     return choose((v for v in values if not math.isnan(v)), default=math.nan)
 
 
-def _variance(values: Sequence[float]) -> float:
+def _variance(values: Numbers) -> float:
     mean = _average(values)
     return _average([(value - mean) * (value - mean) for value in values])
 
 
-def _quantile(values: Sequence[float], quantile: float) -> float:
+def _quantile(values: Numbers, quantile: float) -> float:
     if not 0 <= quantile <= 1:
         return math.inf * quantile
     # NaN is less than any number.
@@ -1409,16 +1412,14 @@ def _quantile(values: Sequence[float], quantile: float) -> float:
     return ordered[low] * (1 - weight) + ordered[high] * weight
 
 
-def _changes(values: Sequence[float]) -> float:
+def _changes(values: Numbers) -> float:
     # NaN differs from itself, but two of them in a row are no change.
     nans = list(map(math.isnan, values))
     alike = sum(map(operator.and_, nans, nans[1:]))
     return float(sum(map(operator.ne, values, values[1:])) - alike)
 
 
-def _increase(
-    points: Points, start: float, end: float, *, counter: bool = True
-) -> float:
+def _increase(points: Points, start: float, end: float, counter: bool = True) -> float:
     times, values = points.times, points.values
     result = values[-1] - values[0]
     if counter:
@@ -1436,7 +1437,7 @@ def _increase(
     return result * ((covered + lead + tail) / covered)
 
 
-def _irate(times: Sequence[float], values: Sequence[float]) -> float:
+def _irate(times: Numbers, values: Numbers) -> float:
     before = 0.0 if values[1] < values[0] else values[0]
     return (values[1] - before) / (times[1] - times[0])
 
@@ -1453,7 +1454,7 @@ def _regression(points: Points, origin: float) -> tuple[float, float]:
     return slope, value - slope * age
 
 
-def _each(function: Callable[..., float]) -> Callable[..., Vector]:
+def _each(function: Callable[..., float]) -> Apply:
     """Apply to the value of each series, or to the time if there is no operand."""
     return lambda expr, now, vector=None, *others: _nameless(
         (labels, function(value, *others))
@@ -1461,7 +1462,7 @@ def _each(function: Callable[..., float]) -> Callable[..., Vector]:
     )
 
 
-def _of_time(part: Callable[[time.struct_time], float]) -> Callable[..., Vector]:
+def _of_time(part: Callable[[time.struct_time], float]) -> Apply:
     """Apply to the date of each value as a Unix time."""
     return _each(
         _total(lambda at: float(part(time.gmtime(int(at)))), overflow=math.nan)
@@ -1477,7 +1478,7 @@ def _days_in_month(date: time.struct_time) -> int:
 
 def _over_range(
     function: Callable[..., float], least: int = 1, named: bool = False
-) -> Callable[..., Vector]:
+) -> Apply:
     """Apply to the samples of each series that has enough of them in the range.
 
     What a series gave is remembered for rules that differ in their matchers.
@@ -1500,9 +1501,9 @@ def _over_range(
 
 
 def _of_newest(
-    function: Callable[[Sequence[float], Sequence[float]], float], count: int,
+    function: Callable[[Numbers, Numbers], float], count: int,
     finish: Callable[[Iterable[tuple[Labels, float]]], Vector] = _nameless,
-) -> Callable[..., Vector]:  # fmt: skip
+) -> Apply:  # fmt: skip
     """Apply to the newest samples of each series that has so many in the range."""
 
     def apply(_: Operation, __: Evaluation, found: Range) -> Vector:
@@ -1516,13 +1517,11 @@ def _of_newest(
     return apply
 
 
-def _over_values(
-    function: Callable[..., float], named: bool = False
-) -> Callable[..., Vector]:
+def _over_values(function: Callable[..., float], named: bool = False) -> Apply:
     return _over_range(lambda p, _, __, *more: function(p.values, *more), named=named)
 
 
-def _aggregate(function: Callable[..., float]) -> Callable[..., Vector]:
+def _aggregate(function: Callable[..., float]) -> Apply:
     """Apply to the values of each group, and to the parameter if there is one."""
     return lambda expr, evaluation, *values: {
         key: function(list(group.values()), *values[:-1])
@@ -1530,7 +1529,7 @@ def _aggregate(function: Callable[..., float]) -> Callable[..., Vector]:
     }
 
 
-def _top(sign: float) -> Callable[..., Vector]:
+def _top(sign: float) -> Apply:
     """Keep the series of each group whose value times ``sign`` is greatest."""
 
     def apply(expr: Operation, _: Evaluation, most: float, vector: Vector) -> Vector:
@@ -1614,7 +1613,7 @@ def _absent(expr: Operation, _: Evaluation, found: Vector | Range) -> Vector:
     return {tuple(sorted(pair for pair in labels.items() if pair[1])): 1.0}
 
 
-def _of_buckets(function: Callable[..., float]) -> Callable[..., Vector]:
+def _of_buckets(function: Callable[..., float]) -> Apply:
     """Apply to the bounds and cumulative counts of each classic histogram."""
 
     def apply(_: Operation, __: Evaluation, *values: Any) -> Vector:
@@ -1633,9 +1632,7 @@ def _of_buckets(function: Callable[..., float]) -> Callable[..., Vector]:
     return apply
 
 
-def _bucket_quantile(
-    bounds: Sequence[float], counts: Sequence[float], quantile: float
-) -> float:
+def _bucket_quantile(bounds: Numbers, counts: Numbers, quantile: float) -> float:
     if not 0 <= quantile <= 1:
         return math.inf * quantile
     last = len(bounds) - 1
@@ -1657,9 +1654,7 @@ def _rising(before: float, count: float) -> float:
     return before if near or count < before else count
 
 
-def _bucket_fraction(
-    bounds: Sequence[float], counts: Sequence[float], lower: float, upper: float
-) -> float:
+def _share(bounds: Numbers, counts: Numbers, lower: float, upper: float) -> float:
     total = counts[-1]
     if bounds[-1] != math.inf or not total or math.isnan(lower) or math.isnan(upper):
         return math.nan
@@ -1669,7 +1664,7 @@ def _bucket_fraction(
     return 0.0 if lower >= upper else (min(high, total) - min(low, total)) / total
 
 
-def _below(edges: Sequence[float], counts: Sequence[float], value: float) -> float:
+def _below(edges: Numbers, counts: Numbers, value: float) -> float:
     """Return how many observations are less: in a bucket they lie on a line."""
     high = bisect_left(edges, value)
     low = max(high - 1, 0)
@@ -1686,7 +1681,7 @@ OPERATORS: dict[str, Callable[[float, float], float]] = {
     "==": operator.eq, "<": operator.lt, "<=": operator.le,
     "!=": operator.ne, ">": operator.gt, ">=": operator.ge,
 }
-REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
+REDUCERS: dict[str, Callable[[Numbers], float]] = {
     "avg": _average,
     "count": lambda values: float(len(values)),
     "max": partial(_extreme, max),
@@ -1704,7 +1699,7 @@ class Function(NamedTuple):
     """
 
     operands: tuple[str, ...]
-    apply: Callable[..., Value]
+    apply: Apply
     returns: str = VECTOR
     optional: int = 0
     aggregates: bool = False
@@ -1763,9 +1758,7 @@ FUNCTIONS: dict[str, Function] = {
     "bottomk": Function((SCALAR, VECTOR), _top(-1.0), aggregates=True),
     "count_values": Function((STRING, VECTOR), _count_values, aggregates=True),
     **_rows((SCALAR, VECTOR), _of_buckets, {"histogram_quantile": _bucket_quantile}),
-    **_rows((SCALAR, SCALAR, VECTOR), _of_buckets, {
-        "histogram_fraction": _bucket_fraction,
-    }),
+    **_rows((SCALAR, SCALAR, VECTOR), _of_buckets, {"histogram_fraction": _share}),
     # Its seconds count from now, also where the range ends before.
     "predict_linear": Function((RANGE, SCALAR), lambda expr, now, ranged, seconds: (
         _over_range(lambda points, start, end, then: _regression(points, then)[1], 2)(
@@ -2121,10 +2114,11 @@ class Parser:
         token, function = self.take(), FUNCTIONS[name]
         grouping = self._grouping("by", "without")
         operands = self._list("()", self._binary, trailing=False)
-        _check_operands(function, operands, token)
         if function.aggregates and not grouping:
             grouping = self._grouping("by", "without") or Grouping(True)
-        return Operation(name, tuple(operands), grouping or Grouping())
+        call = Operation(name, tuple(operands), grouping or Grouping())
+        _check_operands(call, token)
+        return call
 
     def _selector(self) -> Selector:
         start, matchers = self.token, []
@@ -2173,10 +2167,9 @@ def _check_operator(expr: Operation, token: Token) -> None:
             raise token.error(problem.format(op))
 
 
-def _check_operands(
-    function: Function, operands: Sequence[Expr], token: Token
-) -> None:
-    types, found = function.operands, tuple(map(type_of, operands))
+def _check_operands(expr: Operation, token: Token) -> None:
+    function, found = FUNCTIONS[expr.name], tuple(map(type_of, expr.operands))
+    types = function.operands
     if function.optional < 0:
         types = types[:-1] + types[-1:] * max(0, len(found) - len(types) + 1)
     elif len(found) < len(types):
@@ -2184,8 +2177,8 @@ def _check_operands(
     if found != types:
         wanted, given = (" and ".join(t) or "nothing" for t in (types, found))
         raise token.error(f"{token.text} takes {wanted}, not {given}")
-    if token.text == "label_replace":
-        _check_regex(cast(Text, operands[4]).value, token)
+    if expr.name == "label_replace":
+        _check_regex(cast(Text, expr.operands[4]).value, token)
 
 
 def _check_regex(pattern: str, token: Token) -> None:
@@ -2519,8 +2512,7 @@ def renamed(expr: Expr, labels: Container[str]) -> Expr:
     if not isinstance(expr, Operation):
         return expr
     operands = tuple(renamed(part, labels) for part in expr.operands)
-    keep, names = expr.grouping or (False, ())
-    grouping = expr.grouping and Grouping(keep, tuple(map(new, names)))
+    grouping = expr.grouping._replace(labels=tuple(map(new, expr.grouping.labels)))
     return expr._replace(operands=operands, grouping=grouping)
 
 
