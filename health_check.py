@@ -5106,53 +5106,55 @@ SUFFIXES = "total count sum bucket created seconds second bytes info".split()
 RENAMED = {"gpu", "kv"}
 
 
-class Search(NamedTuple):
+class Search:
     """How far the search for the series of a selector has come.
 
     ``homes`` are the targets that have had some; ``warned`` counts the warnings since.
     """
 
-    homes: frozenset[str] = frozenset()
-    warned: int = 0
-    warned_at: float = -math.inf
+    def __init__(self, homes: frozenset[str] = frozenset()) -> None:
+        self.homes, self.warned, self._warned_at = homes, 0, -math.inf
 
-    def advance(
+    def misses(
         self, homes: frozenset[str], scraped: AbstractSet[str], now: float
-    ) -> tuple[Search, bool]:
-        """Return the next state, and whether to warn: once more after five minutes.
+    ) -> bool:
+        """Tell whether to warn: at once, and once more after five minutes.
 
         ``homes`` are the targets that have some now, of those ``scraped``.
         """
-        known = self.homes | homes
-        if known and not known & scraped - homes:
-            return Search(known, 0 if homes else self.warned, self.warned_at), False
+        self.homes |= homes
+        if self.homes and not self.homes & scraped - homes:
+            self.warned = 0 if homes else self.warned
+            return False
         due = self.due(now)
-        return Search(known, self.warned + due, now if due else self.warned_at), due
+        if due:
+            self.warned, self._warned_at = self.warned + 1, now
+        return due
 
     def due(self, now: float) -> bool:
         """Tell whether to warn if nothing is found."""
-        return self.warned < 2 and now - self.warned_at >= REMIND
+        return self.warned < 2 and now - self._warned_at >= REMIND
 
 
-class Unwatched(NamedTuple):
+class Unwatched:
     """Since when a target has shown nothing that a rule knows, and what that is."""
 
-    since: float
-    warned_at: float = -math.inf
-    empty: bool = True
-    remark: str = ""
+    def __init__(self, since: float) -> None:
+        self._since, self.warned_at = since, -math.inf
+        self.empty, self.remark = True, ""
 
-    def advance(self, names: AbstractSet[str], now: float) -> tuple[Unwatched, bool]:
-        """Return the next state, and whether its remark is to be told.
+    def shows(self, names: AbstractSet[str], now: float) -> bool:
+        """Take what it shows now; tell whether to warn: at once, and each hour.
 
-        At once and each hour; an empty page, where nothing may have happened yet, is
-        told of after five minutes.
+        An empty page, where nothing may have happened yet, is told of after five
+        minutes.
         """
         pause = REMIND_OF_TARGET if self.empty == (not names) else REMIND
-        waited = bool(names) or now - self.since >= REMIND
+        waited = bool(names) or now - self._since >= REMIND
         due = waited and now - self.warned_at >= pause
-        warned_at = now if due else self.warned_at
-        return Unwatched(self.since, warned_at, not names, describe_page(names)), due
+        self.warned_at = now if due else self.warned_at
+        self.empty, self.remark = not names, describe_page(names)
+        return due
 
 
 class Lookout:
@@ -5211,8 +5213,8 @@ class Lookout:
 
     def remark(self, target: TargetStatus) -> TargetStatus:
         """Return how a scrape went with what is to be said of its page."""
-        state = self._unwatched.get(target.instance)
-        remark = state.remark if state and not target.reason else ""
+        page = self._unwatched.get(target.instance)
+        remark = page.remark if page and not target.reason else ""
         return target._replace(remark=remark or target.remark, watched=not remark)
 
     def _search(
@@ -5221,10 +5223,8 @@ class Lookout:
         own = self._config.target_labels
         for (rule, selector), search in self._searches.items():
             homes = homes_of(selector, scraped, evaluation)
-            state, due = search.advance(homes, scraped, evaluation.now)
-            self._searches[rule, selector] = state
-            if due:
-                text = describe_missing(selector, state, names, evaluation, own)
+            if search.misses(homes, scraped, evaluation.now):
+                text = describe_missing(selector, search, names, evaluation, own)
                 fields = {"rule": rule, "selector": format_expression(selector)}
                 yield logging.WARNING, f"{rule}: {text}", fields
 
@@ -5247,13 +5247,10 @@ class Lookout:
         if any(dict(labels)["__name__"] in self._names for labels in reading.samples):
             self._unwatched.pop(instance, None)
         else:
-            state = self._unwatched.setdefault(instance, Unwatched(now))
-            if names is not None:
-                state, due = state.advance(names, now)
-                self._unwatched[instance] = state
-                if due:
-                    text = f"{instance}: {state.remark}"
-                    yield logging.WARNING, text, {"target": instance}
+            page = self._unwatched.setdefault(instance, Unwatched(now))
+            if names is not None and page.shows(names, now):
+                text = f"{instance}: {page.remark}"
+                yield logging.WARNING, text, {"target": instance}
 
     def _look_at_servers(self, names: AbstractSet[str]) -> Iterator[Message]:
         self._asked, there = bool(names), list(servers_there(names))
@@ -8268,10 +8265,9 @@ class ExitPolicy:
     def on_verdict(self, _: Verdict, verdict: Verdict) -> None:
         """Stop the program if a verdict asks for it; for the thread that checks."""
         self._was_healthy = self._was_healthy or verdict.healthy
-        wanted = [s for s in verdict.rules if s.rule.name in self._config.exit_when]
-        firing = [status for status in wanted if status.state == "firing"]
-        if firing and self._was_healthy and verdict.time >= self._earliest:
-            self._earliest = math.inf
+        names, early = self._config.exit_when, verdict.time < self._earliest
+        firing = [s for s in verdict.rules if s.rule.name in names and s.fires]
+        if firing and self._was_healthy and not early and not self.status:
             self._end(firing, verdict)
 
     def _end(self, firing: Sequence[RuleStatus], verdict: Verdict) -> None:

@@ -3660,9 +3660,8 @@ class Absence(unittest.TestCase):
             search = health_check.Search()
             for now, homes, scraped, told in checks:
                 with self.subTest(name, now=now):
-                    found = search.advance(frozenset(homes), scraped, float(now))
-                    search = found[0]
-                    self.assertEqual(found[1], told)
+                    found = search.misses(frozenset(homes), scraped, float(now))
+                    self.assertEqual(found, told)
 
     def test_the_label_at_fault_is_named_and_the_setting_that_sets_it(self):
         own = (("instance", "h:1"), ("job", "llm"))
