@@ -2885,7 +2885,8 @@ def _unanswered(server: KnownServer, _: str) -> str:
     moved = _changed(server, "changes({}[2m10s]) > 0", server.accepted)
     ended = f"sum by (instance) (increase({server.abandoned}[1m10s])) > 1.5"
     quiet = _unless("on (instance)", [*moved, *_sleeps(server), GONE])
-    return f"{ended}{quiet}{_only_with(server.own)}"
+    two = _counted(server.abandoned, "1m10s", 2)
+    return f"{ended}{quiet}{two}{_only_with(server.own)}"
 
 
 def _failing(server: KnownServer, _: str) -> str:
@@ -2893,8 +2894,15 @@ def _failing(server: KnownServer, _: str) -> str:
         f"sum by (instance) (increase({name}[4m30s]))"
         for name in (server.failed, server.answered)
     )
-    text = f"{failed} >= 3 unless on (instance) {answered} > 0{_only_with(server.own)}"
+    three = f"{_counted(server.failed, '4m30s', 3)}{_only_with(server.own)}"
+    text = f"{failed} >= 3 unless on (instance) {answered} > 0{three}"
     return text if server.failed else ""
+
+
+def _counted(name: str, window: str, least: int) -> str:
+    # Where few samples are in the window increase() makes two requests of one.
+    ended = f"{LATEST.format(name)} - min_over_time({name}[{window}])"
+    return f" and on (instance) sum by (instance) ({ended}) >= {least}"
 
 
 def _changed(server: KnownServer, form: str, more: str = "") -> list[str]:
@@ -3826,7 +3834,8 @@ def _sparse(config: Config) -> Iterator[str]:
 def _windows(rule: Rule) -> list[float]:
     seen = {*find_selectors(rule.expr)}
     if rule.builtin:  # Only what compares two samples needs more than one.
-        seen -= {*find_selectors(rule.expr, ("increase", "idelta"))}
+        besides = "increase", "min_over_time", "idelta"
+        seen -= {*find_selectors(rule.expr, besides)}
     return sorted({selector.window for selector in seen} - {0})
 
 

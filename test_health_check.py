@@ -1855,6 +1855,18 @@ class Servers(unittest.TestCase):
         self.assertEqual(found[0], [{"Unanswered"}, set(), {"Down"}, {"Unanswered"}])
         self.assertEqual(found[1], [{"Unanswered"}, set(), set(), {"Down"}])
 
+    def test_requests_that_ended_are_counted_however_far_apart_checks_are(self):
+        quiet = vllm(ok=900, failed=900)
+        rows = [vllm(ok=901, failed=902), vllm(ok=902, failed=900),
+                vllm(ok=900, failed=903)]  # fmt: skip
+        for every in (10, 34, 35, 45, 60, 90):
+            replay = Replay()
+            replay.run([[quiet] * 4] * 3, every)
+            found = replay.run([[row] * 4 for row in rows], every)
+            firing = [{*since} for since, _ in found]
+            two = {"Unanswered"} if every < 70 else set()
+            self.assertEqual(firing, [set(), two, {"Failing"}])
+
     def test_labels_of_targets_are_none_that_built_in_rules_mean(self):
         texts = " ".join(map(format_rule, Replay.CONFIG.rules))
         labels = {*re.findall(r"(\w+)[!=]~?\"", texts), "engine"}
