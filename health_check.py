@@ -6213,15 +6213,13 @@ class Judge:
         (scrapes, probes), now = found, check.now
         self._restart_after_gap(now, before)
         self._give_up(scrapes)
-        config, history = self._config, self.history
-        kept = _size_of_kept(self._statuses)
-        targets = record_scrapes(
-            scrapes, history, now, config, before.targets, kept=kept
-        )
+        targets = self._record(scrapes, now, before.targets)
         self._scraped = self._scraped or not all(target.reason for target in targets)
         probes += self._answers(check)
-        record_probes(probes, history, now, config)
-        evaluation = history.evaluation(now, check.wall)
+        asked = [probe.samples(self._config.target_labels) for probe in probes]
+        if asked:
+            self.history.record(dict(collections.ChainMap(*asked)), now, PROBED)
+        evaluation = self.history.evaluation(now, check.wall)
         self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
         readings = {s.status.instance: s.reading for s in scrapes if s.reading}
         self._warn(self.lookout.look(readings, evaluation))
@@ -6231,6 +6229,30 @@ class Judge:
         fault = "" if self._scraped else "never scraped"
         known = before.sequence + 1, fault, now, check.wall
         return Verdict(*known, self._statuses, targets, probes, left)
+
+    def _record(
+        self, scrapes: Iterable[Scrape], now: float, before: Iterable[TargetStatus]
+    ) -> tuple[TargetStatus, ...]:
+        """Remember what scrapes found, and what they add; return how each one went.
+
+        A scrape for whose series there is no room has failed.
+        """
+        samples: dict[Labels, float] = {}
+        history, statuses = self.history, []
+        room = history.room() - _size_of_kept(self._statuses)
+        for scrape in scrapes:
+            cost = history.cost(scrape.samples)
+            taken = scrape if cost <= room else scrape.failed("too_large", NO_ROOM)
+            room -= cost if taken is scrape else 0
+            samples.update({**taken.synthetic(), **taken.samples})
+            statuses.append(taken.status)
+        of_probes = frozenset(PROBED).intersection(reserved_names(self._config))
+        history.record(samples, now, history.names - of_probes)
+        known = {(target.instance, target.up): target.since for target in before}
+        return tuple(
+            status._replace(since=known.get((status.instance, status.up), now))
+            for status in statuses
+        )
 
     def _restart_after_gap(self, now: float, before: Verdict) -> None:
         gap = max(MAX_GAP, MAX_INTERVALS * self._config.scrape_interval)
@@ -6296,42 +6318,6 @@ class Statistics:
         for status in verdict.rules:
             value = math.nan if status.value is None else status.value
             self.trends[status.rule.name].append((value, verdict.state_of(status)))
-
-
-def record_scrapes(
-    scrapes: Iterable[Scrape], history: History, now: float, config: Config,
-    before: Iterable[TargetStatus] = (), *, kept: int = 0,
-) -> tuple[TargetStatus, ...]:  # fmt: skip
-    """Remember what scrapes found, and what they add; return how each one went.
-
-    A scrape for whose series there is no room has failed.  ``before`` is how those of
-    the check before went, for the time since when that has been so; ``kept`` are the
-    bytes of that room which alerts take.
-    """
-    samples: dict[Labels, float] = {}
-    room, statuses = history.room() - kept, []
-    for scrape in scrapes:
-        cost = history.cost(scrape.samples)
-        taken = scrape if cost <= room else scrape.failed("too_large", NO_ROOM)
-        room -= cost if taken is scrape else 0
-        samples.update({**taken.synthetic(), **taken.samples})
-        statuses.append(taken.status)
-    of_probes = frozenset(PROBED).intersection(reserved_names(config))
-    history.record(samples, now, history.names - of_probes)
-    known = {(target.instance, bool(target.reason)): target.since for target in before}
-    return tuple(
-        status._replace(since=known.get((status.instance, bool(status.reason)), now))
-        for status in statuses
-    )
-
-
-def record_probes(
-    probes: Iterable[ProbeStatus], history: History, now: float, config: Config
-) -> None:
-    """Remember what probes found, as scrapes are remembered."""
-    found = [probe.samples(config.target_labels) for probe in probes]
-    if found:
-        history.record(dict(collections.ChainMap(*found)), now, PROBED)
 
 
 def _size_of_kept(statuses: Iterable[RuleStatus]) -> int:

@@ -54,12 +54,14 @@ from health_check import (
     SERVERS,
     SETTINGS,
     Alert,
+    Check,
     ConfigError,
     Credentials,
     Evaluation,
     EvaluationError,
     ExitPolicy,
     History,
+    Judge,
     Lookback,
     Lookout,
     Monitor,
@@ -113,7 +115,6 @@ from health_check import (
     prune,
     quote,
     read_samples,
-    record_scrapes,
     regex_expand,
     regex_matches,
     restart_clocks,
@@ -123,7 +124,6 @@ from health_check import (
     type_of,
     unholdable,
     verdict_metrics,
-    without_recovered,
 )
 
 NOW, WALL, WHOLE = 1000.0, 1700000000.0, 1 << 20
@@ -1651,28 +1651,24 @@ class Rules(unittest.TestCase):
 class Replay:
     """The rules of a configuration over pages that targets show, one a check."""
 
-    CONFIG = load_config({})
+    CONFIG = load_config({})._replace(history_limit=WHOLE << 6)
 
-    def __init__(self, rules=CONFIG.rules, own=()):
-        self.own, wanted = own, lookbacks(rule.expr for rule in rules)
-        self.format = format_for(wanted, ())
-        self.history, self.now, self.targets = History(wanted, WHOLE << 6), 0.0, ()
-        self.statuses = tuple(map(RuleStatus, rules))
+    def __init__(self, config=CONFIG):
+        self.judge = Judge(config, (), warn=lambda messages: [*messages])
+        self.format, self.own = format_for(self.judge.wanted, ()), config.target_labels
+        self.verdict = Verdict(0, "", 0.0, WALL)
 
     def check(self, texts, every):
         """Return the alerts at the next check: (rule, instance) of each that fires."""
-        self.now += every
+        now = self.verdict.time + every
         scrapes = [self.scrape(str(n), text) for n, text in enumerate(texts)]
-        self.targets = record_scrapes(
-            scrapes, self.history, self.now, self.CONFIG, self.targets
-        )
-        evaluation = self.history.evaluation(self.now, WALL + self.now)
-        judged = (judge(status, evaluation) for status in self.statuses)
-        self.statuses = tuple(without_recovered(s, evaluation) for s in judged)
-        assert not any(status.error for status in self.statuses), self.statuses
+        check = Check(now, WALL + now)
+        self.verdict = self.judge.verdict_of(check, (scrapes, ()), self.verdict)
+        statuses = self.verdict.rules
+        assert not any(status.error for status in statuses), statuses
         return {
             (status.rule.name, dict(alert.labels)["instance"])
-            for status in self.statuses for alert in status.alerts
+            for status in statuses for alert in status.alerts
             if alert.state == "firing"
         }  # fmt: skip
 
@@ -1690,11 +1686,11 @@ class Replay:
 
         A row has the texts of a target, one a check.
         """
-        since, firing, start = [{} for _ in rows], set(), self.now
+        since, firing, start = [{} for _ in rows], set(), self.verdict.time
         for texts in zip(*rows):
             firing = self.check(texts, every)
             for rule, instance in firing:
-                since[int(instance)].setdefault(rule, self.now - start)
+                since[int(instance)].setdefault(rule, self.verdict.time - start)
         return [
             (found, {rule for rule, instance in firing if int(instance) == n})
             for n, found in enumerate(since)
@@ -1811,7 +1807,7 @@ class Servers(unittest.TestCase):
             replay, since = Replay(), {}
             for _ in range(360 // every + 1):
                 for rule, instance in replay.check(stand, every):
-                    since.setdefault((rule, int(instance)), replay.now - every)
+                    since.setdefault((rule, int(instance)), replay.verdict.time - every)
             for name, after in ("Stalling", first), ("Stalled", 300 + every):
                 found = {i: since.get((name, i)) for i in range(len(rows))}
                 self.assertEqual(found, dict.fromkeys(range(len(rows)), after))
@@ -1838,7 +1834,7 @@ class Servers(unittest.TestCase):
 
     def test_no_canary_is_due_for_what_a_server_showed_before_it_was_restarted(self):
         for page, every, rule in (vllm(), 30, "Idle"), (vllm(1), 10, "Stuck"):
-            replay = Replay(canary_rules(300.0))
+            replay = Replay(Replay.CONFIG._replace(rules=canary_rules(300.0)))
             self.assertEqual(replay.run([[page] * 13], every)[0][1], {rule})
             self.assertEqual(replay.run([["refused"]])[0][1], set())
 
@@ -1875,7 +1871,7 @@ class Servers(unittest.TestCase):
         labels -= {"instance", "reason", ""}
         text = ",".join(f"{label}=x" for label in labels)
         config = load_config({"TARGET_LABELS": text})
-        replay, rows = Replay(config.rules, config.target_labels), self.stalls()
+        replay, rows = Replay(config), self.stalls()
         for n in range(7):
             pages = [f"{busy} 3\n{moving} {min(n, 2)}\n" for busy, moving in rows]
             pages.append(vllm(1, 0, min(n, 2), failed=n))
@@ -1927,15 +1923,16 @@ class Servers(unittest.TestCase):
     def test_what_people_see_is_what_concerns_the_servers_there(self):
         replay = Replay()
         about = "when too many requests wait, for 30s keep_firing_for 30s"
-        self.assertEqual(health_check.explain(replay.statuses[0]), about)
+        unread = RuleStatus(Replay.CONFIG.rules[0])
+        self.assertEqual(health_check.explain(unread), about)
         replay.run([[vllm()]])
-        shown = {s.rule.name: health_check.explain(s) for s in replay.statuses}
+        shown = {s.rule.name: health_check.explain(s) for s in replay.verdict.rules}
         queue = "last_over_time(vllm:num_requests_waiting[1m]) > 10"
         self.assertEqual(shown["QueueFull"], f"{queue} for 30s keep_firing_for 30s")
         stalled = "when requests run or wait and nothing moves, for 5m: vllm:num_req"
         self.assertTrue(shown["Stalled"].startswith(stalled), shown["Stalled"])
         self.assertTrue(shown["NoModel"].startswith("when no model, or no worker"))
-        for status in replay.statuses:
+        for status in replay.verdict.rules:
             whole = health_check.expression_of(status)
             self.assertNotRegex(whole, "sglang|gpu_cache")
             self.assertEqual(not whole, status.rule.name == "NoModel")
@@ -1945,7 +1942,7 @@ class Servers(unittest.TestCase):
             replay = Replay()
             names = {*own_names(server)}.intersection(replay.format.names)
             replay.run([["".join(f"{name} 1\n" for name in names)]])
-            for status in replay.statuses:
+            for status in replay.verdict.rules:
                 with self.subTest(server.name, rule=status.rule.name):
                     self.assertLess(len(health_check.explain(status)), 250)
 

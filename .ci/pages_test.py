@@ -20,6 +20,7 @@ CONFIG = hc.load_config({})
 WANTED = hc.lookbacks(rule.expr for rule in CONFIG.rules)
 OWN = (("instance", "server:1"),)
 FORMAT = hc.format_for(WANTED, OWN)
+START = hc.Verdict(0, "", 0.0, 0.0)
 MOVING = {
     name
     for server in hc.SERVERS
@@ -131,32 +132,31 @@ class Rules:
     """The built-in rules over a page at each check."""
 
     def __init__(self) -> None:
-        self.history, self.now = hc.History(WANTED, 1 << 26), 0.0
-        self.statuses = tuple(map(hc.RuleStatus, CONFIG.rules))
+        self.judge = hc.Judge(CONFIG, (), warn=lambda messages: [*messages])
+        self.verdict = START
 
     def check(self, text: str, every: float = 10.0) -> set[str]:
         """Return which rules fire when the target shows this text."""
-        self.now += every
+        now = self.verdict.time + every
         stream = hc.Stream("text/plain", io.BytesIO(text.encode()).readinto)
         reading = hc.read_samples(stream, FORMAT, {})
         scrape = hc.Scrape(hc.TargetStatus("server:1"), OWN, reading)
-        hc.record_scrapes([scrape], self.history, self.now, CONFIG)
-        evaluation = self.history.evaluation(self.now, 1e9 + self.now)
-        self.statuses = tuple(hc.judge(s, evaluation) for s in self.statuses)
-        errors = [status.error for status in self.statuses if status.error]
+        check = hc.Check(now, 1e9 + now)
+        self.verdict = self.judge.verdict_of(check, ([scrape], ()), self.verdict)
+        errors = [status.error for status in self.verdict.rules if status.error]
         if errors:
             raise AssertionError(errors)
-        return {s.rule.name for s in self.statuses if s.state == "firing"}
+        return {s.rule.name for s in self.verdict.rules if s.state == "firing"}
 
     def since(self, texts: Iterable[str], every: float = 10.0) -> dict[str, float]:
         """Return after how long each rule began to fire, of those that still do."""
         found: dict[str, float] = {}
-        start = self.now + every
+        start = self.verdict.time + every
         for text in texts:
             firing = self.check(text, every)
             found = {k: v for k, v in found.items() if k in firing}
             for name in firing:
-                found.setdefault(name, self.now - start)
+                found.setdefault(name, self.verdict.time - start)
         return found
 
 
