@@ -997,6 +997,7 @@ class Range(NamedTuple):
 
 Value = Union[float, str, Vector, Range]
 Numbers = Sequence[float]
+Real = Callable[[float], float]
 Apply = Callable[..., Any]
 """From an Operation, an Evaluation and the values of operands to a Value."""
 
@@ -1343,23 +1344,20 @@ def _power(left: float, right: float) -> float:
         return math.copysign(math.inf, left if right % 2 == 1 else 1)
 
 
-def _total(
-    function: Callable[[float], float], *poles: tuple[float, float],
-    overflow: float = math.inf,
-) -> Callable[[float], float]:  # fmt: skip
+def _total(function: Real, *poles: tuple[float, float], most: float = math.inf) -> Real:
     # Where Python raises, C and Go have NaN or an infinity, as each pole says.
     def total(value: float) -> float:
         try:
             return function(value)
         except (OverflowError, OSError):
-            return math.copysign(overflow, value)
+            return math.copysign(most, value)
         except ValueError:
             return dict(poles).get(value, math.nan)
 
     return total
 
 
-def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
+def _whole(function: Callable[[float], int]) -> Real:
     # What rounds to 0 keeps its sign.
     return _total(lambda value: math.copysign(function(value), value))
 
@@ -1390,10 +1388,6 @@ def _average(values: Numbers) -> float:
     # Where the sum overflows, the mean need not.
     mean = _sum(values) / len(values)
     return _sum([v / len(values) for v in values]) if math.isinf(mean) else mean
-
-
-def _extreme(choose: Callable[..., float], values: Numbers) -> float:
-    return choose((v for v in values if not math.isnan(v)), default=math.nan)
 
 
 def _variance(values: Numbers) -> float:
@@ -1464,9 +1458,7 @@ def _each(function: Callable[..., float]) -> Apply:
 
 def _of_time(part: Callable[[time.struct_time], float]) -> Apply:
     """Apply to the date of each value as a Unix time."""
-    return _each(
-        _total(lambda at: float(part(time.gmtime(int(at)))), overflow=math.nan)
-    )
+    return _each(_total(lambda at: float(part(time.gmtime(int(at)))), most=math.nan))
 
 
 def _days_in_month(date: time.struct_time) -> int:
@@ -1544,9 +1536,7 @@ def _top(sign: float) -> Apply:
     return apply
 
 
-def _count_values(
-    expr: Operation, _: Evaluation, label: str, vector: Vector
-) -> Vector:
+def _count_values(expr: Operation, _: Evaluation, label: str, vector: Vector) -> Vector:
     grouping = expr.grouping
     if grouping.keep:
         grouping = Grouping(True, (*grouping.labels, label))
@@ -1681,11 +1671,12 @@ OPERATORS: dict[str, Callable[[float, float], float]] = {
     "==": operator.eq, "<": operator.lt, "<=": operator.le,
     "!=": operator.ne, ">": operator.gt, ">=": operator.ge,
 }
+_without_nan: Callable[..., Any] = partial(itertools.filterfalse, math.isnan)
 REDUCERS: dict[str, Callable[[Numbers], float]] = {
     "avg": _average,
     "count": lambda values: float(len(values)),
-    "max": partial(_extreme, max),
-    "min": partial(_extreme, min),
+    "max": lambda values: max(_without_nan(values), default=math.nan),
+    "min": lambda values: min(_without_nan(values), default=math.nan),
     "stddev": lambda values: math.sqrt(_variance(values)),
     "stdvar": _variance,
     "sum": _sum,
@@ -2269,8 +2260,7 @@ def type_of(expr: Expr) -> str:
 
 def find_selectors(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Selector]:
     """Yield the selectors of an expression, besides those inside some functions."""
-    parts = find_parts(expr, besides)
-    return (part for part in parts if isinstance(part, Selector))
+    return (part for part in find_parts(expr, besides) if isinstance(part, Selector))
 
 
 def find_parts(expr: Expr, besides: tuple[str, ...] = ()) -> Iterator[Expr]:
