@@ -1364,7 +1364,7 @@ def _whole(function: Callable[[float], int]) -> Real:
 
 def _round(value: float, nearest: float = 1.0) -> float:
     inverse = _divide(1.0, nearest)
-    return _divide(_whole(math.floor)(value * inverse + 0.5), inverse)
+    return _divide(_floor(value * inverse + 0.5), inverse)
 
 
 def _greater(left: float, right: float) -> float:
@@ -1545,31 +1545,29 @@ def _count_values(expr: Operation, _: Evaluation, label: str, vector: Vector) ->
     return {labels: float(count) for labels, count in counts.items()}
 
 
-def _relabeled(labels: Labels, label: str, value: str) -> Labels:
+def _relabeled(labels: Labels, label: str, value: str | None) -> Labels:
+    if value is None:
+        return labels
     if not label:
         raise EvaluationError("a label needs a name")
     pairs = {**dict(labels), label: value}.items()
-    return tuple(sorted(pair for pair in pairs if pair[1]))
+    return tuple(sorted((name, text) for name, text in pairs if text))
 
 
 def _label_replace(
     _: Operation, __: Evaluation, vector: Vector, label: str, *texts: str
 ) -> Vector:
     replacement, source, pattern = texts
-    known, unread, items = _known_values(texts), MAX_REPLACED, []
+    known, olds = _known_values(texts), [dict(k).get(source, "") for k in vector]
     if len(known) > 2 * len(vector):
         known.clear()
-    for labels, value in vector.items():
-        old = dict(labels).get(source, "")
-        if old not in known:
-            unread -= len(old)
-            if unread < 0:
-                raise EvaluationError(f"more than {MAX_REPLACED} letters to replace")
-            known[old] = regex_expand(pattern, old, replacement)
-        new = known[old]
-        kept = labels if new is None else _relabeled(labels, label, new)
-        items.append((kept, value))
-    return _distinct(items)
+    unread = {*olds}.difference(known)
+    for text, letters in zip(unread, itertools.accumulate(map(len, unread))):
+        if letters > MAX_REPLACED:
+            raise EvaluationError(f"more than {MAX_REPLACED} letters to replace")
+        known[text] = regex_expand(pattern, text, replacement)
+    pairs = zip(vector.items(), map(known.get, olds))
+    return _distinct((_relabeled(k, label, new), v) for (k, v), new in pairs)
 
 
 def _label_join(
@@ -1671,6 +1669,7 @@ OPERATORS: dict[str, Callable[[float, float], float]] = {
     "==": operator.eq, "<": operator.lt, "<=": operator.le,
     "!=": operator.ne, ">": operator.gt, ">=": operator.ge,
 }
+_floor = _whole(math.floor)
 _without_nan: Callable[..., Any] = partial(itertools.filterfalse, math.isnan)
 REDUCERS: dict[str, Callable[[Numbers], float]] = {
     "avg": _average,
@@ -1705,7 +1704,7 @@ def _rows(
 
 FUNCTIONS: dict[str, Function] = {
     **_rows((VECTOR,), _each, {
-        "abs": abs, "ceil": _whole(math.ceil), "floor": _whole(math.floor),
+        "abs": abs, "ceil": _whole(math.ceil), "floor": _floor,
         "sgn": lambda value: float((value > 0) - (value < 0)) or value,
         "deg": math.degrees, "rad": math.radians,
         "ln": _total(math.log, (0, -math.inf)),
