@@ -1863,6 +1863,13 @@ class Servers(unittest.TestCase):
             two = {"Unanswered"} if every < 70 else set()
             self.assertEqual(firing, [set(), two, {"Failing"}])
 
+    def test_a_gauge_of_MAX_that_vanishes_is_no_stall(self):
+        name = "maxserve_batch_execution_time_milliseconds_count"
+        full = "maxserve_num_requests_running 6\nmaxserve_num_requests_queued 9\n"
+        busy = [f"{full}{name} {n}\n" for n in range(6)]
+        idle = [f"maxserve_num_requests_running 0\n{name} 9\n"] * 30
+        self.assertEqual(Replay().run([busy + idle]), [({}, set())])
+
     def test_labels_of_targets_are_none_that_built_in_rules_mean(self):
         texts = " ".join(map(format_rule, Replay.CONFIG.rules))
         labels = {*re.findall(r"(\w+)[!=]~?\"", texts), "engine"}
