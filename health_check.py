@@ -572,10 +572,9 @@ class Verdict(NamedTuple):
         return self.wall - self.time + moment
 
 
-_FLOAT = re.compile(
-    r"(?:[+-]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?|inf(?:inity)?)|nan)\Z",
-    re.ASCII | re.IGNORECASE,
-)
+# With re.ASCII and re.IGNORECASE.
+FLOAT = r"(?:[+-]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?|inf(?:inity)?)|nan)"
+_FLOAT = re.compile(FLOAT + r"\Z", re.ASCII | re.IGNORECASE)
 _DURATION = re.compile(
     "".join(rf"(?:(\d{{1,12}}){unit})?" for unit in "y w d h m s ms".split()) + r"\Z",
     re.ASCII,
@@ -4396,10 +4395,11 @@ _PAIR = re.compile(
     rb"[ \t]*(?:(?:([a-zA-Z_]\w*)|(" + _STRING + rb"))[ \t]*=[ \t]*)?"
     rb"(" + _STRING + rb")[ \t]*,?", re.DOTALL
 )
-_NUMBER = rb"[ \t]*([^ \t\n]+)(?=[ \t\n])"
-_VALUE = re.compile(_NUMBER + rb"(?:[ \t]+\d+)?[ \t]*\n")
+_NUMBER = rb"[ \t]*(" + FLOAT.encode() + rb")(?=[ \t\n])"
+_VALUE = re.compile(_NUMBER + rb"(?:[ \t]+\d+)?[ \t]*\n", re.IGNORECASE)
 _VALUE_OPENMETRICS = re.compile(
-    _NUMBER + rb"(?:[ \t]+-?[\d.]+(?:[eE][-+]?\d+)?)?[ \t]*(?:# ?\{[^\n]*)?\n"
+    _NUMBER + rb"(?:[ \t]+-?[\d.]+(?:e[-+]?\d+)?)?[ \t]*(?:# ?\{[^\n]*)?\n",
+    re.IGNORECASE,
 )
 _OPEN_STRING = re.compile(
     rb'[^"\n]*(?:' + _STRING + rb'[^"\n]*)*"[^"\\]*(?:\\.[^"\\]*)*\Z', re.DOTALL
@@ -4697,11 +4697,11 @@ def _line(
     stop = min(end, start + MAX_LABELS)
     series = _SERIES.match(buffer, start, stop)
     number = series and value.match(buffer, series.end(), end)
-    try:
-        if series and number:
-            return series[0], parse_float(number[1].decode("ascii")), number.end() - 1
-    except ValueError:
-        pass
+    if series and number:
+        amount = float(number[1])
+        # What overflows is no number; an infinity and NaN have an n.
+        if math.isfinite(amount) or b"n" in number[1].lower():
+            return series[0], amount, number.end() - 1
     # A quoted label value may hold a newline, so a line may go on behind the end.
     if _OPEN_STRING.match(buffer, start, stop):
         if stop < end:
@@ -5599,6 +5599,8 @@ def _read(response: Response, deadline: float) -> bytes:
 # --- 15. History: samples of each check -> what expressions are evaluated against ----
 
 POINTS_PER_RANGE, LEAST_POINTS = 512, 32
+# What is kept of that while no series comes or goes.
+MAX_SELECTED = 10_000
 # What a series takes besides its samples and the text of its labels, with what a check
 # of it takes for a moment and what arrays leave behind as they grow, measured.
 SERIES_BYTES = 2000
@@ -5620,6 +5622,8 @@ class History:
         self._tables: dict[str, Table] = {}
         self._wanted = dict(wanted)
         self._known: dict[Labels, Series] = {}
+        # Which of them selectors match, until a series comes or goes.
+        self._selected: dict[object, Any] = {}
         self._limit, self._labels_size = limit, 0
         self._epoch = 0.0
 
@@ -5675,7 +5679,9 @@ class History:
         self._epoch = now - wall
         series = {name: table.series for name, table in self._tables.items()}
         names = frozenset(series)
-        return Evaluation(now, wall, series, {}, {}, names, self.thinned())
+        if sum(map(len, self._selected.values())) > MAX_SELECTED:
+            self._selected = {}
+        return Evaluation(now, wall, series, self._selected, {}, names, self.thinned())
 
     def _new_series(self, labels: Labels, now: float) -> Series | None:
         name = dict(labels)["__name__"]
@@ -5685,6 +5691,7 @@ class History:
         if not table:
             table = self._tables[name] = Table(name, self._wanted[name], now)
         self._labels_size += _size(labels)
+        self._selected = {}
         series = table.series[labels] = self._known[labels] = Series(table.checks)
         return series
 
@@ -5702,6 +5709,7 @@ class History:
     def _drop(self, table: Table, labels: Labels) -> None:
         del table.series[labels], self._known[labels]
         self._labels_size -= _size(labels)
+        self._selected = {}
         if not table.series:
             del self._tables[table.name]
 

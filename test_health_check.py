@@ -3840,6 +3840,21 @@ class HistoryTest(unittest.TestCase):
             self.assertLessEqual(len(remembered), 4)
         return history
 
+    def test_selectors_find_what_comes_and_nothing_that_has_gone(self):
+        history, at = History({"x": Lookback(5.0, 5.0)}, 1 << 20), 'x{a=~"[pqr]",b="c"}'
+        for now, there, seen in (
+            (0, "p", "p"), (1, "ps", "p"), (2, "qs", "pq"), (9, "qs", "q"),
+            (10, "", "q"), (20, "", ""), (21, "rpq", "pqr"), (22, "q", "pqr"),
+            (30, "q", "q"),
+        ):  # fmt: skip
+            labels = [(("__name__", "x"), ("a", a), ("b", "c")) for a in there]
+            history.record(dict.fromkeys(labels, 1.0), now, "x")
+            past, present = f"last_over_time({at}[5s])", there.replace("s", "")
+            for text, names in (at, present), (past, seen):
+                found = evaluate(parse_expression(text), history.evaluation(now, 0.0))
+                with self.subTest(text, now=now):
+                    self.assertEqual({dict(k)["a"] for k in found}, {*names})
+
     def test_checks_that_are_no_storm_are_all_remembered(self):
         for seed in range(6):
             longest = (60.0, 300.0, 3600.0)[seed % 3]
