@@ -6504,11 +6504,10 @@ class Notifier:
         return chosen
 
     def _post(self, batch: Sequence[dict[str, Any]]) -> bool:
-        body, headers = json.dumps(batch).encode(), {"Content-Type": "application/json"}
-        deadline, status, problem = time.monotonic() + SEND_TIMEOUT, 0, ""
+        body, deadline = json.dumps(batch).encode(), time.monotonic() + SEND_TIMEOUT
+        to, status, problem = (self.target, deadline, self._credentials), 0, ""
         try:
-            to = self.target.address, deadline, self._credentials, headers
-            with Translated(), send(*to, body=body) as response:
+            with Translated(), fetch(*to, body) as response:
                 status = response.status
                 if not 200 <= status < 300:
                     problem = redact(f"HTTP {status}: {response.read(200)!r}")
