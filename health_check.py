@@ -6182,12 +6182,12 @@ class Judge:
 
     It has no thread and no lock: one thread at a time calls it.  ``wanted`` are the
     metrics that it reads, and ``spare`` those that built-in rules alone do.  What the
-    ``others`` read is there to be evaluated too, and ``warn`` takes what is missing.
+    ``others`` read is there to be evaluated too, and ``warn`` tells what is missing.
     """
 
     def __init__(
         self, config: Config, others: Sequence[Rule], canary: Canary | None = None,
-        warn: Callable[[Iterator[Message]], object] = log_some,
+        warn: Callable[[Iterable[Message]], object] = log_some,
     ) -> None:  # fmt: skip
         rules = (*config.rules, *config.canary_when, *others)
         builtin = [rule.expr for rule in rules if rule.builtin]
@@ -6267,7 +6267,7 @@ class Judge:
             self._dropped.add(name)
             self.history.forget(name)
             self._change(partial(_without, name))
-            log(logging.WARNING, too_many([name]), metric=name)
+            self._warn([(logging.WARNING, too_many([name]), {"metric": name})])
 
     def _change(self, change: Callable[[RuleStatus], RuleStatus]) -> None:
         self._statuses = tuple(map(change, self._statuses))
