@@ -1872,7 +1872,6 @@ class Token(NamedTuple):
         return self.error(f"bad character {self.text!r}: {hint}")
 
 
-@lru_cache(maxsize=512)
 def parse_expression(text: str) -> Expr:
     """Return the syntax tree of one PromQL expression.
 
@@ -2613,7 +2612,7 @@ def _seconds(token: Token) -> float:
         raise token.unexpected("a duration such as 30s") from None
 
 
-# --- 6. Servers: table -> the built-in rules -----------------------------------------
+# --- 6. Servers: table -> the text of the built-in rules -----------------------------
 # One failed scrape is no news: these rules read the last value known, and compare the
 # last two samples, however far apart the checks of a prober are.
 
@@ -2630,17 +2629,12 @@ NOT_SERVING = """probe_success{probe="health"} == 0
     and on (instance) (max_over_time(probe_success{probe="health"}[31s]) > 0
       or last_over_time(probe_success{probe="health"}[5m] offset 30s) > 0))
 """
-FAILING = """sum by (instance) (increase(x[4m30s])) >= 3
-  unless on (instance) sum by (instance) (increase(y[4m30s])) > 0
-"""
-NOWHERE = "x unless on () y"
-LATEST, MOVED = "last_over_time(x[2m10s])", "idelta(x[5m]) != 0"
+NOWHERE = Grouping(True, ())
+LATEST, MOVED = "last_over_time({}[2m10s])", "idelta({}[5m]) != 0"
 # Nobody listened: what was seen before is of a process that has ended.
 GONE = 'count_over_time(scrape_error{reason="refused"}[2m10s])'
 GENERATE = "/v1/(chat/)?completions|/v1/responses|/v1/messages"
 PROBES = "/livez|/readyz|/healthz"
-Piece = Union[Expr, str]
-"""A part of a rule, as a tree or as its text, which is empty for none."""
 
 
 class KnownServer(NamedTuple):
@@ -2697,9 +2691,10 @@ def builtin_rules(names: Iterable[str], limit: float) -> Iterator[Rule]:
     """
     shown = format_float(limit)
     for name in names:
-        clauses, part_for = BUILTIN[name]
+        clauses, text_for = BUILTIN[name]
+        texts = [text_for(server, shown) for server in SERVERS]
         (rule,) = parse_rules(f"{name}: up {clauses}", builtin=True)
-        expr = _of_all(part_for, shown)
+        expr = _union(texts)
         yield rule._replace(expr=_seen_twice(expr) if name in HUNG else expr)
 
 
@@ -2710,10 +2705,10 @@ def canary_rules(after: float) -> tuple[Rule, ...]:
     fires for, and soon enough for the answer to be there before that does.
     """
     moving = [server for server in SERVERS if server.moving]
-    moved = _union(expr for server in moving for expr in _changed(server, MOVED))
-    stuck = _seen_twice(_of_all(_stuck, ""))
+    moved = _union(text for server in moving for text in _changed(server, MOVED))
+    stuck = _seen_twice(_union(_stuck(server, "") for server in SERVERS))
     return tuple(
-        Rule(name, _fill(NOWHERE, x=expr, y=moved), hold, 0.0, True)
+        Rule(name, Operation("unless", (expr, moved), NOWHERE), hold, 0.0, True)
         for name, expr, hold in (("Idle", _idle(moving), after), ("Stuck", stuck, 40.0))
     )
 
@@ -2733,31 +2728,32 @@ def without_recovered(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
 
 def _recovery() -> Expr:
     servers = [server for server in SERVERS if server.abandoned]
-    moved = (expr for s in servers for expr in _changed(s, MOVED, s.accepted))
-    return _tree(_union([*moved, GONE]))
+    moved = (text for s in servers for text in _changed(s, MOVED, s.accepted))
+    return _union([*moved, GONE])
 
 
 def _idle(servers: Iterable[KnownServer]) -> Expr:
     gauges = " ".join(f"{s.running} {s.waiting} {s.open}" for s in servers).split()
-    idle = _union(_fill(f"{LATEST} == 0", x=gauge) for gauge in gauges)
-    busy = [_fill(f"{LATEST} > 0", x=gauge) for gauge in gauges]
-    asleep = (expr for server in SERVERS for expr in _sleeps(server))
-    return _seen_twice(_fill(NOWHERE, x=idle, y=_union([*busy, *asleep])))
+    idle = _union(f"{LATEST.format(gauge)} == 0" for gauge in gauges)
+    busy = [f"{LATEST.format(gauge)} > 0" for gauge in gauges]
+    asleep = (text for server in SERVERS for text in _sleeps(server))
+    return _seen_twice(Operation("unless", (idle, _union([*busy, *asleep])), NOWHERE))
 
 
 def _seen_twice(expr: Expr) -> Expr:
     # From one sample nothing is known, whatever the rest says of it.
     known = f"sum_over_time(up[5m]) > 1 unless ignoring (reason) {GONE}"
-    return _fill(f"expr and on (instance) ({known})", expr=expr)
+    both = expr, parse_expression(known)
+    return Operation("and", both, Grouping(True, ("instance",)))
 
 
 def with_canary(rule: Rule, labels: tuple[str, ...]) -> Rule:
     """Return a built-in rule that a canary may answer, matched on these labels."""
-    answered = ANSWERED_BY_CANARY.get(rule.name)
-    if not answered:
+    clause = ANSWERED_BY_CANARY.get(rule.name)
+    if not clause:
         return rule
-    form = f"expr unless on ({','.join(labels)}) answered"
-    return rule._replace(expr=_fill(form, expr=rule.expr, answered=answered))
+    operands = rule.expr, parse_expression(clause)
+    return rule._replace(expr=Operation("unless", operands, Grouping(True, labels)))
 
 
 def servers_there(names: Iterable[str]) -> Iterator[KnownServer]:
@@ -2840,104 +2836,82 @@ def own_names(server: KnownServer) -> frozenset[str]:
     return frozenset((*names, *server.known_by.split()))
 
 
+def _union(texts: Iterable[str]) -> Expr:
+    return _union_of(tuple(dict.fromkeys(filter(None, texts))))
+
+
 @lru_cache(maxsize=64)
-def _of_all(part_for: Callable[[KnownServer, str], Piece], limit: str) -> Expr:
-    return _tree(_union(part_for(server, limit) for server in SERVERS))
+def _union_of(texts: tuple[str, ...]) -> Expr:
+    exprs = map(parse_expression, texts)
+    return reduce(lambda left, right: Operation("or", (left, right)), exprs)
 
 
-def _union(pieces: Iterable[Piece]) -> Piece:
-    union: Piece = ""
-    for expr in dict.fromkeys(_tree(piece) for piece in pieces if piece):
-        union = Operation("or", (_tree(union), expr)) if union else expr
-    return union
+def _queue_full(server: KnownServer, limit: str) -> str:
+    kept = (f"last_over_time({name}[1m])" for name in server.waiting.split())
+    queue = server.queue or " or ".join(kept)
+    return f"({queue}) > {limit}" if queue else ""
 
 
-def _tree(piece: Piece) -> Expr:
-    return parse_expression(piece) if isinstance(piece, str) else piece
-
-
-def _fill(form: str, **pieces: Piece) -> Expr:
-    """Return an expression of this form with pieces in the place of their names."""
-    trees = {name: _tree(piece) for name, piece in pieces.items()}
-
-    def filled(expr: Expr) -> Expr:
-        if isinstance(expr, Operation):
-            return expr._replace(operands=tuple(map(filled, expr.operands)))
-        tree = trees.get(expr.name) if isinstance(expr, Selector) else None
-        if isinstance(expr, Selector) and isinstance(tree, Selector):
-            window, offset = expr.window or tree.window, expr.offset + tree.offset
-            return tree._replace(window=window, offset=offset)
-        return tree or expr
-
-    return filled(parse_expression(form))
-
-
-def _queue_full(server: KnownServer, limit: str) -> Piece:
-    kept = (_fill("last_over_time(x[1m])", x=name) for name in server.waiting.split())
-    queue = server.queue or _union(kept)
-    return queue and _fill(f"queue > {limit}", queue=queue)
-
-
-def _stuck(server: KnownServer, _: str) -> Piece:
+def _stuck(server: KnownServer, _: str) -> str:
     gauges = f"{server.running} {server.waiting}"
     standing = _standing(server, gauges, server.match), _standing(server, server.open)
-    stuck = server.stuck or _union(standing)
-    stuck = _unless("ignoring (pid, sleep_state)", stuck, _sleeps(server))
-    return _only_with(server.beside, stuck)
+    stuck = server.stuck or " or ".join(filter(None, standing))
+    stuck += _unless("ignoring (pid, sleep_state)", _sleeps(server))
+    return stuck and f"({stuck}){_only_with(server.beside)}"
 
 
-def _standing(server: KnownServer, gauges: str, match: str = "on (instance)") -> Piece:
-    names = gauges.split() if server.moving else ()
-    busy = _union(_fill(f"{LATEST} > 0", x=name) for name in names)
-    return busy and _unless(match, busy, _changed(server, MOVED))
+def _standing(server: KnownServer, gauges: str, match: str = "on (instance)") -> str:
+    names = dict.fromkeys(gauges.split()) if server.moving else ()
+    busy = " or ".join(f"{LATEST.format(name)} > 0" for name in names)
+    return busy and f"({busy}){_unless(match, _changed(server, MOVED))}"
 
 
-def _unanswered(server: KnownServer, _: str) -> Piece:
+def _unanswered(server: KnownServer, _: str) -> str:
     if not server.abandoned:
         return ""
     # What moved counts for longer, so that a scrape may come between it and the end.
-    moved = _changed(server, "changes(x[2m10s]) > 0", server.accepted)
-    ended = _fill("sum by (instance) (increase(x[1m10s])) > 1.5", x=server.abandoned)
-    quiet = _unless("on (instance)", ended, [*moved, *_sleeps(server), GONE])
-    two = f"quiet and {_counted('1m10s', 2)}"
-    return _only_with(server.own, _fill(two, quiet=quiet, x=server.abandoned))
+    moved = _changed(server, "changes({}[2m10s]) > 0", server.accepted)
+    ended = f"sum by (instance) (increase({server.abandoned}[1m10s])) > 1.5"
+    quiet = _unless("on (instance)", [*moved, *_sleeps(server), GONE])
+    two = _counted(server.abandoned, "1m10s", 2)
+    return f"{ended}{quiet}{two}{_only_with(server.own)}"
 
 
-def _failing(server: KnownServer, _: str) -> Piece:
-    if not server.failed:
-        return ""
-    form = f"{FAILING} and {_counted('4m30s', 3)}"
-    return _only_with(server.own, _fill(form, x=server.failed, y=server.answered))
+def _failing(server: KnownServer, _: str) -> str:
+    failed, answered = (
+        f"sum by (instance) (increase({name}[4m30s]))"
+        for name in (server.failed, server.answered)
+    )
+    three = f"{_counted(server.failed, '4m30s', 3)}{_only_with(server.own)}"
+    text = f"{failed} >= 3 unless on (instance) {answered} > 0{three}"
+    return text if server.failed else ""
 
 
-def _counted(window: str, least: int) -> str:
+def _counted(name: str, window: str, least: int) -> str:
     # Where few samples are in the window increase() makes two requests of one.
-    ended = f"{LATEST} - min_over_time(x[{window}])"
-    return f"on (instance) sum by (instance) ({ended}) >= {least}"
+    ended = f"{LATEST.format(name)} - min_over_time({name}[{window}])"
+    return f" and on (instance) sum by (instance) ({ended}) >= {least}"
 
 
-def _changed(server: KnownServer, form: str, more: str = "") -> list[Expr]:
+def _changed(server: KnownServer, form: str, more: str = "") -> list[str]:
     names = f"{server.moving} {server.prefill} {more}".split()
-    return [_fill(form, x=name) for name in dict.fromkeys(names)]
+    return [form.format(name) for name in dict.fromkeys(names)]
 
 
-def _unless(match: str, piece: Piece, others: Iterable[Piece]) -> Piece:
+def _unless(match: str, texts: Iterable[str]) -> str:
     # One after the other: mostly the first tells, and the others cost nothing then.
-    for other in others:
-        piece = _fill(f"piece unless {match} other", piece=piece, other=other)
-    return piece
+    return "".join(f" unless {match} {text}" for text in texts)
 
 
-def _sleeps(server: KnownServer) -> list[Expr]:
-    return [_fill(f"{LATEST} == 0", x=server.asleep)] if server.asleep else []
+def _sleeps(server: KnownServer) -> list[str]:
+    return [f"{LATEST.format(server.asleep)} == 0"] if server.asleep else []
 
 
-def _only_with(own: str, piece: Piece) -> Piece:
-    form = f"piece and on (instance) {LATEST}"
-    return _fill(form, piece=piece, x=own) if own else piece
+def _only_with(own: str) -> str:
+    return f" and on (instance) {LATEST.format(own)}" if own else ""
 
 
-BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], Piece]]] = {
+BUILTIN: dict[str, tuple[str, Callable[[KnownServer, str], str]]] = {
     "QueueFull": ("for 30s keep_firing_for 30s", _queue_full),
     # Since the sample before: 90 s at a check each 10 s.
     "Stalling": ("for 80s", _stuck),
