@@ -2577,7 +2577,7 @@ def _advance(
         keeps = now - since < rule.keep_firing_for
         return alert._replace(absent_since=since) if keeps else None
     alert = alert or Alert(*sample, since=now)
-    if alert.absent_since is not None or alert[:2] != sample:
+    if (*alert[:2], alert.absent_since) != (*sample, None):
         labels, value = sample
         alert = alert._replace(labels=labels, value=value, absent_since=None)
     if alert.state == "pending" and now - alert.since >= rule.hold:
@@ -4905,6 +4905,10 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
         old = known.get(status.rule.name)
         if old is not status:
             yield from _rule_transition(old, status, after)
+    yield from _verdict_transition(before, after)
+
+
+def _verdict_transition(before: Verdict, after: Verdict) -> Iterator[Message]:
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
         word = "Healthy" if after.healthy else "Unhealthy"
         level = logging.INFO if after.healthy else logging.WARNING
