@@ -6348,15 +6348,16 @@ MAX_ALERTS, MAX_ALERT_TEXT = 1024, 4096
 class Notice(NamedTuple):
     """An alert as an Alertmanager knows it; times are monotonic, None is not yet.
 
-    ``key`` is the name of its rule and the labels of its series there.
+    ``condition`` is what its rule says in words, and ``failures`` which scrapes failed.
     """
 
     labels: Labels
-    annotations: dict[str, str]
-    started: float
+    rule: str
+    alert: Alert
+    condition: str
+    failures: Sequence[str]
     ended: float | None
     sent: float | None
-    key: tuple[str, Labels]
 
 
 class Notifier:
@@ -6441,13 +6442,13 @@ class Notifier:
     def _update(self, verdict: Verdict, now: float) -> None:
         self._warn_if_too_many(sum(status.counts["firing"] for status in verdict.rules))
         firing, failures = self._choose(verdict), _failures(verdict.targets)
-        for labels, (status, alert) in firing.items():
+        # Shared by the thousands of a rule; their annotations are made to be sent.
+        conditions = {s.rule.name: explain(s) for s in verdict.rules if s.fails}
+        for labels, (rule, alert) in firing.items():
             old = self._notices.pop(labels, None)
             sent = old.sent if old and old.ended is None else None
-            annotations = _annotations(status, alert, failures)
-            key = status.rule.name, alert.labels
-            notice = Notice(labels, annotations, alert.began, None, sent, key)
-            self._notices[labels] = notice
+            known = labels, rule, alert, conditions[rule], failures
+            self._notices[labels] = Notice(*known, None, sent)
         self._retire(firing, verdict, now)
 
     def _retire(
@@ -6468,17 +6469,17 @@ class Notifier:
             text = f"{total} alerts fire: only {MAX_ALERTS} of them are sent"
             log(logging.WARNING, text, alertmanager=self.target.url)
 
-    def _choose(self, verdict: Verdict) -> dict[Labels, tuple[RuleStatus, Alert]]:
+    def _choose(self, verdict: Verdict) -> dict[Labels, tuple[str, Alert]]:
         # Those that were told of, as ended too, and new ones while there is room; the
         # labels of thousands that are not sent are not made.
-        known = {notice.key: notice.labels for notice in self._notices.values()}
-        chosen: dict[Labels, tuple[RuleStatus, Alert]] = {}
+        known = {(n.rule, n.alert.labels): n.labels for n in self._notices.values()}
+        chosen: dict[Labels, tuple[str, Alert]] = {}
         for status, alert in _firing(verdict):
             labels = known.get((status.rule.name, alert.labels))
             if not labels and len(chosen) < MAX_ALERTS:
                 labels = _alert_labels(status.rule, alert, self._config)
             if labels:
-                chosen[labels] = status, alert
+                chosen[labels] = status.rule.name, alert
         return chosen
 
     def _post(self, batch: Sequence[dict[str, Any]]) -> bool:
@@ -6506,8 +6507,8 @@ class Notifier:
         ended = verdict.time + LIFETIME if notice.ended is None else notice.ended
         return {
             "labels": dict(notice.labels),
-            "annotations": notice.annotations,
-            "startsAt": format_time(verdict.wall_of(notice.started)),
+            "annotations": _annotations(notice),
+            "startsAt": format_time(verdict.wall_of(notice.alert.began)),
             "endsAt": format_time(verdict.wall_of(ended)),
             "generatorURL": self._generator,
         }
@@ -6559,15 +6560,14 @@ def _fitting(labels: Labels) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _annotations(
-    status: RuleStatus, alert: Alert, failures: Sequence[str]
-) -> dict[str, str]:
-    value = format_float(alert.value)
+def _annotations(notice: Notice) -> dict[str, str]:
+    rule, alert, value = notice.rule, notice.alert, format_float(notice.alert.value)
     series = f"{shorten(format_series(alert.labels))} {value}"
-    rule = f"{status.rule.name}: {explain(status)}"
-    what = [f"The rule {rule} fires for {series}", *failures]
-    summary, description = f"{status.rule.name}: {series}", "; ".join(what)
-    return {"summary": summary, "description": description, "value": value}
+    what = f"The rule {rule}: {notice.condition} fires for {series}"
+    description = "; ".join([what, *notice.failures])
+    return {
+        "summary": f"{rule}: {series}", "description": description, "value": value
+    }  # fmt: skip
 
 
 def _failures(targets: Iterable[TargetStatus]) -> list[str]:

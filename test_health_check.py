@@ -4688,6 +4688,21 @@ class AlertmanagerTest(NetworkTest):
         self.assertEqual(alert["generatorURL"], "http://pod-1/")
         self.assertEqual(self.sent(), [("0", 905, 1240)])
 
+    def test_an_alert_of_a_rule_that_cannot_be_evaluated_any_more_is_sent(self):
+        broken = RuleStatus(self.rule, (self.alert(),), "a bug")
+        self.notifier.publish(Verdict(1, "", self.clock(), WALL, (broken,)))
+        self.notifier.work()
+        self.assertEqual([engine for engine, _, _ in self.sent()], ["0"])
+
+    def test_little_is_kept_of_an_alert_beside_what_others_keep_too(self):
+        self.publish(*(self.alert(f"{n}{'x' * 900}") for n in range(200)))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.notifier.work()
+        self.assertEqual(len(self.sent()), 200)
+        self.server.requests.clear()
+        self.assertLess(tracemalloc.get_traced_memory()[0] / 200, 2500)
+
     def test_it_is_sent_again_while_fresh_then_resolved_for_15_minutes(self):
         self.publish(self.alert(), self.alert("1"))
         self.notifier.work()
