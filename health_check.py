@@ -808,7 +808,7 @@ def regex_expand(pattern: str, text: str, template: str) -> str | None:
     'a:b-80x$'
     """
     program = compile_regex(pattern)
-    threads = _follow(program, [(0, {})], "^" if text else "^$")
+    threads = _follow(program, {0: {}}, "^" if text else "^$")
     for place, character in enumerate(text, 1):
         anchors = "$" if place == len(text) else ""
         threads = _step(program, threads, character, anchors, place)
@@ -830,12 +830,12 @@ def regex_matches(pattern: str, text: str) -> bool:
     (True, False)
     """
     program = compile_regex(pattern)
-    states = frozenset(_follow(program, [(0, {})], "^" if text else "^$"))
+    states = frozenset(_follow(program, {0: {}}, "^" if text else "^$"))
     for character in text:
         states = _known_step(pattern, states, character)
         if not states:
             return False
-    ends = _follow(program, [(state, {}) for state in states], "$" if text else "^$")
+    ends = _follow(program, {state: {} for state in states}, "$" if text else "^$")
     return len(program) - 1 in ends
 
 
@@ -848,20 +848,17 @@ def _known_step(pattern: str, states: frozenset[int], character: str) -> frozens
 def _step(
     program: Program, threads: Threads, taken: str, anchors: str = "", place: int = 0
 ) -> Threads:
-    starts = [
-        (state + 1, marks)
+    starts = {
+        state + 1: marks
         for state, marks in threads.items()
         if (test := program[state].test) and test(taken)
-    ]
+    }
     return _follow(program, starts, anchors, place)
 
 
-def _follow(
-    program: Program, starts: list[tuple[int, dict[int, int]]], anchors: str,
-    place: int = 0,
-) -> Threads:  # fmt: skip
+def _follow(program: Program, starts: Threads, anchors: str, place: int = 0) -> Threads:
     threads: Threads = {}
-    todo = starts[::-1]
+    todo = [*reversed(starts.items())]
     while todo:
         state, marks = todo.pop()
         if state not in threads:
@@ -996,7 +993,8 @@ class Range(NamedTuple):
 
 Value = Union[float, str, Vector, Range]
 Numbers = Sequence[float]
-Real = Callable[[float], float]
+Real = Callable[..., float]
+Compute = Callable[[Evaluation], Any]
 Apply = Callable[..., Any]
 """From an Operation, an Evaluation and the values of operands to a Value."""
 
@@ -1010,7 +1008,7 @@ def evaluate(expr: Expr, evaluation: Evaluation) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def compiled(expr: Expr, lazy: bool) -> Callable[[Evaluation], Any]:
+def compiled(expr: Expr, lazy: bool) -> Compute:
     """Return what evaluates an expression.
 
     Equal ones do so once for each evaluation, unless to keep all that they give would
@@ -1020,7 +1018,7 @@ def compiled(expr: Expr, lazy: bool) -> Callable[[Evaluation], Any]:
         constant = expr.value
         return lambda _: constant
     if isinstance(expr, Selector):
-        compute: Callable[[Evaluation], Value] = partial(_selected, expr)
+        compute: Compute = partial(_selected, expr)
         kept = lazy or not expr.matchers
     elif isinstance(expr, Subquery):
         compute, kept = partial(_subquery, expr, compiled(expr.expr, lazy)), True
@@ -1038,9 +1036,7 @@ def compiled(expr: Expr, lazy: bool) -> Callable[[Evaluation], Any]:
     return once if kept else compute
 
 
-def _applied(
-    expr: Operation, operands: Sequence[Callable[[Evaluation], Any]], lazy: bool
-) -> Callable[[Evaluation], Value]:
+def _applied(expr: Operation, operands: Sequence[Compute], lazy: bool) -> Compute:
     function = FUNCTIONS.get(expr.name)
     if function:
         apply = function.apply
@@ -1175,9 +1171,7 @@ def _depths(
             yield from _depths(operand, before, step)
 
 
-def _subquery(
-    expr: Subquery, compute: Callable[[Evaluation], Vector], evaluation: Evaluation
-) -> Range:
+def _subquery(expr: Subquery, compute: Compute, evaluation: Evaluation) -> Range:
     """Evaluate an expression at each multiple of a step, as if it were asked then."""
     end, shift = moment_of(expr, evaluation), evaluation.wall - evaluation.now
     # Steps are multiples since 1970, and Prometheus counts in milliseconds.
@@ -1216,9 +1210,7 @@ def operate(expr: Operation, left: Value, right: Value) -> Value:
     return finish((labels, float(apply(a, b))) for labels, _, a, b in pairs)
 
 
-def keep_those(
-    holds: Callable[[float, float], object], limit: float, vector: Vector
-) -> Vector:
+def keep_those(holds: Real, limit: float, vector: Vector) -> Vector:
     """Return the series whose values compare so with a limit."""
     return {labels: value for labels, value in vector.items() if holds(value, limit)}
 
@@ -1356,7 +1348,7 @@ def _total(function: Real, *poles: tuple[float, float], most: float = math.inf) 
     return total
 
 
-def _whole(function: Callable[[float], int]) -> Real:
+def _whole(function: Real) -> Real:
     # What rounds to 0 keeps its sign.
     return _total(lambda value: math.copysign(function(value), value))
 
@@ -1421,10 +1413,8 @@ def _increase(points: Points, start: float, end: float, counter: bool = True) ->
     covered = times[-1] - times[0]
     interval = covered / (len(times) - 1)
     # A series that begins or ends inside the window is extended by half an interval.
-    lead, tail = (
-        gap if gap < interval * 1.1 else interval / 2
-        for gap in (times[0] - start, end - times[-1])
-    )
+    gaps = times[0] - start, end - times[-1]
+    lead, tail = (gap if gap < interval * 1.1 else interval / 2 for gap in gaps)
     if counter and result > 0 and values[0] >= 0:
         lead = min(lead, covered * (values[0] / result))
     return result * ((covered + lead + tail) / covered)
@@ -1447,7 +1437,7 @@ def _regression(points: Points, origin: float) -> tuple[float, float]:
     return slope, value - slope * age
 
 
-def _each(function: Callable[..., float]) -> Apply:
+def _each(function: Real) -> Apply:
     """Apply to the value of each series, or to the time if there is no operand."""
     return lambda expr, now, vector=None, *others: _nameless(
         (labels, function(value, *others))
@@ -1467,9 +1457,7 @@ def _days_in_month(date: time.struct_time) -> int:
     return 28 + leap if month == 2 else 30 + (month + month // 8) % 2
 
 
-def _over_range(
-    function: Callable[..., float], least: int = 1, named: bool = False
-) -> Apply:
+def _over_range(function: Real, least: int = 1, named: bool = False) -> Apply:
     """Apply to the samples of each series that has enough of them in the range.
 
     What a series gave is remembered for rules that differ in their matchers.
@@ -1491,14 +1479,11 @@ def _over_range(
     return apply
 
 
-def _of_newest(
-    function: Callable[[Numbers, Numbers], float], count: int,
-    finish: Callable[[Iterable[tuple[Labels, float]]], Vector] = _nameless,
-) -> Apply:  # fmt: skip
+def _of_newest(function: Real, count: int, finish: Apply = _nameless) -> Apply:
     """Apply to the newest samples of each series that has so many in the range."""
 
-    def apply(_: Operation, __: Evaluation, found: Range) -> Vector:
-        results = []
+    def apply(_: Operation, __: Evaluation, found: Range) -> Any:
+        results: list[tuple[Labels, float]] = []
         for labels, series in found.series.items():
             newest = series.newest(count, found.start, found.end)
             if newest:
@@ -1508,11 +1493,11 @@ def _of_newest(
     return apply
 
 
-def _over_values(function: Callable[..., float], named: bool = False) -> Apply:
+def _over_values(function: Real, named: bool = False) -> Apply:
     return _over_range(lambda p, _, __, *more: function(p.values, *more), named=named)
 
 
-def _aggregate(function: Callable[..., float]) -> Apply:
+def _aggregate(function: Real) -> Apply:
     """Apply to the values of each group, and to the parameter if there is one."""
     return lambda expr, evaluation, *values: {
         key: function(list(group.values()), *values[:-1])
@@ -1600,7 +1585,7 @@ def _absent(expr: Operation, _: Evaluation, found: Vector | Range) -> Vector:
     return {tuple(sorted(pair for pair in labels.items() if pair[1])): 1.0}
 
 
-def _of_buckets(function: Callable[..., float]) -> Apply:
+def _of_buckets(function: Real) -> Apply:
     """Apply to the bounds and cumulative counts of each classic histogram."""
 
     def apply(_: Operation, __: Evaluation, *values: Any) -> Vector:
@@ -1661,7 +1646,7 @@ def _below(edges: Numbers, counts: Numbers, value: float) -> float:
     return counts[low] + (counts[high] - counts[low]) * share
 
 
-OPERATORS: dict[str, Callable[[float, float], float]] = {
+OPERATORS: dict[str, Real] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul,
     "/": _divide, "^": _power, "atan2": math.atan2,
     "%": lambda a, b: math.nan if math.isinf(a) or b == 0 else math.fmod(a, b),
@@ -1670,7 +1655,7 @@ OPERATORS: dict[str, Callable[[float, float], float]] = {
 }
 _floor = _whole(math.floor)
 _without_nan: Callable[..., Any] = partial(itertools.filterfalse, math.isnan)
-REDUCERS: dict[str, Callable[[Numbers], float]] = {
+REDUCERS: dict[str, Real] = {
     "avg": _average,
     "count": lambda values: float(len(values)),
     "max": lambda values: max(_without_nan(values), default=math.nan),
