@@ -4895,8 +4895,8 @@ def transitions(before: Verdict, after: Verdict) -> Iterator[Message]:
 
 def _verdict_transition(before: Verdict, after: Verdict) -> Iterator[Message]:
     if (before.healthy, before.sequence > 0) != (after.healthy, True):
-        word = "Healthy" if after.healthy else "Unhealthy"
-        level = logging.INFO if after.healthy else logging.WARNING
+        good, bad = ("Healthy", logging.INFO), ("Unhealthy", logging.WARNING)
+        word, level = good if after.healthy else bad
         message = f"{word}: {after.reason}" if after.reason else word
         yield level, message, {"verdict": word, "reason": after.reason}
 
@@ -5188,17 +5188,14 @@ class Lookout:
         These are by the instance of their target.  What is not taken is yielded again.
         """
         names = {name for read in readings.values() for name in read.listed or ()}
-        reserved = {name for read in readings.values() for name in read.reserved}
-        for name in reserved - self._reserved:
-            self._reserved.add(name)
-            text = f"the target serves {name}, which is set here: dropped"
-            yield logging.WARNING, text, {"metric": name}
         if evaluation.thinned:
             yield from self._look_at_ranges(evaluation.thinned)
         if not self._asked:
             yield from self._look_at_servers(names)
-        for instance, reading in readings.items() if self._builtin else ():
-            yield from self._look_at(instance, reading, evaluation.now)
+        for instance, reading in readings.items():
+            yield from self._look_at_reserved(reading.reserved)
+            if self._builtin:
+                yield from self._look_at(instance, reading, evaluation.now)
         if readings:
             yield from self._search(frozenset(readings), names, evaluation)
 
@@ -5242,6 +5239,12 @@ class Lookout:
             if names is not None and page.shows(names, now):
                 text = f"{instance}: {page.remark}"
                 yield logging.WARNING, text, {"target": instance}
+
+    def _look_at_reserved(self, names: AbstractSet[str]) -> Iterator[Message]:
+        for name in names - self._reserved:
+            self._reserved.add(name)
+            text = f"the target serves {name}, which is set here: dropped"
+            yield logging.WARNING, text, {"metric": name}
 
     def _look_at_servers(self, names: AbstractSet[str]) -> Iterator[Message]:
         self._asked, there = bool(names), list(servers_there(names))
@@ -6188,8 +6191,7 @@ class Judge:
         readings = {s.status.instance: s.reading for s in scrapes if s.reading}
         self._warn(self.lookout.look(readings, evaluation))
         targets = tuple(map(self.lookout.remark, targets))
-        drain = self.drain_while if check.drain else None
-        left = self._left(drain, targets, evaluation) if drain else None
+        left = self._left(targets, evaluation) if check.drain else None
         fault = "" if self._scraped else "never scraped"
         known = before.sequence + 1, fault, now, check.wall
         return Verdict(*known, self._statuses, targets, probes, left)
@@ -6249,8 +6251,11 @@ class Judge:
         return (answer,) if answer.sent > -math.inf else ()
 
     def _left(
-        self, drain: Expr, targets: Iterable[TargetStatus], evaluation: Evaluation
-    ) -> str:
+        self, targets: Iterable[TargetStatus], evaluation: Evaluation
+    ) -> str | None:
+        drain = self.drain_while
+        if not drain:
+            return None
         left = remaining(drain, targets, evaluation)
         there = (select(s, evaluation) for s in find_selectors(drain))
         # Of a server that is not known the table's expression gives nothing either.
