@@ -3324,10 +3324,9 @@ def _rule_names(text: str) -> tuple[str, ...]:
 
 
 def _canary_body(text: str) -> bytes:
-    try:
+    body = None
+    with suppress(ValueError, RecursionError):
         body = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        body = None
     if not isinstance(body, dict) or body.get("stream"):
         raise ValueError("expected a JSON object, without stream")
     return text.encode()
@@ -7878,8 +7877,7 @@ def wait(config: Config, text: str, timeout: float) -> int:
     """
     expr = _holdable(parse_vector(text), config)
     quiet, reported, end = 0, -math.inf, time.monotonic() + timeout
-    waits = Rule("Wait", expr)
-    for verdict, evaluation in _checks(config._replace(rules=()), waits):
+    for verdict, evaluation in _checks(config._replace(rules=()), Rule("Wait", expr)):
         left = remaining(expr, verdict.targets, evaluation)
         quiet = 0 if left else quiet + 1
         if quiet == 2:

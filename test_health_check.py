@@ -6079,13 +6079,15 @@ class CommandsTest(CommandLine):
         with mock.patch.object(sys, "stderr", None):
             health_check.say("", error=True)
 
-    def test_once_tells_what_finds_nothing(self):
+    def test_what_finds_nothing_is_told(self):
         environ = {"METRICS_ENDPOINT": self.metrics(page("other 1\n")).url}
-        for more, words in (
-            ({}, "nothing is watched: no rule knows its only metric"),
-            ({"UNHEALTHY_WHEN": "C: changes(nope[2m]) > 0"}, "no series of nope is th"),
+        own = {"UNHEALTHY_WHEN": "C: changes(nope[2m]) > 0"}
+        for mode, more, words in (
+            ("--once", {}, "nothing is watched: no rule knows its only metric"),
+            ("--once", own, "no series of nope is th"),
+            ("--check-config", own, "no series of nope is th"),
         ):
-            code, out, err = self.run_main("--once", **environ, **more)
+            code, out, err = self.run_main(mode, **environ, **more)
             self.assertEqual((code, f"{out}{err}".count("warn")), (0, 1))
             self.assertIn(words, err if more else out)
 
