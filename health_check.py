@@ -865,7 +865,7 @@ def _follow(program: Program, starts: Threads, anchors: str, place: int = 0) -> 
             threads[state], step = marks, program[state]
             marks = {**marks, step.mark: place} if step.mark else marks
             if step.anchor in anchors:
-                todo.extend((state + jump, marks) for jump in reversed(step.jumps))
+                todo += [(state + jump, marks) for jump in reversed(step.jumps)]
     return threads
 
 
@@ -1590,11 +1590,10 @@ def _of_buckets(function: Real) -> Apply:
     def apply(_: Operation, __: Evaluation, *values: Any) -> Vector:
         results: Vector = {}
         for key, group in _grouped(values[-1], Grouping(labels=("le",))).items():
-            buckets: dict[float, float] = {}
+            buckets: dict[float, float] = collections.defaultdict(float)
             for labels, count in group.items():
-                bound = float_or_nan(dict(labels).get("le", ""))
-                buckets[bound] = buckets.get(bound, 0.0) + count
-            bounds = sorted(bound for bound in buckets if not math.isnan(bound))
+                buckets[float_or_nan(dict(labels).get("le", ""))] += count
+            bounds = sorted(_without_nan(buckets))
             if bounds:
                 counts = [buckets[bound] for bound in bounds]
                 results[key] = function(bounds, counts, *values[:-1])
