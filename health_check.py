@@ -6268,16 +6268,16 @@ class Judge:
 class Statistics:
     """Counts what verdicts say; any thread may read it while one adds to it.
 
-    ``trends`` have the worst value of each rule, NaN for none, and its state, in the
-    latest checks, at these ``moments``.
+    ``trends`` have the time of each of the latest checks, the worst value of a rule
+    then, NaN for none, and its state.
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:
-        latest: Callable[[], Any] = partial(collections.deque, maxlen=TREND)
         self.scrapes: Counter[tuple[str, str]] = collections.Counter()
         self.durations, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
-        self.moments: collections.deque[float] = latest()
-        self.trends = {rule.name: latest() for rule in rules}
+        self.trends: dict[str, collections.deque[tuple[float, float, str]]] = {
+            rule.name: collections.deque(maxlen=TREND) for rule in rules
+        }
 
     def add(self, _: Verdict, verdict: Verdict) -> None:
         """Count a new verdict."""
@@ -6285,11 +6285,10 @@ class Statistics:
             self.scrapes[target.instance, target.reason or "success"] += 1
             self.durations[bisect_left(BUCKETS, target.seconds)] += 1
             self.seconds += target.seconds
-        if verdict.rules:
-            self.moments.append(verdict.time)
         for status in verdict.rules:
             value = math.nan if status.value is None else status.value
-            self.trends[status.rule.name].append((value, verdict.state_of(status)))
+            now = verdict.time, value, verdict.state_of(status)
+            self.trends[status.rule.name].append(now)
 
 
 def _size_of_kept(statuses: Iterable[RuleStatus]) -> int:
@@ -7109,14 +7108,13 @@ def _break_long(text: str, joint: str) -> str:
 def _figure(status: RuleStatus, site: Site) -> str:
     # The Monitor may add to these meanwhile.
     trend = tuple(site.statistics.trends[status.rule.name])
-    moments = tuple(site.statistics.moments)
-    if not trend or len(moments) < 2 or not visible_rule(status):
+    if len(trend) < 2 or not visible_rule(status):
         return ""
     if status.limit is None or asks_for_an_answer(status):
-        graph = _strip([state for _, state in trend])
+        graph = _strip([state for _, _, state in trend])
     else:
-        graph = _graph([value for value, _ in trend], status.limit)
-    span = format_duration(int(moments[-1] - moments[0]))
+        graph = _graph([value for _, value, _ in trend], status.limit)
+    span = format_duration(int(trend[-1][0] - trend[0][0]))
     return graph and f"<figure>{graph}, last {span}</figcaption></figure>"
 
 

@@ -3270,13 +3270,12 @@ def answer_verdict(verdict):
     return "".join(answer_metrics(verdict_metrics(verdict)).body)
 
 
-def site_of(trends=None, moments=(), last_words="", **environ):
+def site_of(trends=None, last_words="", **environ):
     """Return what a page of a:1 and b:1 shows, with trends of these rules alone."""
     urls = "http://a:1/metrics,http://b:1/metrics"
     config = load_config({"METRICS_ENDPOINT": urls, **environ})
     statistics = health_check.Statistics(())
     statistics.trends = collections.defaultdict(tuple, trends or {})
-    statistics.moments.extend(moments)
     return Site(config, statistics, last_words)
 
 
@@ -5502,9 +5501,9 @@ class ServeTest(NetworkTest):
         ):  # fmt: skip
             with self.subTest((values, limit)):
                 verdict = Verdict(1, "", NOW, WALL, (rule._replace(limit=limit),))
-                trends = {"Q": [(value, "inactive") for value in values]}
-                moments = [NOW - 90, NOW - 30, NOW]
-                body = self.page_of(verdict, trends=trends, moments=moments)
+                times = NOW - 90, NOW, NOW
+                trends = {"Q": [(*each, "inactive") for each in zip(times, values)]}
+                body = self.page_of(verdict, trends=trends)
                 self.assertIn(line, body)
                 self.assertEqual("<svg" in body, line != none)
                 self.assertNotRegex(body, r"\b(nan|inf)\b")
@@ -5520,8 +5519,9 @@ class ServeTest(NetworkTest):
                  "fired in 2 of 4 checks, unknown in 1, last 5s"],
             ),
         ):  # fmt: skip
-            trends, moments = {"Q": [(0.0, state) for state in states]}, [NOW - 5, NOW]
-            body = self.page_of(verdict, trends=trends, moments=moments)
+            times = NOW - 5, NOW, NOW, NOW
+            trends = {"Q": [(at, 0.0, state) for at, state in zip(times, states)]}
+            body = self.page_of(verdict, trends=trends)
             for part in parts:
                 self.assertIn(part, body)
 
