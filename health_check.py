@@ -4789,14 +4789,17 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hand a line to the thread, or count it as lost."""
-        line = self._encode(record)
+        line = b""
+        # Memory may not do for a traceback: whoever logs an error is to go on.
+        with suppress(Exception):
+            line = self._encode(record)
         with self._changed:
-            if self._lost or self._size + len(line) > MAX_BACKLOG:
+            if not line or self._lost or self._size + len(line) > MAX_BACKLOG:
                 self._lost += 1
             else:
                 self._lines.append(line)
                 self._size += len(line)
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def flush(self) -> None:
         """Wait until all is written, a moment at most: the program may be ending."""
@@ -4820,7 +4823,7 @@ class LogWriter(logging.Handler):
             self._changed.wait_for(lambda: self._lines or self._lost)
             if self._lines:
                 return self._lines.popleft()
-            text = f"nobody read the log, lines lost: {self._lost}"
+            text = f"lines lost, for want of a reader or of memory: {self._lost}"
             fields = {"msg": text, "levelname": "WARNING"}
             line = self._encode(logging.makeLogRecord(fields))
             self._size, self._lost = self._size + len(line), 0

@@ -3143,9 +3143,13 @@ class LogTest(CommandLine):
         self.addCleanup(lines.close)
         while lines.readline() != "a" * 800 + "\n":
             pass
-        self.assertEqual(lines.readline(), "nobody read the log, lines lost: 2\n")
+        lost = "lines lost, for want of a reader or of memory: "
+        self.assertEqual(lines.readline(), f"{lost}2\n")
         writer.emit(logging.makeLogRecord({"msg": "d"}))
         self.assertEqual(lines.readline(), "d\n")
+        huge = mock.MagicMock(__str__=mock.Mock(side_effect=MemoryError))
+        writer.emit(logging.makeLogRecord({"msg": huge}))
+        self.assertEqual(lines.readline(), f"{lost}1\n")
 
     def test_a_line_is_whole_and_a_reader_who_has_gone_is_no_trouble(self):
         writer, read, write = self.log_writer()
