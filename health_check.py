@@ -328,8 +328,8 @@ class Subquery(NamedTuple):
 class Grouping(NamedTuple):
     """``by`` or ``on`` these labels, or ``without`` or ``ignoring`` them.
 
-    ``many`` is left or right if that side of an operator may have many series for one
-    of the other side, from which their results get the labels ``included``.
+    ``many`` is group_left or group_right if that side of an operator may have many
+    series for one of the other side, from which results get the labels ``included``.
     """
 
     keep: bool = False
@@ -1229,7 +1229,7 @@ def _pairs(
     if isinstance(left, float):
         return [(k, v, left, v) for k, v in cast(Vector, right).items()]
     sides = cast(Vector, left), cast(Vector, right)
-    if expr.grouping.many == "right":
+    if expr.grouping.many == "group_right":
         return [(k, a, a, b) for k, b, a in _matched_pairs(expr, *sides[::-1])]
     return [(k, a, a, b) for k, a, b in _matched_pairs(expr, *sides)]
 
@@ -1654,13 +1654,10 @@ OPERATORS: dict[str, Real] = {
 _floor = _whole(math.floor)
 _without_nan: Callable[..., Any] = partial(itertools.filterfalse, math.isnan)
 REDUCERS: dict[str, Real] = {
-    "avg": _average,
-    "count": lambda values: float(len(values)),
+    "avg": _average, "sum": _sum, "count": lambda values: float(len(values)),
     "max": lambda values: max(_without_nan(values), default=math.nan),
     "min": lambda values: min(_without_nan(values), default=math.nan),
-    "stddev": lambda values: math.sqrt(_variance(values)),
-    "stdvar": _variance,
-    "sum": _sum,
+    "stdvar": _variance, "stddev": lambda values: math.sqrt(_variance(values)),
 }
 
 
@@ -2068,8 +2065,7 @@ class Parser:
         included = self._list("()", self._label) if self.token.key == "(" else []
         if grouping.keep and {*included} & {*grouping.labels}:
             raise word.error("a label is in on and in group")
-        side = word.key[len("group_") :]
-        return grouping._replace(many=side, included=tuple(included))
+        return grouping._replace(many=word.key, included=tuple(included))
 
     def _label(self, besides: Sequence[str] = ("inf", "nan", "without")) -> str:
         token = self.token
@@ -2131,10 +2127,8 @@ def _check_operator(expr: Operation, token: Token) -> None:
         (op in SET_OPERATORS and SCALAR in types, "{!r} takes no scalar"),
         (op in SET_OPERATORS and expr.grouping.many, "{!r} has no group"),
         (op not in COMPARISONS and expr.returns_bool, "bool stands after a comparison"),
-        (types == {SCALAR} and is_filter(expr),
-         "comparisons between scalars must use bool"),
-        (expr.grouping.labels and SCALAR in types,
-         "on and ignoring stand between two instant vectors"),
+        (types == {SCALAR} and is_filter(expr), "{!r} between scalars must use bool"),
+        (SCALAR in types and expr.grouping.labels, "on and ignoring take no scalar"),
     ):  # fmt: skip
         if wrong:
             raise token.error(problem.format(op))
@@ -2291,7 +2285,7 @@ def _format_operator(expr: Operation) -> str:
     modifiers += _format_grouping(expr, "on", "ignoring")
     if expr.grouping.many:
         labels = ", ".join(map(format_name, expr.grouping.included))
-        modifiers += f" group_{expr.grouping.many} ({labels})"
+        modifiers += f" {expr.grouping.many} ({labels})"
     return f"{left} {expr.name}{modifiers} {right}"
 
 
