@@ -766,19 +766,16 @@ MAX_PATTERN, MAX_INSTRUCTIONS, MAX_REPEAT = 4000, 1000, 1000
 _FLAGS = {"i": re.IGNORECASE, "s": re.DOTALL}
 _REFERENCE = r"(?a)\$(\$|\w+|\{\w+\})"
 _COUNT = "(?:0|[1-9][0-9]*)(?:,(?:0|[1-9][0-9]*)?)?"
-# Of escapes, those that RE2 and Python read alike.
-_PIECE = re.compile(
-    rf"""(?P<bar>\|)
+# Of escapes, those that RE2 and Python read alike.  Most starts need no regex, so this
+# is compiled when it is used.
+_PIECE = rf"""(?xs)(?P<bar>\|)
     |(?P<open>\()(?:(?!\?)|\?(?:P?<(?P<name>[A-Za-z_][A-Za-z0-9_]*)>
         |(?P<on>[A-Za-z]*)(?:-(?P<off>[A-Za-z]+))?(?P<flags>[:)])))
     |(?:(?P<close>\))|(?P<atom>\\[dDwWsSnrtfv\W_]|(?!\{{{_COUNT}\}})[^\\[(*+?]
         |\[\^?\]?(?:\\[dDwWnrtfv\W_]|\\s(?!-[^]])|(?!--|&&|~~|\|\|)[^][\\])*\]))
      (?:(?:(?P<sign>[*+?])|\{{(?P<count>{_COUNT})\}})(?P<lazy>\??))?
-    |(?P<wrong>.)""",
-    re.VERBOSE | re.DOTALL,
-)
+    |(?P<wrong>.)"""
 _SIGNS = {"*": "0,", "+": "1,", "?": "0,1"}
-_ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 
 @lru_cache(maxsize=256)
@@ -790,7 +787,7 @@ def compile_regex(pattern: str) -> Program:
     if len(pattern) > MAX_PATTERN:
         raise ValueError("this regular expression is too large")
     groups = [OpenGroup(re.DOTALL, 0, [[]])]
-    for piece in _PIECE.finditer(pattern):
+    for piece in re.finditer(_PIECE, pattern):
         _add_piece(piece, groups)
         sizes = (len(branch) + 1 for group in groups for branch in group.branches)
         if sum(sizes) > MAX_INSTRUCTIONS:
@@ -816,7 +813,7 @@ def regex_expand(pattern: str, text: str, template: str) -> str | None:
     if marks is None:
         return None
     groups = {"$": "$", "0": text}
-    opened = (p for p in _PIECE.finditer(pattern) if p["open"] and not p["flags"])
+    opened = (p for p in re.finditer(_PIECE, pattern) if p["open"] and not p["flags"])
     for number, piece in enumerate(opened, 1):
         found = text[marks.get(piece.end(), 0) : marks.get(-piece.end(), 0)]
         groups[str(number)] = groups[piece["name"] or str(number)] = found
@@ -932,7 +929,7 @@ def _atom(text: str, flags: int) -> Instruction:
     # Python's blanks have a vertical tab that RE2's have not.
     blanks = r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]"
     meanings = {r"\s": blanks, r"\S": r"[^\t\n\f\r ]"}
-    text = _ESCAPED.sub(lambda pair: meanings.get(pair[0], pair[0]), text)
+    text = re.sub(r"(?s)\\.", lambda pair: meanings.get(pair[0], pair[0]), text)
     # Without ASCII, which the classes need, letters of any script have two cases.
     flags |= 0 if flags & re.IGNORECASE and "\\" not in text else re.ASCII
     try:
@@ -1805,9 +1802,7 @@ _DEPTHS = {**dict.fromkeys("([{", 1), **dict.fromkeys(")]}", -1)}
 _IN_RANGE = {"[": True, "]": False}
 _BRACKET = re.compile(r"\s*\(")
 _ESCAPES = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\"))
-_ESCAPE = re.compile(
-    r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3][0-7]{2}|.)", re.DOTALL
-)
+_ESCAPE = r"(?s)\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3][0-7]{2}|.)"
 
 
 class PromQLError(ValueError):
@@ -2212,7 +2207,7 @@ def _unquote(token: Token) -> str:
         return chr(number + 0xDC00 * (code[0] not in "uU" and number > 127))
 
     try:
-        text = body if mark == "`" else _ESCAPE.sub(unescaped, body)
+        text = body if mark == "`" else re.sub(_ESCAPE, unescaped, body)
         return text.encode(errors="surrogateescape").decode()
     except UnicodeError:
         raise token.error("this string is not UTF-8") from None
