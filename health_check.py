@@ -1810,7 +1810,7 @@ class PromQLError(ValueError):
 
 
 class Token(NamedTuple):
-    """A piece of ``source``; ``key`` is its text where its case does not matter."""
+    """A piece of ``source``; ``key`` is its text in lower case."""
 
     kind: str
     text: str
@@ -1870,24 +1870,25 @@ def tokenize(text: str, depth: int = 0) -> Iterator[Token]:
     bracket, or before a word of JOINERS only continues a rule and is left out; where an
     expression cannot end yet, the parser skips it.  Raises PromQLError.
     """
-    newline, last, at, kind, in_range = None, "", 0, "", False
+    newline, last, kind, in_range, rest = None, "", "", False, _TOKEN.finditer(text)
     while kind != "end":
-        match = cast("re.Match[str]", _TOKEN.match(text, at))
+        match = next(rest)
         kind, at = str(match.lastgroup), match.end()
         found = match[kind]
         if in_range and found[:1] == ":":
             # A colon in square brackets begins no name.
             kind, at, found = "op", at - len(found) + 1, ":"
-        key = found.lower() if kind in ("word", "op") else ""
-        token = Token(kind, found, key, at - len(found), text)
+            rest = _TOKEN.finditer(text, at)
+        token = Token(kind, found, found.lower(), at - len(found), text)
         if kind == "wrong":
             raise token.wrong()
-        depth += _DEPTHS.get(found, 0)
-        in_range = _IN_RANGE.get(found, in_range)
+        if kind == "op":
+            depth += _DEPTHS.get(found, 0)
+            in_range = _IN_RANGE.get(found, in_range)
         if kind != "newline":
             if newline and not _goes_on(token, last):
                 yield newline
-            newline, last = None, key
+            newline, last = None, token.key
             yield token
         elif depth <= 0:
             newline = token._replace(key="\n")
