@@ -6331,9 +6331,10 @@ MAX_ALERTS, MAX_ALERT_TEXT = 1024, 4096
 
 
 class Notice(NamedTuple):
-    """An alert as an Alertmanager knows it; times are monotonic, None is not yet.
+    """An alert as an Alertmanager knows it; times are monotonic.
 
     ``condition`` is what its rule says in words, and ``failures`` which scrapes failed.
+    It was last ``sent`` as of then, and fires until it has ``ended``.
     """
 
     labels: Labels
@@ -6341,8 +6342,8 @@ class Notice(NamedTuple):
     alert: Alert
     condition: str
     failures: Sequence[str]
-    ended: float | None
-    sent: float | None
+    sent: float = -math.inf
+    ended: float = math.inf
 
 
 class Notifier:
@@ -6410,8 +6411,8 @@ class Notifier:
         if not self._send_due(verdict, now):
             self._retry = now + RETRY
             return RETRY
-        times = [notice.sent or now for notice in self._notices.values()]
-        return max(min(times) + RESEND - self._clock(), RETRY) if times else None
+        sent = min((notice.sent for notice in self._notices.values()), default=math.inf)
+        return max(sent + RESEND - self._clock(), RETRY) if sent < math.inf else None
 
     def _send_due(self, verdict: Verdict, now: float) -> bool:
         due = [n for n in self._notices.values() if _due(n, verdict, now)]
@@ -6426,27 +6427,13 @@ class Notifier:
 
     def _update(self, verdict: Verdict, now: float) -> None:
         self._warn_if_too_many(sum(status.counts["firing"] for status in verdict.rules))
-        firing, failures = self._choose(verdict), _failures(verdict.targets)
-        # Shared by the thousands of a rule; their annotations are made to be sent.
-        conditions = {s.rule.name: explain(s) for s in verdict.rules if s.fails}
-        for labels, (rule, alert) in firing.items():
-            old = self._notices.pop(labels, None)
-            sent = old.sent if old and old.ended is None else None
-            known = labels, rule, alert, conditions[rule], failures
-            self._notices[labels] = Notice(*known, None, sent)
-        self._retire(firing, verdict, now)
-
-    def _retire(
-        self, firing: Container[Labels], verdict: Verdict, now: float
-    ) -> None:
-        for labels, notice in list(self._notices.items()):
-            if notice.ended is None and labels not in firing:
-                self._notices[labels] = notice._replace(ended=verdict.time, sent=None)
-            elif notice.ended is not None and now - notice.ended > RETENTION:
-                del self._notices[labels]
+        firing = self._choose(verdict)
+        others = [n for n in self._notices.values() if n.labels not in firing]
+        ended = (n._replace(ended=min(n.ended, verdict.time)) for n in others)
+        kept = [notice for notice in ended if now - notice.ended <= RETENTION]
         # Those that fire come last; the others end by themselves.
-        for labels in list(self._notices)[: -2 * MAX_ALERTS]:
-            del self._notices[labels]
+        newest = [*kept, *firing.values()][-2 * MAX_ALERTS :]
+        self._notices = {notice.labels: notice for notice in newest}
 
     def _warn_if_too_many(self, total: int) -> None:
         before, self._too_many = self._too_many, total > MAX_ALERTS
@@ -6454,17 +6441,24 @@ class Notifier:
             text = f"{total} alerts fire: only {MAX_ALERTS} of them are sent"
             log(logging.WARNING, text, alertmanager=self.target.url)
 
-    def _choose(self, verdict: Verdict) -> dict[Labels, tuple[str, Alert]]:
+    def _choose(self, verdict: Verdict) -> dict[Labels, Notice]:
         # Those that were told of, as ended too, and new ones while there is room; the
         # labels of thousands that are not sent are not made.
         known = {(n.rule, n.alert.labels): n.labels for n in self._notices.values()}
-        chosen: dict[Labels, tuple[str, Alert]] = {}
+        # Shared by the thousands of a rule; their annotations are made to be sent.
+        conditions = {s.rule.name: explain(s) for s in verdict.rules if s.fails}
+        chosen: dict[Labels, Notice] = {}
+        failures = _failures(verdict.targets)
         for status, alert in _firing(verdict):
-            labels = known.get((status.rule.name, alert.labels))
+            name = status.rule.name
+            labels = known.get((name, alert.labels))
             if not labels and len(chosen) < MAX_ALERTS:
                 labels = _alert_labels(status.rule, alert, self._config)
             if labels:
-                chosen[labels] = status.rule.name, alert
+                old = self._notices.get(labels)
+                sent = old.sent if old and old.ended == math.inf else -math.inf
+                about = labels, name, alert, conditions[name], failures
+                chosen[labels] = Notice(*about, sent)
         return chosen
 
     def _post(self, batch: Sequence[dict[str, Any]]) -> bool:
@@ -6489,7 +6483,7 @@ class Notifier:
         return not problem or 400 <= status < 500
 
     def _payload(self, notice: Notice, verdict: Verdict) -> dict[str, Any]:
-        ended = verdict.time + LIFETIME if notice.ended is None else notice.ended
+        ended = min(notice.ended, verdict.time + LIFETIME)
         return {
             "labels": dict(notice.labels),
             "annotations": _annotations(notice),
@@ -6501,14 +6495,14 @@ class Notifier:
 
 def _as_of(notice: Notice, verdict: Verdict, now: float) -> float:
     # That an alert fires is known as of the verdict, that it has ended for ever.
-    return verdict.time if notice.ended is None else now
+    return verdict.time if notice.ended == math.inf else now
 
 
 def _due(notice: Notice, verdict: Verdict, now: float) -> bool:
     # Without fresh verdicts nobody knows whether an alert still fires.
     known = _as_of(notice, verdict, now)
-    fresh = now - known < LIFETIME
-    return fresh and (notice.sent is None or known - notice.sent >= RESEND)
+    untold = notice.sent < notice.ended < math.inf
+    return now - known < LIFETIME and (untold or known - notice.sent >= RESEND)
 
 
 def _firing(verdict: Verdict) -> Iterator[tuple[RuleStatus, Alert]]:
