@@ -636,6 +636,7 @@ def format_float(value: float) -> str:
     return f"{value:.{max(0, digits - int(exponent or 0))}f}"
 
 
+@lru_cache(maxsize=64)
 def parse_duration(text: str) -> float:
     """Return seconds: a bare number of them, or Prometheus' ``1m30s`` or ``500ms``.
 
@@ -1140,9 +1141,7 @@ def count_matched(selector: Selector, evaluation: Evaluation) -> int:
 def lookbacks(expressions: Iterable[Expr]) -> dict[str, Lookback]:
     """Return each metric that expressions read, and how far back they look."""
     found: dict[str, Lookback] = {}
-    # Rules may ask the same, for another time.
-    unlike = dict.fromkeys(expressions)
-    depths = itertools.chain.from_iterable(map(_depths, unlike))
+    depths = itertools.chain.from_iterable(map(_depths, dict.fromkeys(expressions)))
     for selector, seconds, step in depths:
         known, age = found.get(selector.name, Lookback()), seconds + selector.offset
         depth = age + (selector.window or (LOOKBACK if age > 0 else 0.0))
@@ -2178,19 +2177,15 @@ def _negative(operand: Expr) -> Expr:
 
 
 def _number(token: Token) -> float:
+    text = token.key.replace("_", "")
     try:
-        return _parse_number(token.text.lower().replace("_", ""))
+        if re.match(r"0(?:x|[0-7]+\Z)", text):
+            number = int(text, 16 if "x" in text else 8)
+            # What does not fit an integer of 64 bits is read as a decimal.
+            return float(number) if number < 1 << 63 else parse_float(text)
+        return parse_duration(text) if text[-1] in "smhdwy" else parse_float(text)
     except (ValueError, OverflowError):
         raise token.error("bad number or duration") from None
-
-
-@lru_cache(maxsize=64)
-def _parse_number(text: str) -> float:
-    if re.match(r"0(?:x|[0-7]+\Z)", text):
-        number = int(text, 16 if "x" in text else 8)
-        # What does not fit an integer of 64 bits is read as a decimal.
-        return float(number) if number < 1 << 63 else parse_float(text)
-    return parse_duration(text) if text[-1] in "smhdwy" else parse_float(text)
 
 
 def _unquote(token: Token) -> str:
@@ -3198,6 +3193,7 @@ SERVERS: tuple[KnownServer, ...] = (
 # --- 7. Settings: the text of a variable -> its value --------------------------------
 
 GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_GO_PART = r"(?a)(\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})(ms|us|ns|h|m|s)"
 # Labels of what scrapes and probes add, and parts of a histogram and of a summary.
 ADDED_LABELS = ("reason", "probe", "le", "quantile")
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -3375,14 +3371,10 @@ def _duration(least: float, most: float, text: str) -> float:
 
 def _go_duration(text: str) -> float:
     # Who writes manifests knows time.ParseDuration of Go: fractions have units, too.
-    try:
+    parts = re.findall(_GO_PART, text)
+    if not parts or "".join(map("".join, parts)) != text:
         return parse_duration(text)
-    except ValueError:
-        form = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ms|us|ns|h|m|s)"
-        parts = re.findall(form, text)
-        if not parts or "".join(map("".join, parts)) != text:
-            raise
-        return sum(float(number) * GO_UNITS[unit] for number, unit in parts)
+    return sum(float(number) * GO_UNITS[unit] for number, unit in parts)
 
 
 def _one_of(choices: Sequence[str], text: str) -> str:
