@@ -1053,9 +1053,9 @@ def _selected(selector: Selector, evaluation: Evaluation) -> Vector | Range:
     if selector.window:
         apart = evaluation.thinned.get(selector.name, 0.0)
         if 2 * apart > selector.window:
-            kept = f"samples {format_duration(apart)} apart are too few"
-            wanted = f"{selector.name}[{format_duration(selector.window)}]"
-            raise EvaluationError(f"{kept} for {wanted}")
+            kept, wanted = map(format_duration, (apart, selector.window))
+            problem = f"samples {kept} apart are too few for {selector.name}[{wanted}]"
+            raise EvaluationError(problem)
         # Prometheus counts in milliseconds, and so 4 - 1.001 is 2.999.
         return Range(found, round(moment - selector.window, 9), moment)
     samples = ((labels, series.sample_at(moment)) for labels, series in found.items())
@@ -2272,11 +2272,7 @@ def _format_operator(expr: Operation) -> str:
     level, power = PRECEDENCE[expr.name], expr.name == "^"
     left = format_expression(expr.operands[0], level + power)
     right = format_expression(expr.operands[1], level + (not power))
-    modifiers = " bool" * expr.returns_bool
-    modifiers += _format_grouping(expr, "on", "ignoring")
-    if expr.grouping.many:
-        labels = ", ".join(map(format_name, expr.grouping.included))
-        modifiers += f" {expr.grouping.many} ({labels})"
+    modifiers = " bool" * expr.returns_bool + _format_grouping(expr, "on", "ignoring")
     return f"{left} {expr.name}{modifiers} {right}"
 
 
@@ -2298,8 +2294,9 @@ def _format_looking_back(expr: Selector | Subquery) -> str:
 def _format_grouping(expr: Operation, kept: str, dropped: str) -> str:
     if expr.grouping == Grouping(expr.name in AGGREGATORS):
         return ""
-    labels = ", ".join(map(format_name, expr.grouping.labels))
-    return f" {kept if expr.grouping.keep else dropped} ({labels})"
+    keep, labels, many, included = expr.grouping
+    text = f" {kept if keep else dropped} ({', '.join(map(format_name, labels))})"
+    return text + f" {many} ({', '.join(map(format_name, included))})" * bool(many)
 
 
 # --- 5. Rules: text -> Rules; Vector -> inactive, pending, firing --------------------
