@@ -1857,8 +1857,7 @@ def parse_expression(text: str) -> Expr:
     """
     parser = Parser(tokenize(text, 1))
     expr = parser.expression()
-    if parser.token.kind != "end":
-        raise parser.token.unexpected("an operator or the end")
+    parser.require(parser.token.kind == "end", "an operator or the end")
     return expr
 
 
@@ -1931,10 +1930,15 @@ class Parser:
             self.take()
         return found
 
+    def require(self, fits: bool, expected: str) -> Token:
+        """Take the next token, or raise PromQLError if it does not fit."""
+        if not fits:
+            raise self.token.unexpected(expected)
+        return self.take()
+
     def expect(self, key: str) -> None:
         """Take the next token, or raise PromQLError if that is another one."""
-        if not self.accept(key):
-            raise self.token.unexpected(repr(key))
+        self.require(self.token.key == key, repr(key))
 
     def expression(self) -> Expr:
         """Return the expression that starts here; it ends where no operator is."""
@@ -2066,9 +2070,8 @@ class Parser:
         token = self.token
         if token.kind == "string":
             return _unquote(self.take())
-        if token.kind != "word" or ":" in token.text or token.key in besides:
-            raise token.unexpected("a label name")
-        return self.take().text
+        plain = token.kind == "word" and ":" not in token.text
+        return self.require(plain and token.key not in besides, "a label name").text
 
     def _call(self, name: str) -> Operation:
         if name not in FUNCTIONS:
@@ -2102,13 +2105,9 @@ class Parser:
         token, label, op = self.token, self._label(()), self.token
         if token.kind == "string" and op.key in (",", "}"):
             return Matcher("__name__", "=", label)
-        if op.key not in ("=", "!=", "=~", "!~"):
-            raise op.unexpected("=, !=, =~ or !~")
-        self.take()
-        value = self.token
-        if value.kind != "string":
-            raise value.unexpected("a string in quotes")
-        matcher = Matcher(label, op.key, _unquote(self.take()))
+        self.require(op.key in ("=", "!=", "=~", "!~"), "=, !=, =~ or !~")
+        value = self.require(self.token.kind == "string", "a string in quotes")
+        matcher = Matcher(label, op.key, _unquote(value))
         if "~" in op.key:
             _check_regex(matcher.value, value)
         return matcher
