@@ -5955,6 +5955,8 @@ class Scraper:
 # --- 17. Monitor: checks when asked or on a schedule -> Verdicts ---------------------
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
+# How long a time out is none to Down.
+TOLERATED = 30.0
 MAX_LATE, MAX_OVERDUE, MAX_DRAIN_PAUSE = 0.25, 60.0, 5.0
 # What an alert of four labels takes besides their text, measured: 400, and a margin.
 ALERT_BYTES = 500
@@ -6171,7 +6173,11 @@ class Judge:
         if asked:
             self.history.record(dict(collections.ChainMap(*asked)), now, PROBED)
         evaluation = self.history.evaluation(now, check.wall)
-        self._statuses = tuple(_judged(status, evaluation) for status in self._statuses)
+        late = tuple(
+            target.instance for target in targets
+            if target.reason == "timeout" and now - target.since < TOLERATED
+        )  # fmt: skip
+        self._statuses = tuple(_judged(s, evaluation, late) for s in self._statuses)
         readings = {s.status.instance: s.reading for s in scrapes if s.reading}
         self._warn(self.lookout.look(readings, evaluation))
         targets = tuple(map(self.lookout.remark, targets))
@@ -6293,9 +6299,12 @@ def _without(name: str, status: RuleStatus) -> RuleStatus:
     return status._replace(rule=rule, part=None)
 
 
-def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
+def _judged(
+    status: RuleStatus, evaluation: Evaluation, late: tuple[str, ...] = ()
+) -> RuleStatus:
     try:
         judged = without_recovered(judge(status, evaluation), evaluation)
+        judged = _held(status, judged, late) if late else judged
         if judged.state != "firing":
             return judged
         fired, rule = status.counts["firing"], status.rule
@@ -6303,6 +6312,20 @@ def _judged(status: RuleStatus, evaluation: Evaluation) -> RuleStatus:
         return judged._replace(last_words=words)
     except Exception as error:
         return status._replace(error=f"bug: {report(error)}")
+
+
+def _held(before: RuleStatus, now: RuleStatus, late: tuple[str, ...]) -> RuleStatus:
+    """Return the status of a rule: an error if it has fired until a scrape was late.
+
+    Built-in rules look back, and what scrapes add is known even then.
+    """
+    if now.fails or now.rule.builtin or now.reads_only((*SYNTHETIC, *PROBED)):
+        return now
+    fired = (dict(a.labels) for a in before.alerts if a.state == "firing")
+    if not any(labels.get("instance", "") in (*late, "") for labels in fired):
+        return now
+    error = "it fired until a scrape timed out"
+    return before._replace(error=error, value=None, part=now.part)
 
 
 # --- 18. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------

@@ -1658,13 +1658,17 @@ class Replay:
         self.format, self.own = format_for(self.judge.wanted, ()), config.target_labels
         self.verdict = Verdict(0, "", 0.0, WALL)
 
-    def check(self, texts, every):
-        """Return the alerts at the next check: (rule, instance) of each that fires."""
+    def look(self, texts, every):
+        """Return the verdict of the next check."""
         now = self.verdict.time + every
         scrapes = [self.scrape(str(n), text) for n, text in enumerate(texts)]
         check = Check(now, WALL + now)
         self.verdict = self.judge.verdict_of(check, (scrapes, ()), self.verdict)
-        statuses = self.verdict.rules
+        return self.verdict
+
+    def check(self, texts, every):
+        """Return the alerts at the next check: (rule, instance) of each that fires."""
+        statuses = self.look(texts, every).rules
         assert not any(status.error for status in statuses), statuses
         return {
             (status.rule.name, dict(alert.labels)["instance"])
@@ -4110,6 +4114,28 @@ class MonitorTest(NetworkTest):
         self.assertEqual(states, ["pending"] * 6 + ["firing"] * 2)
         server.pieces = (page("q 10\n"),)
         self.assertTrue(monitor.check().healthy)
+
+    def test_a_late_answer_makes_no_rule_healthy_that_has_fired(self):
+        late, rules = "timeout", "Q: q > 9; S: sum(q) > 9; T: sum(up) == 2"
+        config = load_config({"UNHEALTHY_WHEN": f"{rules}; Down: sum(up) == 0"})
+        replay = Replay(config)
+        for every, texts, states in (
+            (10, ("q 10\n", "q 1\n"), "firing firing firing"),
+            (1, (late, "q 1\n"), "error error inactive"),
+            (29, (late, "q 1\n"), "error error inactive"),
+            (1, (late, "q 1\n"), "inactive inactive inactive"),
+            (60, ("q 10\n", "q 1\n"), "firing firing firing"),
+            (60, ("q 10\n", late), "firing firing inactive"),
+            (60, (late, "q 10\n"), "firing firing inactive"),
+            (60, (late, "q 1\n"), "inactive inactive inactive"),
+            (60, ("q 10\n", "q 10\n"), "firing firing firing"),
+            (60, ("q 1\n", late), "error error inactive"),
+            (60, ("q 10\n", "q 10\n"), "firing firing firing"),
+            (60, ("refused", "q 1\n"), "inactive inactive inactive"),
+        ):  # fmt: skip
+            with self.subTest(texts, every=every):
+                rules = replay.look(texts, every).rules[:3]
+                self.assertEqual([s.state for s in rules], states.split())
 
     def test_checks_far_apart_by_the_interval_set_are_no_gap(self):
         clock, server = Clock(), self.metrics(page("q 11\n"))
