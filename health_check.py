@@ -1719,8 +1719,7 @@ FUNCTIONS: dict[str, Function] = {
         "group": lambda values: 1.0, **REDUCERS,
     }, aggregates=True),
     **_rows((SCALAR, VECTOR), _aggregate, {"quantile": _quantile}, aggregates=True),
-    "topk": Function((SCALAR, VECTOR), _top(1.0), aggregates=True),
-    "bottomk": Function((SCALAR, VECTOR), _top(-1.0), aggregates=True),
+    **_rows((SCALAR, VECTOR), _top, {"topk": 1.0, "bottomk": -1.0}, aggregates=True),
     "count_values": Function((STRING, VECTOR), _count_values, aggregates=True),
     **_rows((SCALAR, VECTOR), _of_buckets, {"histogram_quantile": _bucket_quantile}),
     **_rows((SCALAR, SCALAR, VECTOR), _of_buckets, {"histogram_fraction": _share}),
@@ -1960,15 +1959,14 @@ class Parser:
     def _unary(self) -> Expr:
         self.accept("\n")
         if self.token.key not in ("+", "-"):
-            start = self.token
-            return self._looking_back(start, self._operand())
+            return self._looking_back()
         sign, operand = self.take(), self._binary(POWER)
         _check_operator(Operation(sign.key, (operand, operand)), sign)
         return operand if sign.key == "+" else _negative(operand)
 
-    def _looking_back(self, start: Token, expr: Expr) -> Expr:
+    def _looking_back(self) -> Expr:
         """Return an operand with what stands behind it: a range, ``offset``, ``@``."""
-        plain = start.key != "("
+        plain, expr = self.token.key != "(", self._operand()
         while self.token.key in ("[", "offset", "@"):
             word = self.take()
             if word.key == "[":
