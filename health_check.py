@@ -84,12 +84,10 @@ from typing import (
     Any,
     Callable,
     Container,
-    Counter,
     Dict,
     Generator,
     Iterable,
     Iterator,
-    List,
     Mapping,
     NamedTuple,
     Sequence,
@@ -413,7 +411,7 @@ class RuleStatus(_RuleStatus):
     """
 
     @cached_property
-    def counts(self) -> Counter[str]:
+    def counts(self) -> collections.Counter[str]:
         """How many alerts are pending and firing; there may be 20,000 to count."""
         return collections.Counter(alert.state for alert in self.alerts)
 
@@ -925,7 +923,7 @@ def _repeated(atom: list[Instruction], piece: re.Match[str]) -> list[Instruction
 def _atom(text: str, flags: int) -> Instruction:
     if text in ("^", "$"):
         return Instruction((1,), anchor=text)
-    if text.isalnum() and not flags & re.IGNORECASE:
+    if text.isalnum() and flags == re.DOTALL:
         return Instruction(test=text.__eq__)
     # Python's blanks have a vertical tab that RE2's have not.
     blanks = r"\t\n\f\r " if text[0] == "[" else r"[\t\n\f\r ]"
@@ -5805,7 +5803,7 @@ class Scrape(NamedTuple):
         return label_all(added, self.labels, "scrape_error", status.reason)
 
 
-Found = Tuple[List[Scrape], Tuple[ProbeStatus, ...]]
+Found = Tuple[Sequence[Scrape], Tuple[ProbeStatus, ...]]
 """What is known of each target, and what the health routes say."""
 
 
@@ -6258,7 +6256,7 @@ class Statistics:
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:
-        self.scrapes: Counter[tuple[str, str]] = collections.Counter()
+        self.scrapes: collections.Counter[tuple[str, str]] = collections.Counter()
         self.durations, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
         self.trends: dict[str, collections.deque[tuple[float, float, str]]] = {
             rule.name: collections.deque(maxlen=TREND) for rule in rules
@@ -6637,7 +6635,7 @@ def answer_rules(names: Sequence[str], verdict: Verdict, query: str = "") -> Ans
     return _answer(_options(query), reason, lines, checks, states, unknown=unknown)
 
 
-Checks = Iterator[Tuple[str, List[Dict[str, Any]]]]
+Checks = Iterator[Tuple[str, Sequence[Dict[str, Any]]]]
 
 
 def _answer(
@@ -7434,8 +7432,8 @@ class Server:
             "/health": answer_health,
         }
         self._rules = {rule.name for rule in monitor.config.rules}
-        self._requests: Counter[tuple[str, str]] = collections.Counter()
-        self._unknown: Counter[str] = collections.Counter()
+        self._requests: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._unknown: collections.Counter[str] = collections.Counter()
         self._waiting: dict[Phase, dict[Connection, float]] = {
             phase: {} for phase in (READ, PARK, DRAIN, BUILD, WRITE, LINGER)
         }
