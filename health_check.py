@@ -6191,7 +6191,7 @@ class Judge:
         """
         samples: dict[Labels, float] = {}
         history, statuses = self.history, []
-        room = history.room() - _size_of_kept(self._statuses)
+        room = max(history.room() - _size_of_kept(self._statuses), 0)
         for scrape in scrapes:
             cost = history.cost(scrape.samples)
             taken = scrape if cost <= room else scrape.failed("too_large", NO_ROOM)

@@ -4274,18 +4274,21 @@ class MonitorTest(NetworkTest):
             labels = (f'q{{n="{next(count)}{letters}"}} 1\n' for _ in range(30))
             return [page("".join(labels))]
 
-        server, rules = self.metrics(answer), "Q: q > 0 keep_firing_for 10m"
+        servers = self.metrics(answer), self.metrics(page("q 1\n"))
+        rules = "Q: q > 0 keep_firing_for 10m; R: q > 0 keep_firing_for 10m"
         environ = {"UNHEALTHY_WHEN": rules, "HISTORY_LIMIT": "6Mi"}
-        monitor, reasons = self.monitor(server, clock=clock, **environ), []
+        monitor, reasons = self.monitor(*servers, clock=clock, **environ), []
         for _ in range(6):
             clock.now += 1
-            reasons.append(monitor.check().targets[0].reason)
+            targets = monitor.check().targets
+            reasons.append(targets[0].reason)
+            self.assertEqual(targets[1].reason, "", "its series are known")
         self.assertEqual(reasons[0], "")
         self.assertEqual(reasons[-1], "too_large")
         for later in 601, 1:
             clock.now += later
             monitor.check()
-        self.assertEqual(monitor.verdict.reason, "Q")
+        self.assertEqual(monitor.verdict.reason, "Q, R")
         self.assertEqual(monitor.verdict.targets[0].reason, "")
 
     def test_firing_series_that_change_make_the_rule_an_error_for_a_while(self):
