@@ -6169,11 +6169,7 @@ class Judge:
         if asked:
             self.history.record(dict(collections.ChainMap(*asked)), now, PROBED)
         evaluation = self.history.evaluation(now, check.wall)
-        late = tuple(
-            target.instance for target in targets
-            if target.reason == "timeout" and now - target.since < TOLERATED
-        )  # fmt: skip
-        self._statuses = tuple(_judged(s, evaluation, late) for s in self._statuses)
+        self._judge(targets, evaluation)
         readings = {s.status.instance: s.reading for s in scrapes if s.reading}
         self._warn(self.lookout.look(readings, evaluation))
         targets = tuple(map(self.lookout.remark, targets))
@@ -6181,6 +6177,14 @@ class Judge:
         fault = "" if self._scraped else "never scraped"
         known = before.sequence + 1, fault, now, check.wall
         return Verdict(*known, self._statuses, targets, probes, left)
+
+    def _judge(
+        self, targets: Iterable[TargetStatus], evaluation: Evaluation
+    ) -> None:
+        begin = evaluation.now - TOLERATED
+        failed = (t for t in targets if t.reason == "timeout" and t.since > begin)
+        late = [target.instance for target in failed]
+        self._statuses = tuple(_judged(s, evaluation, late) for s in self._statuses)
 
     def _record(
         self, scrapes: Iterable[Scrape], now: float, before: Iterable[TargetStatus]
@@ -6296,7 +6300,7 @@ def _without(name: str, status: RuleStatus) -> RuleStatus:
 
 
 def _judged(
-    status: RuleStatus, evaluation: Evaluation, late: tuple[str, ...] = ()
+    status: RuleStatus, evaluation: Evaluation, late: Sequence[str] = ()
 ) -> RuleStatus:
     try:
         judged = without_recovered(judge(status, evaluation), evaluation)
@@ -6310,7 +6314,7 @@ def _judged(
         return status._replace(error=f"bug: {report(error)}")
 
 
-def _held(before: RuleStatus, now: RuleStatus, late: tuple[str, ...]) -> RuleStatus:
+def _held(before: RuleStatus, now: RuleStatus, late: Sequence[str]) -> RuleStatus:
     """Return the status of a rule: an error if it has fired until a scrape was late.
 
     Built-in rules look back, and what scrapes add is known even then.
@@ -8028,7 +8032,7 @@ def prometheus_rules(rules: Iterable[Rule]) -> str:
     """
     lines = ["groups:", "  - name: health_check", "    rules:"]
     for rule in rules:
-        expr = _without_gone(rule.expr) if rule.builtin else rule.expr
+        expr = _without_reasons(rule)
         names = {selector.name for selector in find_selectors(expr)}
         notes = [name for name in NOT_IN_PROMETHEUS if name in names]
         lines += [f"      # {name} {NOT_IN_PROMETHEUS[name]}" for name in notes]
@@ -8041,13 +8045,11 @@ def prometheus_rules(rules: Iterable[Rule]) -> str:
     return "\n".join(lines)
 
 
-def _without_gone(expr: Expr) -> Expr:
-    # That nobody listens is not told there from any other failure of a scrape.
-    if not isinstance(expr, Operation):
-        return expr
-    operands = tuple(map(_without_gone, expr.operands))
-    ended = operands[1:] == (parse_expression(GONE),)
-    return operands[0] if ended else expr._replace(operands=operands)
+def _without_reasons(rule: Rule) -> Expr:
+    # That nobody listens is told there from no other failure of a scrape.
+    names = lookbacks([rule.expr]).keys() - {"scrape_error"}
+    known = rule.builtin and rule.name != "Down"
+    return (prune(rule.expr, names) if known else None) or rule.expr
 
 
 def _as_in_prometheus(expr: Expr, *, counts: bool = False) -> Expr:
