@@ -3198,13 +3198,24 @@ class ConfigError(ValueError):
     """One or more settings are wrong; the text has a line for each."""
 
 
+class Credentials(NamedTuple):
+    """What a server may ask for before it answers; each is a path or empty."""
+
+    token_file: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    skip_verify: bool = False
+
+
 class Target(NamedTuple):
-    """Where to scrape; ``query`` and ``authorization`` are for the target's eyes."""
+    """Whom to ask; all from ``query`` on is for the target's eyes."""
 
     instance: str
     url: str
     query: str = ""
     authorization: str = ""
+    credentials: Credentials = Credentials()
 
     @property
     def address(self) -> str:
@@ -3489,19 +3500,6 @@ Given = Mapping[str, str]
 Values = Mapping[str, Any]
 
 
-class Credentials(NamedTuple):
-    """What a server may ask for before it answers; each is a path or empty."""
-
-    token_file: str = ""
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
-    skip_verify: bool = False
-
-
-ANONYMOUS = Credentials()
-
-
 class Config(NamedTuple):
     """The settings, each by its name in lower case, and the rules they make.
 
@@ -3549,15 +3547,6 @@ class Config(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-def credentials_of(config: Config) -> Credentials:
-    """Return what targets are shown."""
-    return Credentials(
-        config.metrics_bearer_token_file, config.metrics_ca_file,
-        config.metrics_cert_file, config.metrics_key_file,
-        config.metrics_tls_skip_verify,
-    )  # fmt: skip
-
-
 def load_config(environ: Mapping[str, str]) -> Config:
     """Return the configuration that an environment asks for; an empty value is unset.
 
@@ -3578,7 +3567,8 @@ def load_config(environ: Mapping[str, str]) -> Config:
         raise ConfigError("\n".join(problems + warnings))
     plain = (s.name for s in SETTINGS if not s.name.endswith(SECRET))
     values["given"] = {name: given[name] for name in plain if name in given}
-    return _with_rules(Config(**values, warnings=tuple(warnings)))
+    config = Config(**values, warnings=tuple(warnings))
+    return _with_rules(_with_credentials(config))
 
 
 def hopeless(
@@ -3735,6 +3725,25 @@ def _canary_problems(given: Given, values: Values) -> Iterator[str]:
             yield f"{name} needs CANARY_URL, where to send it"
     if "CANARY_BEARER_TOKEN_FILE" in given and url and url.authorization:
         yield "CANARY_BEARER_TOKEN_FILE excludes user:password in CANARY_URL"
+
+
+def _with_credentials(config: Config) -> Config:
+    """Let each target know what it is shown: a token to whom it was set for alone."""
+    files = config.metrics_ca_file, config.metrics_cert_file, config.metrics_key_file
+    tls = Credentials("", *files, config.metrics_tls_skip_verify)
+    metrics = tls._replace(token_file=config.metrics_bearer_token_file)
+    canary = tls._replace(token_file=config.canary_bearer_token_file)
+    token, ca = config.alertmanager_bearer_token_file, config.alertmanager_ca_file
+    return config._replace(
+        metrics_endpoint=_showing(metrics, config.metrics_endpoint),
+        health_endpoint=_showing(tls, config.health_endpoint),
+        canary_url=config.canary_url and config.canary_url._replace(credentials=canary),
+        alertmanager_url=_showing(Credentials(token, ca), config.alertmanager_url),
+    )
+
+
+def _showing(shown: Credentials, targets: Iterable[Target]) -> tuple[Target, ...]:
+    return tuple(target._replace(credentials=shown) for target in targets)
 
 
 def _with_rules(config: Config) -> Config:
@@ -3918,15 +3927,14 @@ class Stream(NamedTuple):
 
 @contextmanager
 def open_stream(
-    target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
-    overtime: float = 0.0,
+    target: Target, deadline: float, overtime: float = 0.0
 ) -> Iterator[Stream]:
     """Give the metrics of a target; all of it happens before a monotonic deadline.
 
     ``overtime`` is that of ``send``.  Name lookup is the one part that cannot be
     interrupted.  Raises ScrapeError.
     """
-    with fetch(target, deadline, credentials, None, overtime) as response:
+    with fetch(target, deadline, None, overtime) as response:
         if response.status != 200:
             phrase = http.client.responses.get(response.status, "")
             see = ": see METRICS_BEARER_TOKEN_FILE" if response.status == 401 else ""
@@ -3967,8 +3975,7 @@ def _readinto(
 
 
 def fetch(
-    target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
-    body: bytes | None = None, overtime: float = 0.0,
+    target: Target, deadline: float, body: bytes | None = None, overtime: float = 0.0
 ) -> Response:
     """Return the answer to a GET, or to a POST of JSON; raises ScrapeError.
 
@@ -3981,9 +3988,8 @@ def fetch(
         headers["Authorization"] = target.authorization
     for _ in range(MAX_REDIRECTS + 1):
         with Translated():
-            response = send(
-                at.address, deadline, credentials, headers, body=body, overtime=overtime
-            )
+            shown = target.credentials, headers
+            response = send(at.address, deadline, *shown, body=body, overtime=overtime)
         location = response.fields.get("location")
         followed = REDIRECTS if body is None else REDIRECTS[-2:]
         if response.status not in followed or not location:
@@ -4024,7 +4030,7 @@ class Translated:
 
 
 def send(
-    url: str, deadline: float, credentials: Credentials = ANONYMOUS,
+    url: str, deadline: float, credentials: Credentials,
     headers: Mapping[str, str] = MappingProxyType({}), *, body: bytes | None = None,
     overtime: float = 0.0,
 ) -> Response:  # fmt: skip
@@ -5358,8 +5364,8 @@ MEND = {401: "CANARY_BEARER_TOKEN_FILE", 403: "CANARY_BEARER_TOKEN_FILE",
 
 
 def ask(
-    probe: str, target: Target, deadline: float, credentials: Credentials = ANONYMOUS,
-    *, body: bytes | None = None, overtime: float = 0.0,
+    probe: str, target: Target, deadline: float, body: bytes | None = None,
+    overtime: float = 0.0,
 ) -> ProbeStatus:  # fmt: skip
     """Ask a server; 2xx is success, as to blackbox_exporter.
 
@@ -5367,7 +5373,7 @@ def ask(
     """
     started, code = time.monotonic(), 0
     try:
-        with fetch(target, deadline, credentials, body, overtime) as response:
+        with fetch(target, deadline, body, overtime) as response:
             code, found = response.status, SOUND
             if body:
                 found = judge_completion(code, _read(response, deadline))
@@ -5385,13 +5391,11 @@ def ask(
 
 def ask_canary(config: Config, target: Target, model: str) -> ProbeStatus:
     """Ask for a completion, of a model or of the first that the server names."""
-    deadline = time.monotonic() + config.canary_timeout
-    token_file, body = config.canary_bearer_token_file, config.canary_body
-    credentials = credentials_of(config)._replace(token_file=token_file)
+    deadline, body = time.monotonic() + config.canary_timeout, config.canary_body
     if not body:
-        model = model or _served_model(target, deadline, credentials)
+        model = model or _served_model(target, deadline)
         body = completion_request(target.url, model)
-    return ask("canary", target, deadline, credentials, body=body)
+    return ask("canary", target, deadline, body)
 
 
 class Canary:
@@ -5523,12 +5527,12 @@ def _model(series: SeriesByName) -> str:
     return next((value for name, value in labels if name == MODEL_LABEL), "")
 
 
-def _served_model(target: Target, deadline: float, credentials: Credentials) -> str:
+def _served_model(target: Target, deadline: float) -> str:
     base, version, _ = target.url.partition("/v1/")
     if version:
         models = target._replace(url=f"{base}/v1/models")
         with suppress(ScrapeError, LookupError, TypeError, ValueError, RecursionError):
-            with fetch(models, deadline, credentials) as response:
+            with fetch(models, deadline) as response:
                 answer = _read(response, deadline)
             return str(json.loads(answer)["data"][0]["id"])
     return ""
@@ -5917,9 +5921,9 @@ class Scraper:
 
     def _scrape(self, number: int, job: Job, overtime: float) -> Scrape:
         target, started = self._targets[number], time.monotonic()
-        scrape, credentials = self._blank(target), credentials_of(self._config)
+        scrape = self._blank(target)
         try:
-            with open_stream(target, job.deadline, credentials, overtime) as stream:
+            with open_stream(target, job.deadline, overtime) as stream:
                 known, format = self._known[number], self._formats[number]
                 if format.dropped & format.names:
                     format = self._formats[number] = without_dropped(format)
@@ -5939,11 +5943,9 @@ class Scraper:
         return scrape._replace(status=status)
 
     def _ask(self, number: int, job: Job, overtime: float) -> ProbeStatus:
-        # The token is for the metrics alone.
         route = self._routes[number - len(self._targets)]
-        credentials = credentials_of(self._config)._replace(token_file="")
         try:
-            return ask("health", route, job.deadline, credentials, overtime=overtime)
+            return ask("health", route, job.deadline, overtime=overtime)
         except Exception as error:
             return ProbeStatus("health", route.instance, None, 0, "bug", report(error))
 
@@ -6372,9 +6374,6 @@ class Notifier:
     ) -> None:
         self.target, self.sent, self.failed = target, 0, 0
         self._config, self._generator, self._clock = config, generator, clock
-        self._credentials = Credentials(
-            config.alertmanager_bearer_token_file, config.alertmanager_ca_file
-        )
         self._verdict: Verdict | None = None
         self._firing: frozenset[tuple[str, Labels]] = frozenset()
         self._notices: dict[Labels, Notice] = {}
@@ -6474,9 +6473,9 @@ class Notifier:
 
     def _post(self, batch: Sequence[dict[str, Any]]) -> bool:
         body, deadline = json.dumps(batch).encode(), time.monotonic() + SEND_TIMEOUT
-        to, status, problem = (self.target, deadline, self._credentials), 0, ""
+        status, problem = 0, ""
         try:
-            with Translated(), fetch(*to, body) as response:
+            with Translated(), fetch(self.target, deadline, body) as response:
                 status = response.status
                 if not 200 <= status < 300:
                     problem = redact(f"HTTP {status}: {response.read(200)!r}")
@@ -7964,8 +7963,8 @@ def _answer_of_running(environ: Mapping[str, str], path: str) -> tuple[int, str]
         with Translated():
             link = port.startswith(SERVICE_LINKS)
             port = "8081" if link or not port else str(parse_port(port))
-            deadline = time.monotonic() + CALLER_TIMEOUT
-            with send(f"http://{host}:{port}{path}", deadline) as response:
+            to = f"http://{host}:{port}{path}", time.monotonic() + CALLER_TIMEOUT
+            with send(*to, Credentials()) as response:
                 answer = response.read(RECEIVE_BUFFER).decode(errors="replace")
         return response.status, answer
     except ScrapeError as error:

@@ -46,7 +46,6 @@ from unittest import mock
 
 import health_check
 from health_check import (
-    ANONYMOUS,
     HUNG,
     MAX_ALERTS,
     RETRY,
@@ -77,6 +76,7 @@ from health_check import (
     Simulation,
     Site,
     Stream,
+    Target,
     TargetStatus,
     Verdict,
     answer_health,
@@ -2379,10 +2379,25 @@ class Config(unittest.TestCase):
         ):
             with self.subTest(url):
                 (target,) = load_config({"METRICS_ENDPOINT": url}).metrics_endpoint
-                self.assertEqual(list(target), expected)
+                self.assertEqual(target, Target(*expected))
         several = load_config({"METRICS_ENDPOINT": "http://a:1/m, http://a:2/m,"})
         found = [target.instance for target in several.metrics_endpoint]
         self.assertEqual(found, ["a:1", "a:2"])
+
+    def test_a_token_is_for_those_alone_for_whom_it_was_set(self):
+        kinds = "METRICS", "CANARY", "ALERTMANAGER"
+        environ = {f"{kind}_BEARER_TOKEN_FILE": kind for kind in kinds}
+        names = "METRICS_ENDPOINT", "HEALTH_ENDPOINT", "CANARY_URL", "ALERTMANAGER_URL"
+        environ.update(dict.fromkeys(names, "https://h/"), METRICS_CA_FILE="ca")
+        config = load_config({**environ, "METRICS_TLS_SKIP_VERIFY": "true"})
+        tls = Credentials("", "ca", skip_verify=True)
+        for targets, shown in (
+            (config.metrics_endpoint, tls._replace(token_file="METRICS")),
+            (config.health_endpoint, tls),
+            ([config.canary_url], tls._replace(token_file="CANARY")),
+            (config.alertmanager_url, Credentials("ALERTMANAGER")),
+        ):
+            self.assertEqual([target.credentials for target in targets], [shown])
 
     def test_an_error_shows_no_credentials(self):
         for url in (
@@ -2424,17 +2439,18 @@ AiEAmq+v66jUSsnNQ6DrcTCxzksy2HCokVLVNePKJs6DDNQ=
 class ScrapeTest(NetworkTest):
     """open_stream, against servers that say what they like."""
 
-    def scrape(self, target, seconds=5.0, by=ANONYMOUS):
+    def scrape(self, target, seconds=5.0, by=None):
         target = self.config(target, UNHEALTHY_WHEN="up").metrics_endpoint[0]
+        target = target._replace(credentials=by or Credentials())
         buffer, body = bytearray(4096), b""
-        with open_stream(target, time.monotonic() + seconds, by) as stream:
+        with open_stream(target, time.monotonic() + seconds) as stream:
             while True:
                 count = stream.readinto(memoryview(buffer))
                 body += buffer[:count]
                 if not count:
                     return body
 
-    def failure(self, target, seconds=5.0, by=ANONYMOUS):
+    def failure(self, target, seconds=5.0, by=None):
         with self.assertRaises(ScrapeError) as caught:
             self.scrape(target, seconds, by)
         return f"{caught.exception.reason}: {caught.exception}"
@@ -4026,7 +4042,7 @@ class MonitorTest(NetworkTest):
     def test_a_request_is_given_up_in_the_end_and_later_each_time(self):
         server = self.metrics(FOREVER)
         fetched = mock.Mock(wraps=health_check.open_stream)
-        waits = lambda: [args[3] for args, _ in fetched.call_args_list]  # noqa: E731
+        waits = lambda: [args[2] for args, _ in fetched.call_args_list]  # noqa: E731
         changed = mock.patch.multiple(
             health_check, LEAST_OVERTIME=0.02, MOST_OVERTIME=0.07, open_stream=fetched
         )
