@@ -1531,10 +1531,8 @@ def _relabeled(labels: Labels, label: str, value: str | None) -> Labels:
     return tuple(sorted((name, text) for name, text in pairs if text))
 
 
-def _label_replace(
-    _: Operation, __: Evaluation, vector: Vector, label: str, *texts: str
-) -> Vector:
-    replacement, source, pattern = texts
+def _label_replace(_: Operation, __: Evaluation, vector: Vector, *texts: str) -> Vector:
+    label, replacement, source, pattern = texts
     known, olds = _known_values(texts), [dict(k).get(source, "") for k in vector]
     if len(known) > 2 * len(vector):
         known.clear()
@@ -1547,23 +1545,19 @@ def _label_replace(
     return _distinct((_relabeled(k, label, new), v) for (k, v), new in pairs)
 
 
-def _label_join(
-    _: Operation, __: Evaluation, vector: Vector, label: str, joint: str, *names: str
-) -> Vector:
-    texts = {k: joint.join(dict(k).get(name, "") for name in names) for k in vector}
-    return _distinct((_relabeled(k, label, texts[k]), vector[k]) for k in vector)
+def _label_join(_: Operation, __: Evaluation, vector: Vector, *texts: str) -> Vector:
+    label, joint, *names = texts
+    joined = {k: joint.join(dict(k).get(name, "") for name in names) for k in vector}
+    return _distinct((_relabeled(k, label, joined[k]), vector[k]) for k in vector)
 
 
 def _timestamp(expr: Operation, evaluation: Evaluation, vector: Vector) -> Vector:
     operand, shift = expr.operands[0], evaluation.wall - evaluation.now
     if not isinstance(operand, Selector):
         return _nameless((labels, evaluation.wall) for labels in vector)
-    moment = moment_of(operand, evaluation)
-    return _nameless(
-        (labels, sample[0] + shift)
-        for labels, series in select(operand, evaluation).items()
-        if (sample := series.sample_at(moment))
-    )
+    moment, found = moment_of(operand, evaluation), select(operand, evaluation)
+    samples = ((labels, found[labels].sample_at(moment)) for labels in vector)
+    return _nameless((labels, seen[0] + shift) for labels, seen in samples if seen)
 
 
 def _absent(expr: Operation, _: Evaluation, found: Vector | Range) -> Vector:
@@ -1669,9 +1663,8 @@ class Function(NamedTuple):
 
 
 def _rows(
-    operands: tuple[str, ...], wrap: Callable[..., Any], rows: Mapping[str, Any],
-    **fields: Any,
-) -> dict[str, Function]:  # fmt: skip
+    operands: tuple[str, ...], wrap: Apply, rows: Mapping[str, Any], **fields: Any
+) -> dict[str, Function]:
     return {name: Function(operands, wrap(rows[name]), **fields) for name in rows}
 
 
