@@ -3924,7 +3924,7 @@ def open_stream(
 ) -> Iterator[Stream]:
     """Give the metrics of a target; all of it happens before a monotonic deadline.
 
-    ``overtime`` is that of ``send``.  Name lookup is the one part that cannot be
+    ``overtime`` is that of ``fetch``.  Name lookup is the one part that cannot be
     interrupted.  Raises ScrapeError.
     """
     with fetch(target, deadline, None, overtime) as response:
@@ -3973,6 +3973,8 @@ def fetch(
     """Return the answer to a GET, or to a POST of JSON; raises ScrapeError.
 
     Redirects within the origin are followed, for a POST those that keep the method.
+    With ``overtime`` the first byte of an answer is waited for so long past the
+    deadline, to no avail but that the server is not sent another request meanwhile.
     """
     at, headers = target, {"Accept": ACCEPT}
     if body is not None:
@@ -3981,8 +3983,7 @@ def fetch(
         headers["Authorization"] = target.authorization
     for _ in range(MAX_REDIRECTS + 1):
         with Translated():
-            shown = target.credentials, headers
-            response = send(at.address, deadline, *shown, body=body, overtime=overtime)
+            response = _send(at, deadline, headers, body, overtime)
         location = response.fields.get("location")
         followed = REDIRECTS if body is None else REDIRECTS[-2:]
         if response.status not in followed or not location:
@@ -3998,7 +3999,7 @@ def _moved(target: Target, location: str) -> Target:
         moved = parse_target(url.partition("#")[0])
         schemes = {at.url.partition(":")[0] for at in (moved, target)}
         if moved.instance == target.instance and len(schemes) == 1:
-            return moved
+            return moved._replace(credentials=target.credentials)
     raise ScrapeError("redirect", "redirected to another origin: not followed")
 
 
@@ -4022,17 +4023,15 @@ class Translated:
             raise ScrapeError(reason, message or type(cause).__name__) from error
 
 
-def send(
-    url: str, deadline: float, credentials: Credentials,
-    headers: Mapping[str, str] = MappingProxyType({}), *, body: bytes | None = None,
-    overtime: float = 0.0,
+def _send(
+    target: Target, deadline: float, headers: Mapping[str, str], body: bytes | None,
+    overtime: float,
 ) -> Response:  # fmt: skip
-    """Send a GET, or a POST, with some credentials; return whatever answer comes.
+    """Send a GET, or a POST; return whatever answer comes.
 
-    With ``overtime`` the first byte of an answer is waited for so long past the
-    deadline, to no avail but that the server is not sent another request meanwhile.
     Raises ScrapeError for credentials that cannot be read, else what urllib raises.
     """
+    url, credentials = target.address, target.credentials
     fields = {**headers, "User-Agent": AGENT}
     try:
         if credentials.token_file:
@@ -7956,8 +7955,8 @@ def _answer_of_running(environ: Mapping[str, str], path: str) -> tuple[int, str]
         with Translated():
             link = port.startswith(SERVICE_LINKS)
             port = "8081" if link or not port else str(parse_port(port))
-            to = f"http://{host}:{port}{path}", time.monotonic() + CALLER_TIMEOUT
-            with send(*to, Credentials()) as response:
+            target = Target("", f"http://{host}:{port}{path}")
+            with fetch(target, time.monotonic() + CALLER_TIMEOUT) as response:
                 answer = response.read(RECEIVE_BUFFER).decode(errors="replace")
         return response.status, answer
     except ScrapeError as error:
