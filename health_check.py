@@ -2832,19 +2832,16 @@ def _unanswered(server: KnownServer, _: str) -> str:
 
 
 def _failing(server: KnownServer, _: str) -> str:
-    failed, answered = (
-        f"sum by (instance) (increase({name}[4m30s]))"
-        for name in (server.failed, server.answered)
-    )
+    ended = "sum by (instance) (increase({}[4m30s]))"
+    failed, answered = map(ended.format, (server.failed, server.answered))
     three = f"{_counted(server.failed, '4m30s', 3)}{_only_with(server.own)}"
-    text = f"{failed} >= 3 unless on (instance) {answered} > 0{three}"
-    return text if server.failed else ""
+    return server.failed and f"{failed} >= 3 unless {answered} > 0{three}"
 
 
 def _counted(name: str, window: str, least: int) -> str:
     # Where few samples are in the window increase() makes two requests of one.
     ended = f"{LATEST.format(name)} - min_over_time({name}[{window}])"
-    return f" and on (instance) sum by (instance) ({ended}) >= {least}"
+    return f" and sum by (instance) ({ended}) >= {least}"
 
 
 def _changed(server: KnownServer, form: str, more: str = "") -> list[str]:
