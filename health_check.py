@@ -6160,7 +6160,7 @@ class Judge:
         if asked:
             self.history.record(dict(collections.ChainMap(*asked)), now, PROBED)
         evaluation = self.history.evaluation(now, check.wall)
-        self._judge(targets, evaluation)
+        self._judge(targets, probes, evaluation)
         readings = {s.status.instance: s.reading for s in scrapes if s.reading}
         self._warn(self.lookout.look(readings, evaluation))
         targets = tuple(map(self.lookout.remark, targets))
@@ -6170,12 +6170,17 @@ class Judge:
         return Verdict(*known, self._statuses, targets, probes, left)
 
     def _judge(
-        self, targets: Iterable[TargetStatus], evaluation: Evaluation
-    ) -> None:
+        self, targets: Iterable[TargetStatus], probes: Iterable[ProbeStatus],
+        evaluation: Evaluation,
+    ) -> None:  # fmt: skip
         begin = evaluation.now - TOLERATED
         failed = (t for t in targets if t.reason == "timeout" and t.since > begin)
-        late = [target.instance for target in failed]
-        self._statuses = tuple(_judged(s, evaluation, late) for s in self._statuses)
+        asked = (p for p in probes if (p.probe, p.reason) == ("health", "timeout"))
+        late = [target.instance for target in failed], [p.instance for p in asked]
+        self._statuses = tuple(
+            _judged(status, evaluation, late[status.rule.name == "NotServing"])
+            for status in self._statuses
+        )
 
     def _record(
         self, scrapes: Iterable[Scrape], now: float, before: Iterable[TargetStatus]
@@ -6306,16 +6311,17 @@ def _judged(
 
 
 def _held(before: RuleStatus, now: RuleStatus, late: Sequence[str]) -> RuleStatus:
-    """Return the status of a rule: an error if it has fired until a scrape was late.
+    """Return the status of a rule: an error if it fired until an answer was late.
 
-    Built-in rules look back, and what scrapes add is known even then.
+    Of the built-in rules most look back, and what answers add themselves is known.
     """
-    if now.fails or now.rule.builtin or now.reads_only((*SYNTHETIC, *PROBED)):
+    known = now.reads_only((*SYNTHETIC, *PROBED))
+    if now.fails or known != now.rule.builtin:
         return now
     fired = (dict(a.labels) for a in before.alerts if a.state == "firing")
     if not any(labels.get("instance", "") in (*late, "") for labels in fired):
         return now
-    error = "it fired until a scrape timed out"
+    error = "it fired until an answer timed out"
     return before._replace(error=error, value=None, part=now.part)
 
 

@@ -1915,6 +1915,11 @@ class Servers(unittest.TestCase):
             ((since, _),) = replay.run([[late] * (after // every + 1)], every)
             self.assertEqual(since["Down"], every + after, every)
             self.assertEqual(replay.run([[page]], every)[0][1], set())
+        for every in 1, 5, 10, 30:
+            replay = Replay()
+            replay.look([page], every)
+            for text in ["refused", *[late] * (30 // every + 2)]:
+                self.assertEqual(replay.look([text], every).reason, "Down")
         rows = [[page, reason] for reason in SCRAPE_REASONS if reason != late]
         for _, firing in Replay().run(rows):
             self.assertEqual(firing, {"Down"})
@@ -3654,7 +3659,8 @@ class ProbeTest(NetworkTest):
         for seconds, answers, reason in (
             (0, [page()], ""), (10, [bad], "NotServing"), (20, [page()], ""),
             (30, [FOREVER], ""), (60, [FOREVER], "NotServing"), (70, [page()], ""),
-            (190, [FOREVER], ""), (200, [page()], ""),
+            (190, [FOREVER], ""), (200, [page()], ""), (205, [bad], "NotServing"),
+            (210, [FOREVER], "NotServing"), (220, [page()], ""),
         ):  # fmt: skip
             with self.subTest(seconds=seconds):
                 pieces[:] = answers
