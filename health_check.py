@@ -6384,7 +6384,7 @@ class Notifier:
         self._stopping = True
         self._changed.set()
 
-    def publish(self, verdict: Verdict) -> None:
+    def publish(self, _: Verdict, verdict: Verdict) -> None:
         """Take a new verdict; returns at once."""
         if not verdict.rules:
             return
@@ -7445,7 +7445,7 @@ class Server:
         self._woken, self.waker = socket.socketpair()
         for sock in (listener, self._woken, self.waker):
             sock.setblocking(False)
-        monitor.listeners.append(self._published)
+        monitor.listeners.append(lambda *_: self._wake())
 
     def run(self) -> None:
         """Answer until stop() is called."""
@@ -7472,11 +7472,6 @@ class Server:
         """Make run() return; safe in a signal handler and in any thread."""
         self._stopping = True
         self._wake()
-
-    def _published(self, _: Verdict, verdict: Verdict) -> None:
-        self._wake()
-        for notifier in self._notifiers:
-            notifier.publish(verdict)
 
     def _wake(self) -> None:
         # If it is full the loop wakes anyway; if it is closed there is no loop.
@@ -8197,7 +8192,7 @@ def _serve_on(listener: socket.socket, config: Config) -> int:
     before = read_last_words(config.last_words)
     server = Server(listener, monitor, notifiers, before)
     policy = ExitPolicy(config, server.stop, time.monotonic())
-    monitor.listeners.append(policy.on_verdict)
+    monitor.listeners += [*(n.publish for n in notifiers), policy.on_verdict]
     with _stopped_by_signals(server):
         for thread in threads:
             thread.start()

@@ -4703,7 +4703,7 @@ class AlertmanagerTest(NetworkTest):
         status = RuleStatus(self.rule, tuple(alerts))
         statuses = (status,) if rules else ()
         targets = (TargetStatus("a:1"), TargetStatus("b:1", "refused", "no\n"))
-        self.notifier.publish(Verdict(1, "", now, WALL + now, statuses, targets))
+        self.notifier.publish(None, Verdict(1, "", now, WALL + now, statuses, targets))
 
     def alert(self, engine="0", state="firing"):
         labels = (("0", "z"), ("__name__", "q"), ("a.b", "x"), ("engine", engine))
@@ -4744,7 +4744,7 @@ class AlertmanagerTest(NetworkTest):
 
     def test_an_alert_of_a_rule_that_cannot_be_evaluated_any_more_is_sent(self):
         broken = RuleStatus(self.rule, (self.alert(),), "a bug")
-        self.notifier.publish(Verdict(1, "", self.clock(), WALL, (broken,)))
+        self.notifier.publish(None, Verdict(1, "", self.clock(), WALL, (broken,)))
         self.notifier.work()
         self.assertEqual([engine for engine, _, _ in self.sent()], ["0"])
 
@@ -4927,7 +4927,7 @@ class AlertmanagerTest(NetworkTest):
         notifier.start()
         self.assertTrue(wait_until(lambda: notifier.calls == 1))
         status = RuleStatus(self.rule, (self.alert(),))
-        notifier.publish(Verdict(1, "", 0.0, 0.0, (status,)))
+        notifier.publish(None, Verdict(1, "", 0.0, 0.0, (status,)))
         self.assertTrue(wait_until(lambda: notifier.calls == 2))
         notifier.stop()
         self.log[:] = [line for line in self.log if "this is a bug" not in line]
