@@ -2252,16 +2252,12 @@ def format_expression(expr: Expr, floor: float = 0) -> str:
     elif expr == _negative(expr.operands[1]):
         level, text = SIGN, "-" + format_expression(expr.operands[1], SIGN)
     else:
-        level, text = PRECEDENCE[expr.name], _format_operator(expr)
+        level, power = PRECEDENCE[expr.name], expr.name == "^"
+        left = format_expression(expr.operands[0], level + power)
+        right = format_expression(expr.operands[1], level + (not power))
+        grouping = _format_grouping(expr, "on", "ignoring")
+        text = f"{left} {expr.name}{' bool' * expr.returns_bool}{grouping} {right}"
     return f"({text})" if level < floor else text
-
-
-def _format_operator(expr: Operation) -> str:
-    level, power = PRECEDENCE[expr.name], expr.name == "^"
-    left = format_expression(expr.operands[0], level + power)
-    right = format_expression(expr.operands[1], level + (not power))
-    modifiers = " bool" * expr.returns_bool + _format_grouping(expr, "on", "ignoring")
-    return f"{left} {expr.name}{modifiers} {right}"
 
 
 def _format_looking_back(expr: Selector | Subquery) -> str:
