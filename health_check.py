@@ -6594,6 +6594,8 @@ class Answer(NamedTuple):
 
 
 HEALTHY, UNHEALTHY = Answer(200, "Healthy\n"), Answer(503, "Unhealthy\n")
+# Of /livez alone, which is about this program, whatever its checks find.
+STUCK = Answer(503, "Unhealthy: no check has come round for a minute\n")
 
 
 def answer_health(verdict: Verdict, query: str = "") -> Answer:
@@ -6703,12 +6705,6 @@ def _bounded(parts: Iterable[str], left_out: str) -> Iterator[str]:
             yield left_out
             return
         yield part
-
-
-def answer_livez(alive: bool) -> Answer:
-    """Answer ``/livez``: whether this program can check, whatever the checks find."""
-    dead = Answer(503, "Unhealthy: no check has come round for a minute\n")
-    return HEALTHY if alive else dead
 
 
 def _verbose_lines(
@@ -7421,7 +7417,7 @@ class Server:
         site = Site(monitor.config, monitor.statistics, last_words)
         self._routes: dict[str, Callable[[Verdict, str], Answer]] = {
             "/": lambda verdict, query: answer_page(verdict, site, query),
-            "/livez": lambda *_: answer_livez(monitor.alive()),
+            "/livez": lambda *_: HEALTHY if monitor.alive() else STUCK,
             "/metrics": lambda verdict, _: answer_metrics(self._metrics(verdict)),
             "/health": answer_health,
         }
