@@ -3033,12 +3033,11 @@ SERVERS: tuple[KnownServer, ...] = (
     KnownServer(
         "MAX", ":8001/metrics", "26.7, run",
         "the port answers while the API does not; gauges vanish at times",
-        waiting="maxserve_num_requests_queued", running="maxserve_num_requests_running",
-        moving="maxserve_batch_execution_time_milliseconds_count",
         # Those that wait run, too, and their own gauge is gone once none does.
-        stuck="last_over_time(maxserve_num_requests_running[2m10s]) > 0 unless on"
-              " (instance) idelta(maxserve_batch_execution_time_milliseconds_count[5m])"
-              " != 0",
+        waiting="maxserve_num_requests_running",
+        running="maxserve_num_requests_running",
+        queue="last_over_time(maxserve_num_requests_queued[1m])",
+        moving="maxserve_batch_execution_time_milliseconds_count",
         **_ended('maxserve_request_count_total{code=~"#.."}'),
         abandoned='maxserve_request_count_total{code="499"}',
         known_by="maxserve_pipeline_load_total",

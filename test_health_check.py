@@ -87,6 +87,7 @@ from health_check import (
     ask_canary,
     canary_rules,
     compile_regex,
+    drain_expression,
     escape_controls,
     evaluate,
     format_duration,
@@ -1873,6 +1874,13 @@ class Servers(unittest.TestCase):
         busy = [f"{full}{name} {n}\n" for n in range(6)]
         idle = [f"maxserve_num_requests_running 0\n{name} 9\n"] * 30
         self.assertEqual(Replay().run([busy + idle]), [({}, set())])
+
+    def test_rules_of_ones_own_take_no_server_out_of_what_drains(self):
+        found = []
+        for name, text in ("POD_NAME", "a"), ("UNHEALTHY_WHEN", "A: x > 1"):
+            rules = load_config({name: text}).rules
+            found.append(drain_expression([rule.expr for rule in rules]))
+        self.assertEqual(*map(format_expression, found))
 
     def test_labels_of_targets_are_none_that_built_in_rules_mean(self):
         texts = " ".join(map(format_rule, Replay.CONFIG.rules))
