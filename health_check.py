@@ -47,7 +47,6 @@ if __name__ == "__main__":
 
 import base64
 import collections
-import difflib
 import email.utils
 import errno
 import gzip
@@ -716,6 +715,13 @@ def name_some(names: Sequence[str], most: int = MAX_NAMED) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def most_like(text: str, others: Iterable[str], most: int, least: float) -> list[str]:
+    """Return at most so many texts, the likest first; the same is 1.0 like it."""
+    import difflib  # noqa: PLC0415
+
+    return difflib.get_close_matches(text, others, most, least)
 
 
 def format_selector(name: str, matchers: Iterable[tuple[str, str, str]]) -> str:
@@ -2064,7 +2070,7 @@ class Parser:
 
     def _call(self, name: str) -> Operation:
         if name not in FUNCTIONS:
-            near = difflib.get_close_matches(name.lower()[:40], FUNCTIONS, 1)
+            near = most_like(name.lower()[:40], FUNCTIONS, 1, 0.6)
             hint = f": is {near[0]} meant?" if near else ""
             raise self.token.unexpected(f"a function{hint}")
         token, function = self.take(), FUNCTIONS[name]
@@ -2723,19 +2729,16 @@ def nearest_server(names: Iterable[str]) -> KnownServer | None:
     'SGLang'
     """
     plain = {name.replace(":", "_") for name in names}
+    first = {name.partition("_")[0] for name in plain}
 
     def likeness(server: KnownServer) -> int:
         own = {name.replace(":", "_") for name in own_names(server)}
         alike = sum(any(name in other for other in plain) for name in own)
-        return 2 * alike or not _first_words(own).isdisjoint(_first_words(plain))
+        return 2 * alike or any(name.partition("_")[0] in first for name in own)
 
     watched = [server for server in SERVERS if server.watched]
     nearest = max(watched, key=likeness)
     return nearest if likeness(nearest) else None
-
-
-def _first_words(names: Iterable[str]) -> set[str]:
-    return {name.partition("_")[0] for name in names}
 
 
 def port_conflict(port: int, servers: Iterable[KnownServer] = ()) -> str:
@@ -3821,7 +3824,7 @@ def _misspelt(given: Iterable[str]) -> Iterator[str]:
             # To compare all would take 5 ms where a pod has 40 variables.
             own, most = set(name.upper()), 0.16 * (len(name) + longest)
             like = [k for k, letters in known.items() if len(letters ^ own) <= most]
-            near = difflib.get_close_matches(name.upper(), like, 1, 0.85)
+            near = like and most_like(name.upper(), like, 1, 0.85)
             if near:
                 yield f"{name} is no setting: did you mean {near[0]}?"
             elif name.startswith(OWN_PREFIXES):
@@ -5303,7 +5306,7 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
     # With thousands of names made to be alike, difflib would take seconds.
     likely = sorted(names, key=common, reverse=True)[:50]
-    near = difflib.get_close_matches(name, likely, 10, 0.5)
+    near = most_like(name, likely, 10, 0.5)
     return next((other for other in near if _may_mean(name, other)), "")
 
 
@@ -5321,9 +5324,9 @@ def _are_alike(one: Sequence[str], two: Sequence[str]) -> bool:
 
 
 def _may_be_typo(part: str, other: str) -> bool:
-    ratio = difflib.SequenceMatcher(None, part, other).ratio()
     digits = [re.sub(r"\D", "", text) for text in (part, other)]
-    return {part, other} == RENAMED or (ratio >= 0.75 and digits[0] == digits[1])
+    alike = digits[0] == digits[1] and most_like(other, [part], 1, 0.75)
+    return {part, other} == RENAMED or bool(alike)
 
 
 # --- 14. Probe: canary and health route -> whether a server answers ------------------
