@@ -6150,7 +6150,8 @@ class Judge:
         """Return the verdict of a check from what was found, and the one before."""
         (scrapes, probes), now = found, check.now
         self._restart_after_gap(now, before)
-        self._give_up(scrapes)
+        readings = {s.status.instance: s.reading for s in scrapes if s.reading}
+        self._give_up(readings.values())
         targets = self._record(scrapes, now, before.targets)
         self._scraped = self._scraped or not all(target.reason for target in targets)
         probes += self._answers(check)
@@ -6159,7 +6160,6 @@ class Judge:
             self.history.record(dict(collections.ChainMap(*asked)), now, PROBED)
         evaluation = self.history.evaluation(now, check.wall)
         self._judge(targets, probes, evaluation)
-        readings = {s.status.instance: s.reading for s in scrapes if s.reading}
         self._warn(self.lookout.look(readings, evaluation))
         targets = tuple(map(self.lookout.remark, targets))
         left = self._left(targets, evaluation) if check.drain else None
@@ -6209,9 +6209,8 @@ class Judge:
         if before.sequence and now - before.time > gap:
             self._change(restart_clocks)
 
-    def _give_up(self, scrapes: Iterable[Scrape]) -> None:
+    def _give_up(self, readings: Iterable[Reading]) -> None:
         """Let no built-in rule conclude anything from what there is no room for."""
-        readings = [scrape.reading for scrape in scrapes if scrape.reading]
         for name in {n for r in readings for n in r.dropped} - self._dropped:
             self._dropped.add(name)
             self.history.forget(name)
