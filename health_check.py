@@ -5101,21 +5101,18 @@ class Search:
 
 
 class Unwatched:
-    """Since when a target has shown nothing that a rule knows, and what that is."""
+    """What a target shows of which no rule knows anything, and when that was told."""
 
     def __init__(self, since: float) -> None:
-        self._since, self.warned_at = since, -math.inf
+        # As if an empty page, where nothing may have happened yet, had been told of
+        # so long ago that it is again in five minutes.
+        self.warned_at = since + REMIND - REMIND_OF_TARGET
         self.empty, self.remark = True, ""
 
     def shows(self, names: AbstractSet[str], now: float) -> bool:
-        """Take what it shows now; tell whether to warn: at once, and each hour.
-
-        An empty page, where nothing may have happened yet, is told of after five
-        minutes.
-        """
+        """Take what it shows now; tell whether to warn: at once, and each hour."""
         pause = REMIND_OF_TARGET if self.empty == (not names) else REMIND
-        waited = bool(names) or now - self._since >= REMIND
-        due = waited and now - self.warned_at >= pause
+        due = now - self.warned_at >= pause
         self.warned_at = now if due else self.warned_at
         self.empty, self.remark = not names, describe_page(names)
         return due
