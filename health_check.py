@@ -6305,18 +6305,22 @@ def _judged(
 
 
 def _held(before: RuleStatus, now: RuleStatus, late: Sequence[str]) -> RuleStatus:
-    """Return the status of a rule: an error if it fired until an answer was late.
+    """Return the status of a rule with what fired until an answer was late; an error.
 
     Of the built-in rules most look back, and what answers add themselves is known.
     """
+    there = {unnamed(alert.labels) for alert in now.alerts}
+    held = [
+        alert for alert in before.alerts
+        if alert.state == "firing" and unnamed(alert.labels) not in there
+        and dict(alert.labels).get("instance", "") in (*late, "")
+    ]  # fmt: skip
     known = now.reads_only((*SYNTHETIC, *PROBED))
-    if now.fails or known != now.rule.builtin:
+    if not held or now.error or known != now.rule.builtin:
         return now
-    fired = (dict(a.labels) for a in before.alerts if a.state == "firing")
-    if not any(labels.get("instance", "") in (*late, "") for labels in fired):
-        return now
-    error = "it fired until an answer timed out"
-    return before._replace(error=error, value=None, part=now.part)
+    error = "" if now.fires else "it fired until an answer timed out"
+    now = now._replace(error=error, last_words=before.last_words)
+    return now._replace(alerts=(*now.alerts, *held))
 
 
 # --- 18. Alertmanager: Verdict -> POST /api/v2/alerts --------------------------------

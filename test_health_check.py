@@ -1925,9 +1925,10 @@ class Servers(unittest.TestCase):
             self.assertEqual(replay.run([[page]], every)[0][1], set())
         for every in 1, 5, 10, 30:
             replay = Replay()
-            replay.look([page], every)
-            for text in ["refused", *[late] * (30 // every + 2)]:
-                self.assertEqual(replay.look([text], every).reason, "Down")
+            replay.look([page, page], every)
+            for n, text in enumerate(["refused", *[late] * (30 // every + 2)]):
+                other = page if n > 1 else "refused"
+                self.assertEqual(replay.look([text, other], every).reason, "Down")
         rows = [[page, reason] for reason in SCRAPE_REASONS if reason != late]
         for _, firing in Replay().run(rows):
             self.assertEqual(firing, {"Down"})
