@@ -336,6 +336,14 @@ class Kubernetes(unittest.TestCase):
             for version in ("1.36", "1.37"):
                 kubernetes_validate.validate(manifest, version, strict=True)
 
+    def test_a_full_queue_is_seen_though_each_third_scrape_is_late(self) -> None:
+        environ = environ_of(named(deployments()["production"], "health-check"))
+        replay = test_health_check.Replay(hc.load_config(environ))
+        for count in range(9):
+            page = test_health_check.vllm(64, 448, count)
+            verdict = replay.look([page if count % 3 else "timeout"], 10)
+        self.assertEqual(verdict.reason, "QueueFull")
+
     def test_variables_are_settings_and_their_values_are_right(self) -> None:
         for name, deployment in deployments().items():
             with self.subTest(name):
