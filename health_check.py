@@ -6159,7 +6159,7 @@ class Judge:
         self._judge(targets, probes, evaluation)
         self._warn(self.lookout.look(readings, evaluation))
         targets = tuple(map(self.lookout.remark, targets))
-        left = self._left(targets, evaluation) if check.drain else None
+        left = self._left(check, targets, evaluation)
         fault = "" if self._scraped else "never scraped"
         known = before.sequence + 1, fault, now, check.wall
         return Verdict(*known, self._statuses, targets, probes, left)
@@ -6231,9 +6231,9 @@ class Judge:
         return (answer,) if answer.sent > -math.inf else ()
 
     def _left(
-        self, targets: Iterable[TargetStatus], evaluation: Evaluation
+        self, check: Check, targets: Iterable[TargetStatus], evaluation: Evaluation
     ) -> str | None:
-        drain = self.drain_while
+        drain = self.drain_while if check.drain else None
         if not drain:
             return None
         left = remaining(drain, targets, evaluation)
