@@ -2648,9 +2648,8 @@ def builtin_rules(names: Iterable[str], limit: float) -> Iterator[Rule]:
     shown = format_float(limit)
     for name in names:
         clauses, text_for = BUILTIN[name]
-        texts = [text_for(server, shown) for server in SERVERS]
+        expr = _union(text_for(server, shown) for server in SERVERS)
         (rule,) = parse_rules(f"{name}: up {clauses}", builtin=True)
-        expr = _union(texts)
         yield rule._replace(expr=_seen_twice(expr) if name in HUNG else expr)
 
 
