@@ -3835,6 +3835,16 @@ class HistoryTest(unittest.TestCase):
             there = [name for name in values if rng.random() > 0.1]
             yield now, {(("__name__", "x"), ("s", n)): values[n] for n in there}
 
+    def test_what_selectors_match_is_kept_to_a_bound(self):
+        selector = parse_expression('x{a="b"}')
+        history = History(lookbacks([selector]), WHOLE)
+        history.record({(("__name__", "x"), ("a", "b")): 1.0}, NOW, ["x"])
+        for most, kept in (9, True), (0, False):
+            with mock.patch.object(health_check, "MAX_SELECTED", most):
+                health_check.select(selector, history.evaluation(NOW, WALL))
+                again = history.evaluation(NOW, WALL).selected
+            self.assertEqual(bool(again), kept)
+
     def test_what_looks_back_is_what_a_history_of_everything_gives(self):
         for every, text in itertools.product((4.0, 60.0), (
             "max_over_time((x > 0)[2h:1m])", "min_over_time(x[1h:5m] offset 30m)",
