@@ -3020,9 +3020,11 @@ SERVERS: tuple[KnownServer, ...] = (
         answered='dynamo_frontend_requests_total{status="success"}',
         failed='dynamo_frontend_requests_total{status="error",error_type!~'
                '"validation|not_found|overload|cancelled|not_implemented"}',
-        # Frontends before 1.5 have neither of the two last.
-        no_model="dynamo_frontend_disconnected_clients and on (instance)"
-                 " (dynamo_tokio_queue_overload_warnings_total"
+        # Frontends before 1.5 have neither of the two last.  A late scrape, in which no
+        # model is ready, is none for 30 s.
+        no_model="last_over_time(dynamo_frontend_disconnected_clients[25s])"
+                 " and on (instance)"
+                 " (last_over_time(dynamo_tokio_queue_overload_warnings_total[25s])"
                  " or max_over_time(dynamo_frontend_model_ready[1h]))"
                  " unless on (instance) dynamo_frontend_model_ready > 0",
     ),
@@ -3065,7 +3067,7 @@ SERVERS: tuple[KnownServer, ...] = (
         waiting="smg_admission_queue_depth", running="smg_worker_requests_active",
         **_ended(f'smg_http_responses_total{{path=~"{GENERATE}|/generate",'
                  'status_code=~"#.."}'),
-        no_model="max by (instance) (smg_worker_health) == 0",
+        no_model="max by (instance) (last_over_time(smg_worker_health[1m])) == 0",
         known_by="smg_worker_health",
     ),
     KnownServer(
@@ -3073,7 +3075,8 @@ SERVERS: tuple[KnownServer, ...] = (
         "a gateway: hangs on its workers", running="vllm_router_running_requests",
         answered='vllm_router_cb_outcomes_total{outcome="success"}',
         failed='vllm_router_cb_outcomes_total{outcome="failure"}',
-        no_model="max by (instance) (vllm_router_worker_health) == 0",
+        no_model="max by (instance)"
+                 " (last_over_time(vllm_router_worker_health[1m])) == 0",
         known_by="vllm_router_worker_health",
     ),
     KnownServer(

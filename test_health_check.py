@@ -1914,6 +1914,17 @@ class Servers(unittest.TestCase):
                     self.assertLessEqual(since[name], most + -most % every)
                     self.assertIn(name, firing)
 
+    def test_late_scrapes_hide_no_lack_of_a_model_and_make_none(self):
+        known = "dynamo_tokio_queue_overload_warnings_total 0\n"
+        gone = ["smg_worker_health 0\n", "vllm_router_worker_health 0\n",
+                f"dynamo_frontend_disconnected_clients 0\n{known}"]  # fmt: skip
+        there = [page.replace("health 0", "health 1") for page in gone]
+        there[2] += "dynamo_frontend_model_ready 1\n"
+        for pages, fires in (gone, {"NoModel"}), (there, set()):
+            rows = [[page, page, "timeout"] * 3 for page in pages]
+            for _, firing in Replay().run(rows):
+                self.assertEqual(firing, fires)
+
     def test_a_slow_answer_is_no_dead_server(self):
         page, late = vllm(), "timeout"
         longer = zip(*[(30, 60, 120, 200, 290, 300)] * 2)
