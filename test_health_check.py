@@ -3763,12 +3763,14 @@ class Absence(unittest.TestCase):
             ("vllm:gpu_cache_usage_perc", "vllm:kv_cache_usage_perc"),
             ("ttft_seconds", "ttft_seconds_bucket"), ("ttft_second", "ttft_seconds"),
             ("http_requests", "http_requests_total"), ("q_p50", "q_p50_seconds"),
+            ("http_requests_totl", "http_requests_total"),
             (waiting, "ray_vllm:num_requests_waiting"),
         ):
             others = ["up_total", "python_info", "process_cpu_seconds_total"]
             self.assertEqual(nearest_name(name, [*others, near]), near)
         for name, other in (
             (waiting, "vllm:num_requests_running"), ("q_p50", "q_p99"),
+            ("gpu0_memory", "gpu1_memory"),
             ("vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
             ("vllm:request_success_total", "vllm:request_failure_total"),
             ("tgi_queue_size", "tgi_batch_current_size"), ("tx_bytes", "rx_bytes"),
