@@ -8,7 +8,7 @@
 # Seen: Prometheus stores the page's value and drops its own without a word, since the
 # page's sample comes first and has the same labels and time; its page of targets says
 # "up" all along.  The same goes for scrape_samples_scraped and its like.
-# VictoriaMetrics stores both, two values for each millisecond.
+# VictoriaMetrics stores both: two values at the same time, for each scrape.
 #
 #                                in Prometheus   in VictoriaMetrics
 #   the page says up 0           0               0 and 1, each second
