@@ -2912,7 +2912,7 @@ def _like_vllm(prefix: str, name: str, at: str, seen: str, **more: str) -> Known
 
 def _alive(gauge: str) -> str:
     """Return what gives a gauge, unless it has stood still for ten minutes."""
-    stale = f"changes({gauge}[10m]) == 0 and {gauge} offset 9m"
+    stale = f"changes({gauge}[10m]) == 0 and last_over_time({gauge}[1m] offset 9m)"
     return f"last_over_time({gauge}[1m]) unless ({stale})"
 
 
@@ -3020,13 +3020,15 @@ SERVERS: tuple[KnownServer, ...] = (
         answered='dynamo_frontend_requests_total{status="success"}',
         failed='dynamo_frontend_requests_total{status="error",error_type!~'
                '"validation|not_found|overload|cancelled|not_implemented"}',
-        # Frontends before 1.5 have neither of the two last.  A late scrape, in which no
-        # model is ready, is none for 30 s.
+        # Frontends before 1.5 have neither of the two last.  Where a scrape fails what
+        # was there just before is.
         no_model="last_over_time(dynamo_frontend_disconnected_clients[25s])"
                  " and on (instance)"
                  " (last_over_time(dynamo_tokio_queue_overload_warnings_total[25s])"
                  " or max_over_time(dynamo_frontend_model_ready[1h]))"
-                 " unless on (instance) dynamo_frontend_model_ready > 0",
+                 " unless on (instance) (dynamo_frontend_model_ready > 0"
+                 " or last_over_time(dynamo_frontend_model_ready[25s]) > 0"
+                 " and on (instance) scrape_error)",
     ),
     KnownServer(
         "Dynamo worker", ":9090/metrics", "1.6.1, run",

@@ -1920,10 +1920,17 @@ class Servers(unittest.TestCase):
                 f"dynamo_frontend_disconnected_clients 0\n{known}"]  # fmt: skip
         there = [page.replace("health 0", "health 1") for page in gone]
         there[2] += "dynamo_frontend_model_ready 1\n"
-        for pages, fires in (gone, {"NoModel"}), (there, set()):
+        replay = Replay()
+        for pages, fires in (there, set()), (gone, {"NoModel"}), (there, set()):
             rows = [[page, page, "timeout"] * 3 for page in pages]
-            for _, firing in Replay().run(rows):
+            for _, firing in replay.run(rows):
                 self.assertEqual(firing, fires)
+
+    def test_late_scrapes_keep_no_queue_that_a_dead_worker_has_left(self):
+        pages = [f"xinference:model_serve_count {n}\n" for n in range(20, 26)]
+        row = [*pages, *[pages[-1], pages[-1], "timeout"] * 23]
+        ((since, firing),) = Replay().run([row])
+        self.assertEqual((since["QueueFull"], firing), (40, set()))
 
     def test_a_slow_answer_is_no_dead_server(self):
         page, late = vllm(), "timeout"
