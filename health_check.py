@@ -7443,6 +7443,9 @@ class Server:
         self._woken, self.waker = socket.socketpair()
         for sock in (listener, self._woken, self.waker):
             sock.setblocking(False)
+        # What the kernel keeps for callers counts as memory of this program, too.
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            listener.setsockopt(socket.SOL_SOCKET, option, MAX_REQUEST)
         monitor.listeners.append(lambda *_: self._wake())
 
     def run(self) -> None:

@@ -5943,13 +5943,11 @@ class ServeTest(NetworkTest):
         self.assert_any("given up: no whole request", self.log)
 
     def lazy(self):
-        """Return what asks for a long answer, that the kernel has no room for."""
+        """Return what asks for a long answer, of which the kernel is to keep little."""
         label = "x" * 15000
         rules = ";".join(f"Q{number}: q > 0" for number in range(8))
         server = self.metrics(page(f'q{{a="{label}"}} 1\n'))
-        listener = listen("127.0.0.1", 0)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        port = self.serve(self.running(server, UNHEALTHY_WHEN=rules), listener)
+        port = self.serve(self.running(server, UNHEALTHY_WHEN=rules))
 
         def ask():
             sock = socket.socket()
