@@ -2727,13 +2727,13 @@ def nearest_server(names: Iterable[str]) -> KnownServer | None:
     >>> nearest_server(["sglang_num_queue_reqs", "python_info"]).name
     'SGLang'
     """
-    plain = {name.replace(":", "_") for name in names}
-    first = {name.partition("_")[0] for name in plain}
+    plain = [name.replace(":", "_") for name in names]
 
     def likeness(server: KnownServer) -> int:
-        own = {name.replace(":", "_") for name in own_names(server)}
+        own = [name.replace(":", "_") for name in own_names(server)]
         alike = sum(any(name in other for other in plain) for name in own)
-        return 2 * alike or any(name.partition("_")[0] in first for name in own)
+        first, others = ({n.partition("_")[0] for n in some} for some in (own, plain))
+        return 2 * alike or not first.isdisjoint(others)
 
     watched = [server for server in SERVERS if server.watched]
     nearest = max(watched, key=likeness)
@@ -6172,13 +6172,13 @@ class Judge:
         self, targets: Iterable[TargetStatus], probes: Iterable[ProbeStatus],
         evaluation: Evaluation,
     ) -> None:  # fmt: skip
-        begin = evaluation.now - TOLERATED
+        begin, timeout = evaluation.now - TOLERATED, ("health", "timeout")
         failed = (t for t in targets if t.reason == "timeout" and t.since > begin)
-        asked = (p for p in probes if (p.probe, p.reason) == ("health", "timeout"))
-        late = [target.instance for target in failed], [p.instance for p in asked]
+        late = [target.instance for target in failed]
+        late_routes = [p.instance for p in probes if (p.probe, p.reason) == timeout]
         self._statuses = tuple(
-            _judged(status, evaluation, late[status.rule.name == "NotServing"])
-            for status in self._statuses
+            _judged(s, evaluation, late_routes if s.rule.name == "NotServing" else late)
+            for s in self._statuses
         )
 
     def _record(
