@@ -2728,16 +2728,16 @@ def nearest_server(names: Iterable[str]) -> KnownServer | None:
     'SGLang'
     """
     plain = [name.replace(":", "_") for name in names]
+    alike = {server: _likeness(server, plain) for server in SERVERS if server.watched}
+    nearest = max(alike, key=alike.__getitem__)
+    return nearest if alike[nearest] else None
 
-    def likeness(server: KnownServer) -> int:
-        own = [name.replace(":", "_") for name in own_names(server)]
-        alike = sum(any(name in other for other in plain) for name in own)
-        first, others = ({n.partition("_")[0] for n in some} for some in (own, plain))
-        return 2 * alike or not first.isdisjoint(others)
 
-    watched = [server for server in SERVERS if server.watched]
-    nearest = max(watched, key=likeness)
-    return nearest if likeness(nearest) else None
+def _likeness(server: KnownServer, names: Iterable[str]) -> int:
+    own = [name.replace(":", "_") for name in own_names(server)]
+    alike = sum(any(name in other for other in names) for name in own)
+    first, others = ({n.partition("_")[0] for n in some} for some in (own, names))
+    return 2 * alike or not first.isdisjoint(others)
 
 
 def port_conflict(port: int, servers: Iterable[KnownServer] = ()) -> str:
