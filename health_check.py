@@ -6344,7 +6344,7 @@ class Notice(NamedTuple):
     """An alert as an Alertmanager knows it; times are monotonic.
 
     ``condition`` is what its rule says in words, and ``failures`` which scrapes failed.
-    It was last ``sent`` as of then, and fires until it has ``ended``.
+    It was ``sent`` as of that verdict, and fires until it has ``ended``.
     """
 
     labels: Labels
@@ -6428,8 +6428,7 @@ class Notifier:
             if not self._post([self._payload(notice, verdict) for notice in batch]):
                 return False
             for notice in batch:
-                sent = _as_of(notice, verdict, now)
-                self._notices[notice.labels] = notice._replace(sent=sent)
+                self._notices[notice.labels] = notice._replace(sent=verdict.time)
         return True
 
     def _update(self, verdict: Verdict, now: float) -> None:
@@ -6500,16 +6499,12 @@ class Notifier:
         }
 
 
-def _as_of(notice: Notice, verdict: Verdict, now: float) -> float:
-    # That an alert fires is known as of the verdict, that it has ended for ever.
-    return verdict.time if notice.ended == math.inf else now
-
-
 def _due(notice: Notice, verdict: Verdict, now: float) -> bool:
-    # Without fresh verdicts nobody knows whether an alert still fires.
-    known = _as_of(notice, verdict, now)
+    # Without fresh verdicts nobody knows whether an alert still fires, and one that has
+    # ended meanwhile ends by itself.
     untold = notice.sent < notice.ended < math.inf
-    return now - known < LIFETIME and (untold or known - notice.sent >= RESEND)
+    due = untold or verdict.time - notice.sent >= RESEND
+    return due and now - verdict.time < LIFETIME
 
 
 def _firing(verdict: Verdict) -> Iterator[tuple[RuleStatus, Alert]]:

@@ -4815,6 +4815,7 @@ class AlertmanagerTest(NetworkTest):
         self.assertEqual(len(self.sent()), 16 + 15)
         self.clock.now += 60
         self.assertIsNone(self.notifier.work())
+        self.assertEqual(self.log, [])
 
     def test_without_fresh_verdicts_an_alert_ends_by_itself(self):
         self.publish(self.alert())
