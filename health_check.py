@@ -2824,7 +2824,7 @@ def _unanswered(server: KnownServer, _: str) -> str:
     # What moved counts for longer, so that a scrape may come between it and the end.
     moved = _changed(server, "changes({}[2m10s]) > 0", server.accepted)
     ended = f"sum by (instance) (increase({server.abandoned}[1m10s])) > 1.5"
-    quiet = _unless("on (instance)", [*moved, *_sleeps(server), GONE])
+    quiet = _unless("on (instance)", [*moved, *_sleeps(server)])
     two = _counted(server.abandoned, "1m10s", 2)
     return f"{ended}{quiet}{two}{_only_with(server.own)}"
 
