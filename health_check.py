@@ -7597,11 +7597,17 @@ class Server:
         if mistake:
             self._warn(mistake, HOUR, client)
         answer = request.refusal or (yield from self._answer(request, sock))
-        if not isinstance(answer.body, str):
+        if not isinstance(answer.body, str) and self._waiters() >= self._most // 2:
+            # Nor may long answers take the room of short ones.
+            answer = Answer(answer.status, "left out: too many callers wait\n")
+        elif not isinstance(answer.body, str):
             answer = answer._replace(body=(yield from _build(answer.body)))
         self._count(request.path, str(answer.status))
         LOG.debug("%s: %s %s", client, request.requestline, answer.status)
         return request.respond(answer)
+
+    def _waiters(self) -> int:
+        return len(self._waiting[PARK]) + len(self._waiting[BUILD])
 
     def _send(self, sock: socket.socket, output: bytes) -> Conversation[None]:
         rest = memoryview(output)
@@ -7693,7 +7699,7 @@ class Server:
             return latest
         try:
             # Room is left for those who need no verdict: load must not drive liveness.
-            if len(self._waiting[PARK]) >= self._most - self._most // 8:
+            if self._waiters() >= self._most - self._most // 8:
                 raise TimeoutError("too many callers wait for a verdict")
             monitor.request(latest.sequence)
             while monitor.verdict.sequence <= latest.sequence:

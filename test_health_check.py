@@ -6020,6 +6020,24 @@ class ServeTest(NetworkTest):
         # Who found no room, and who waited: one time out is no reason yet.
         self.assertEqual(answers, {"503", "200"})
 
+    def test_long_answers_leave_room_for_short_ones(self):
+        with mock.patch.object(health_check, "MAX_CONNECTIONS", 16), mock.patch.object(
+            Server, "_to_build", lambda _: []
+        ), mock.patch.object(health_check, "CALLER_TIMEOUT", 0.5):
+            port = self.serve(self.running(self.metrics(page())))
+            waiting = [send(port, request_for("/metrics")) for _ in range(16)]
+            time.sleep(0.05)
+            for path, body in (
+                ("/livez", "Healthy"), ("/health", "Healthy"), ("/metrics", "left out"),
+                ("/health?verbose", "left out"), ("/health/Down?verbose", "left out"),
+            ):  # fmt: skip
+                sock = send(port, "")
+                time.sleep(0.02)
+                sock.sendall(request_for(path).encode())
+                self.assertRegex(receive(sock), rf"200 OK(?s:.*)\r\n\r\n{body}.*\n")
+            self.assertEqual([bool(receive(sock)) for sock in waiting].count(False), 8)
+        self.assert_any("its answer was not made in time", self.log)
+
     def test_a_burst_of_callers_finds_room_before_it_is_accepted(self):
         most = Path("/proc/sys/net/core/somaxconn")
         if not most.exists() or int(most.read_text()) < 1000:
