@@ -7607,7 +7607,7 @@ class Server:
         return request.respond(answer)
 
     def _waiters(self) -> int:
-        return len(self._waiting[PARK]) + len(self._waiting[BUILD])
+        return sum(len(self._waiting[phase]) for phase in (PARK, DRAIN, BUILD))
 
     def _send(self, sock: socket.socket, output: bytes) -> Conversation[None]:
         rest = memoryview(output)

@@ -6006,9 +6006,13 @@ class ServeTest(NetworkTest):
 
     def test_callers_that_wait_leave_room_for_those_who_need_no_verdict(self):
         server = self.metrics(page())
-        with mock.patch.object(health_check, "MAX_CONNECTIONS", 16):
-            port = self.serve(self.running(server, METRICS_TIMEOUT="0.2"))
+        with mock.patch.multiple(health_check, MAX_CONNECTIONS=24, MAX_DRAINING=8):
+            drain = {"DRAIN_WHILE": "q", "DRAIN_TIMEOUT": "1"}
+            port = self.serve(self.running(server, METRICS_TIMEOUT="0.2", **drain))
             server.pieces = (FOREVER,)
+            draining = [send(port, request_for("/drain")) for _ in range(8)]
+            for sock in draining:
+                self.addCleanup(sock.close)
             waiting = [send(port, request_for("/health")) for _ in range(30)]
             time.sleep(0.05)
             for path in "/livez", "/health/Down":
