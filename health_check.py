@@ -5941,8 +5941,8 @@ class Scraper:
 # --- 17. Monitor: checks when asked or on a schedule -> Verdicts ---------------------
 
 MAX_GAP, MAX_INTERVALS = 300.0, 3
-# How long a time out is none to Down.
-TOLERATED = 30.0
+# How long Down may not fire for a time out: 30 s, and up to 1 s for its range of 31 s.
+TOLERATED = 31.0
 MAX_LATE, MAX_OVERDUE, MAX_DRAIN_PAUSE = 0.25, 60.0, 5.0
 # What an alert of four labels takes besides their text, measured: 400, and a margin.
 ALERT_BYTES = 500
@@ -6176,9 +6176,14 @@ class Judge:
         failed = (t for t in targets if t.reason == "timeout" and t.since > begin)
         late = [target.instance for target in failed]
         late_routes = [p.instance for p in probes if (p.probe, p.reason) == timeout]
+        # Of the built-in rules others look back, or are about a canary.
+        builtin = {"Down": late, "NotServing": late_routes}
+
+        def late_for(rule: Rule) -> Sequence[str]:
+            return builtin.get(rule.name, ()) if rule.builtin else late
+
         self._statuses = tuple(
-            _judged(s, evaluation, late_routes if s.rule.name == "NotServing" else late)
-            for s in self._statuses
+            _judged(s, evaluation, late_for(s.rule)) for s in self._statuses
         )
 
     def _record(
@@ -6311,7 +6316,7 @@ def _judged(
 def _held(before: RuleStatus, now: RuleStatus, late: Sequence[str]) -> RuleStatus:
     """Return the status of a rule with what fired until an answer was late; an error.
 
-    Of the built-in rules most look back, and what answers add themselves is known.
+    What answers add themselves is known to rules of one's own.
     """
     there = {unnamed(alert.labels) for alert in now.alerts}
     held = [
@@ -6319,8 +6324,8 @@ def _held(before: RuleStatus, now: RuleStatus, late: Sequence[str]) -> RuleStatu
         if alert.state == "firing" and unnamed(alert.labels) not in there
         and dict(alert.labels).get("instance", "") in (*late, "")
     ]  # fmt: skip
-    known = now.reads_only((*SYNTHETIC, *PROBED))
-    if not held or now.error or known != now.rule.builtin:
+    known = not now.rule.builtin and now.reads_only((*SYNTHETIC, *PROBED))
+    if not held or now.error or known:
         return now
     error = "" if now.fires else "it fired until an answer timed out"
     now = now._replace(error=error, last_words=before.last_words)
