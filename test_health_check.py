@@ -6618,8 +6618,9 @@ class MainTest(CommandLine):
                 # Half a second, where nothing else runs.
                 self.assertLess(time.monotonic() - before, 5)
                 self.assertEqual(process.stderr.read(), "")
-                if hanging:
-                    self.assertEqual(receive(caller), "")
+                # Where much else runs, the kernel may not have handed its request on.
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertEqual(receive(caller) if hanging else "", "")
 
     def test_a_port_that_cannot_be_had_is_one_line_and_exit_1(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
