@@ -6531,7 +6531,8 @@ class MainTest(CommandLine):
 
         running = self.metrics(page("vllm:num_requests_running 3\n"))
         started = time.monotonic()
-        self.assertEqual(self.serving(act, METRICS_ENDPOINT=running.url)[0], 0)
+        with mock.patch.object(health_check, "DRAIN_PAUSE", 0.05):
+            self.assertEqual(self.serving(act, METRICS_ENDPOINT=running.url)[0], 0)
         self.assertLess(time.monotonic() - started, 5)
         ends = r"HTTP/1.1 503 (?s:.*)\nNot drained: this program en"
         self.assertRegex(answers[0], ends)
