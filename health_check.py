@@ -153,11 +153,6 @@ class Series:
         """When its newest sample was found."""
         return self.checks[self.first + len(self.values) - 1]
 
-    @property
-    def value(self) -> float:
-        """The newest value."""
-        return self.values[-1]
-
     def window(self, start: float, end: float) -> Points:
         """Return the samples after a moment, up to another."""
         begin = max(bisect_right(self.checks, start) - self.first, 0)

@@ -589,7 +589,7 @@ class Vocabulary(unittest.TestCase):
                 if first <= column[-1][0] and start <= first and step == 1:
                     self.assertEqual((series.sample_at(at) or (0, None))[1], value)
                 if kept:
-                    self.assertEqual((series.time, series.value), kept[-1])
+                    self.assertEqual((series.time, series.values[-1]), kept[-1])
 
     def test_a_sample_counts_for_five_minutes_and_until_a_check_misses_its_series(self):
         series = series_of([0.0, 100.0, 200.0, 600.0], [7.0, None, 8.0, None])
@@ -3904,7 +3904,7 @@ class HistoryTest(unittest.TestCase):
                         self.assertEqual(*map(same, ((times, values), window[:2])))
                 if labels in found:
                     newest = remembered[labels]
-                    self.assertEqual((newest.time, newest.value), known[-1])
+                    self.assertEqual((newest.time, newest.values[-1]), known[-1])
             self.assertLessEqual(len(remembered), 4)
         return history
 
@@ -3987,14 +3987,14 @@ class HistoryTest(unittest.TestCase):
         for count in range(9):
             history.record({x: count, y: count}, 10.0 * count, "xy")
         found = history.evaluation(80.0, 0.0).history
-        self.assertEqual([found["x"][x].value, found["y"][y].value], [8, 8])
+        self.assertEqual([*found["x"][x].values, *found["y"][y].values], [8, 8])
 
     def test_a_metric_that_nothing_looks_back_at_is_its_newest_sample(self):
         history, labels = History({"x": Lookback()}, 1 << 20), (("__name__", "x"),)
         for now in range(3):
             history.record({labels: now * 2.0}, now, "x")
             series = history.evaluation(now, 0.0).history["x"][labels]
-            self.assertEqual((series.time, series.value), (now, now * 2.0))
+            self.assertEqual((series.time, series.values[-1]), (now, now * 2.0))
             self.assertEqual(len(series.values), 1)
         history.record({}, 3, "x")
         self.assertEqual(history.evaluation(3, 0.0).history, {})
