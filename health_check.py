@@ -5649,12 +5649,12 @@ class History:
         table.checks[:] = table.checks[start::step]
 
     def _keep_to_limit(self) -> None:
-        tables = [table for table in self._tables.values() if table.series]
+        tables = [*self._tables.values()]
         # At most, as if each check had found each series, and less than before.
         most = sum(len(table.checks) * (9 + 13 * len(table.series)) for table in tables)
         room = self._limit - self._labels_size
         if most < room // 4:
-            for table in self._tables.values():
+            for table in tables:
                 table.stretch = 1.0
         while most > room and sum(map(Table.size, tables)) > room:
             largest = max(tables, key=Table.size)
@@ -5689,8 +5689,8 @@ class Table:
 
         ``epoch`` is the monotonic time of 1970, from which steps are counted.
         """
-        steps = self.step and self.checks and self._is_step_between(now, epoch)
-        if self.checks and not steps and self._tells_nothing(samples):
+        steps = self.step and self._is_step_between(now, epoch)
+        if not steps and self._tells_nothing(samples):
             self.checks[-1] = now
         else:
             self.checks.append(now)
