@@ -6170,12 +6170,14 @@ class Judge:
         # Of the built-in rules others look back, or are about a canary.
         builtin = {"Down": late, "NotServing": late_routes}
 
-        def late_for(rule: Rule) -> Sequence[str]:
-            return builtin.get(rule.name, ()) if rule.builtin else late
+        def late_for(status: RuleStatus) -> Sequence[str]:
+            if status.rule.builtin:
+                return builtin.get(status.rule.name, ())
+            # What answers add themselves is known to rules of one's own.
+            return () if status.reads_only((*SYNTHETIC, *PROBED)) else late
 
-        self._statuses = tuple(
-            _judged(s, evaluation, late_for(s.rule)) for s in self._statuses
-        )
+        statuses = self._statuses
+        self._statuses = tuple(_judged(s, evaluation, late_for(s)) for s in statuses)
 
     def _record(
         self, scrapes: Iterable[Scrape], now: float, before: Iterable[TargetStatus]
@@ -6305,18 +6307,14 @@ def _judged(
 
 
 def _held(before: RuleStatus, now: RuleStatus, late: Sequence[str]) -> RuleStatus:
-    """Return the status of a rule with what fired until an answer was late; an error.
-
-    What answers add themselves is known to rules of one's own.
-    """
+    """Return a rule's status with what fired until an answer was late: an error."""
     there = {unnamed(alert.labels) for alert in now.alerts}
     held = [
         alert for alert in before.alerts
         if alert.state == "firing" and unnamed(alert.labels) not in there
         and dict(alert.labels).get("instance", "") in (*late, "")
     ]  # fmt: skip
-    known = not now.rule.builtin and now.reads_only((*SYNTHETIC, *PROBED))
-    if not held or now.error or known:
+    if not held or now.error:
         return now
     error = "" if now.fires else "it fired until an answer timed out"
     now = now._replace(error=error, last_words=before.last_words)
