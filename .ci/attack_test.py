@@ -1033,6 +1033,7 @@ OPENING = {
     "idle": b"",
     "dripping": b"GET",
     "not reading": b"GET /health?format=json HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "reading": b"GET /health?format=json HTTP/1.1\r\nHost: localhost\r\n\r\n",
 }
 
 
@@ -1042,9 +1043,9 @@ class Crowd:
     They run in a process of their own, or they would slow down the probe.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, kinds: dict[str, int]) -> None:
         self._selector, self._port = selectors.DefaultSelector(), port
-        self._due = deque((0.0, kind) for kind in CROWD for _ in range(CROWD[kind]))
+        self._due = deque((0.0, kind) for kind in kinds for _ in range(kinds[kind]))
         self._held: deque[tuple[float, socket.socket]] = deque()
         self.calls = 0
 
@@ -1092,11 +1093,11 @@ class Crowd:
                     sock.send(b" ")
 
 
-def call_as_crowd(port: str, seconds: str) -> None:
+def call_as_crowd(port: str, seconds: str, reading: str = "") -> None:
     """Run a crowd, in the process that this module is started as."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
-    crowd = Crowd(int(port))
+    crowd = Crowd(int(port), {"reading": int(reading)} if reading else CROWD)
     crowd.run(float(seconds))
     print(crowd.calls)
 
@@ -1144,6 +1145,36 @@ class FromDownstream(AttackTest):
         self.assertLess(after.peak - before.rss, 8 * MIB)
         self.assertEqual(after[2:], before[2:])
         self.assertGreater(max(usage.fds for usage in during), before.fds + 400)
+
+    def test_who_asks_for_long_answers_keeps_no_probe_out(self) -> None:
+        big = FINE + b"".join(b'x{a="%0600d"} 11\n' % n for n in range(40))
+        rules = ";".join(f"Q{n}: x > 10" for n in range(40))
+        with Upstream(sends(page(big))) as upstream, Checker(
+            upstream.url, METRICS_TIMEOUT="0.8", SCRAPE_INTERVAL="1",
+            UNHEALTHY_WHEN=rules,
+        ) as checker:  # fmt: skip
+            until(lambda: get(checker.port)[0] == 503)
+            before = checker.begin()
+            command = sys.executable, __file__, str(checker.port), "6", "700"
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL) as crowd:
+                until(lambda: checker.usage().fds > before.fds + 200)
+                answers: list[bytes] = []
+                while crowd.poll() is None:
+                    paths = b"/livez", b"/health/Q0"
+                    answers += [self.ask_from_afar(checker.port, p) for p in paths]
+            after, lost = checker.end(before), answers.count(b"")
+        seen = f"{lost} of {len(answers)} not answered"
+        self.note("700 long answers", len(answers), seen, 0.0, before, after)
+        self.assertLess(lost, len(answers) / 20)
+
+    def ask_from_afar(self, port: int, path: bytes) -> bytes:
+        """Return the status for a request that comes a while after its connection."""
+        with socket.create_connection(("127.0.0.1", port), 20) as sock:
+            time.sleep(0.02)
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+                return receive(sock)[9:12]
+        return b""
 
     def test_who_asks_for_all_of_57000_alerts_keeps_no_probe_waiting(self) -> None:
         many = b"".join(b'x{n="%05d",model="abc"} 11\n' % n for n in range(4750))
