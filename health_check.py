@@ -7592,7 +7592,7 @@ class Server:
             self._warn(mistake, HOUR, client)
         answer = request.refusal or (yield from self._answer(request, sock))
         if not isinstance(answer.body, str) and self._waiters() >= self._most // 2:
-            # Nor may long answers take the room of short ones.
+            # Room is left for short answers, which are those that probes need.
             answer = Answer(answer.status, "left out: too many callers wait\n")
         elif not isinstance(answer.body, str):
             answer = answer._replace(body=(yield from _build(answer.body)))
