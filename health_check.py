@@ -2294,7 +2294,7 @@ RULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*:\Z")
 _PASTED = re.compile(r"(?:-\s+)?(?:alert|expr|groups|record)\s*:\s")
 
 
-def parse_rules(text: str, builtin: bool = False) -> tuple[Rule, ...]:
+def parse_rules(text: str) -> tuple[Rule, ...]:
     """Return the rules of a text, in order; nameless ones are Rule1, Rule2, ...
 
     Raises PromQLError, also for a name that is given twice.
@@ -2311,7 +2311,7 @@ def parse_rules(text: str, builtin: bool = False) -> tuple[Rule, ...]:
         rule = _rule(parser, f"Rule{len(rules) + 1}")
         if rule.name in rules:
             raise start.error(f"there is a rule named {rule.name} already")
-        rules[rule.name] = rule._replace(builtin=builtin)
+        rules[rule.name] = rule
     return tuple(rules.values())
 
 
@@ -2644,8 +2644,9 @@ def builtin_rules(names: Iterable[str], limit: float) -> Iterator[Rule]:
     for name in names:
         clauses, text_for = BUILTIN[name]
         expr = _union(text_for(server, shown) for server in SERVERS)
-        (rule,) = parse_rules(f"{name}: up {clauses}", builtin=True)
-        yield rule._replace(expr=_seen_twice(expr) if name in HUNG else expr)
+        expr = _seen_twice(expr) if name in HUNG else expr
+        (rule,) = parse_rules(f"{name}: up {clauses}")
+        yield rule._replace(expr=expr, builtin=True)
 
 
 def canary_rules(after: float) -> tuple[Rule, ...]:

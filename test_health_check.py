@@ -1511,7 +1511,7 @@ class Rules(unittest.TestCase):
             with self.subTest(text):
                 self.assertEqual([rule.name for rule in parse_rules(text)], names)
 
-    def test_clauses_are_durations_and_builtin_is_what_the_caller_says(self):
+    def test_clauses_are_durations_and_no_text_is_builtin(self):
         for text, hold, keep in (
             ("x", 0, 0), ("x for 30", 30, 0), ("x FOR 1m30s", 90, 0),
             ("x keep_firing_for 5m", 0, 300), ("x for .5 keep_firing_for 9", 0.5, 9),
@@ -1519,7 +1519,6 @@ class Rules(unittest.TestCase):
             (rule,) = parse_rules(text)
             self.assertEqual((rule.hold, rule.keep_firing_for), (hold, keep))
             self.assertFalse(rule.builtin)
-        self.assertTrue(parse_rules("x", builtin=True)[0].builtin)
 
     def test_what_is_no_rule_is_refused_with_its_place(self):
         PromQL.refused(self, parse_rules, claims("""
