@@ -6339,7 +6339,7 @@ class Notice(NamedTuple):
     """An alert as an Alertmanager knows it; times are monotonic.
 
     ``condition`` is what its rule says in words, and ``failures`` which scrapes failed.
-    It was ``sent`` as of that verdict, and fires until it has ``ended``.
+    ``sent`` is the time of the verdict that was sent last; it fires until ``ended``.
     """
 
     labels: Labels
@@ -7986,17 +7986,17 @@ def describe_server(server: KnownServer) -> str:
 
 def describe_rule(status: RuleStatus) -> str:
     """Return the text of a rule with its type, its range and what it reads."""
-    rule = status.rule
-    names = sorted({selector.name for selector in find_selectors(rule.expr)})
-    longest = _range_text([rule.expr]) or "no range"
-    most = max((back.most for back in lookbacks([rule.expr]).values()), default=1)
+    rule, visible = status.rule, visible_rule(status)
+    exprs = [(visible or rule).expr]
+    backs, longest = lookbacks(exprs), _range_text(exprs) or "no range"
+    most = max((back.most for back in backs.values()), default=1)
     if most > 1:
         longest += f", up to {most} samples of 8 bytes a series"
     kind = "built in" if rule.builtin else "yours"
-    reads = "" if rule.builtin else f"; reads {', '.join(names)}"
-    reads = reads if visible_rule(status) else "; no metric that it reads is there"
+    reads = "" if rule.builtin else f"; reads {', '.join(sorted(backs))}"
+    reads = reads if visible else "; no metric that it reads is there"
     text = f"{rule.name}: {explain(status)}\n    {kind}; {longest}{reads}"
-    for name in names:
+    for name in sorted(backs):
         # A metric's prefix is seldom a capital, and a rule's name mostly has one.
         if re.match(r"[A-Z]\w*:", name):
             text += f"\n    {name} is a metric: a blank ends the name of a rule"
@@ -8032,7 +8032,7 @@ def prometheus_rules(rules: Iterable[Rule]) -> str:
 
 
 def _without_reasons(rule: Rule) -> Expr:
-    # That nobody listens is told there from no other failure of a scrape.
+    # To Prometheus, where nobody listens a scrape has failed as any other has.
     names = lookbacks([rule.expr]).keys() - {"scrape_error"}
     known = rule.builtin and rule.name != "Down"
     return (prune(rule.expr, names) if known else None) or rule.expr
@@ -8142,7 +8142,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.probe is not None:
         return ask_running(os.environ, options.probe)
     if options.demo:
-        return serve(_start_demo(_configure(DEMO_RULES)))
+        return serve(_start_demo(_configure(**DEMO_RULES)))
     config = _configure()
     if options.check_config:
         return check_config(config, as_group=options.format == "prometheus")
@@ -8154,7 +8154,7 @@ def _run(arguments: Sequence[str]) -> int:
     return wait(config, options.wait, timeout)
 
 
-def _configure(defaults: Mapping[str, str] = MappingProxyType({})) -> Config:
+def _configure(**defaults: str) -> Config:
     config = load_config({**defaults, **os.environ})
     log_to_stderr(config)
     return config

@@ -6361,7 +6361,8 @@ class CommandsTest(CommandLine):
         server = self.metrics(page(vllm()))
         code, out, _ = self.run_main("--check-config", METRICS_ENDPOINT=server.url)
         self.assertEqual(code, 0)
-        self.assertIn("QueueFull: last_over_time(vllm:num_requests_waiting[1m]) >", out)
+        queue = r"(?m)^QueueFull: last_over_time\(vllm:num_requests_waiting\[1m\]\) > "
+        self.assertRegex(out, rf"{queue}.*\n    built in; range of 1m, up to ")
         self.assertRegex(out, r"\nNoModel: when no model, .*\n.*; no metric that it ")
         self.assertLess(max(map(len, out.split("\n"))), 300)
         self.assertNotIn("sglang", out)
