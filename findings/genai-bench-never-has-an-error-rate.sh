@@ -4,8 +4,8 @@
 # genai-bench 0.0.5 from PyPI (of the SGLang project), Python 3.11, and a server that
 # answers with 10 tokens in 1 s, however many come at once.
 # Guess: with two of three requests answered by a 503, error_rate is about 0.67, and the
-# warning about 0.5 and more is logged.  A warm-up and a cool-down of a quarter each leave the mean
-# throughput what it was, or raise it a little: they are cut off the run.
+# warning about 0.5 and more is logged.  A warm-up and a cool-down of a quarter each
+# leave the mean throughput what it was, or raise it a little: they are cut off the run.
 # Seen: error_rate is 0, beside the right num_error_requests and num_requests, in the
 # same JSON, and nothing warns (aggregate_metrics_data divides before it has counted
 # num_requests).  The throughputs in tokens are halved: the tokens of the warm-up and of
