@@ -4457,10 +4457,11 @@ class MonitorTest(NetworkTest):
 
     def test_a_metric_is_not_there_yet_or_not_any_more(self):
         for homes, ending in ("", "yet"), ("a", "any more"):
+            search = health_check.Search()
+            search.misses(frozenset(homes), frozenset(homes), 0.0)
             told = health_check.describe_missing(
-                health_check.Selector("q"), health_check.Search(frozenset(homes)), (),
-                history("x 1"),
-            )  # fmt: skip
+                health_check.Selector("q"), search, (), history("x 1")
+            )
             self.assertEqual(told, f"no series of q is there {ending}")
 
     def test_many_selectors_that_find_nothing_are_told_of_over_some_checks(self):
@@ -6654,6 +6655,7 @@ class MainTest(CommandLine):
         self.assertIn("rules: A: x > 1; Stalled: y; Stalling; Unanswered; NoM", line)
         for text in "QueueFull (UNHEALTHY_WHEN)", "Failing (WITHOUT_RULES)":
             self.assertIn(f"; not {text}", line)
+        self.assertNotIn("not Stalled", line, "one of that name is in force")
 
     def exiting(self, path, **environ):
         """Return a policy of ten minutes, and how often it has stopped the program."""
